@@ -1,0 +1,289 @@
+"""Tiny random decoders, and the graphs that Dynamo captures from them.
+
+Two sources of models: hand-written ``nn.Module`` decoders that know nothing of any library
+(:class:`PlainDecoder`), and tiny random configurations of ``transformers`` families
+(:func:`tiny`). :func:`capture` records the graphs of one of them.
+
+The weights are drawn wide (unit gain a matrix, norms and biases off their identity), so that each
+sublayer moves the stream by a tenth or more: skipping the wrong one cannot pass a comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+# What each family needs beyond SIZES to stay tiny. The keys are transformers' model types.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {"n_inner": 96},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, **MOE},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_neox": {},
+    "phi": {},
+    "cohere": {},
+    "stablelm": {"use_parallel_residual": True},
+    "olmo2": {},
+    "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "bloom": {},
+    "mamba": {"state_size": 8},
+}
+
+
+def tiny(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
+    """Return a tiny random causal language model of a ``transformers`` family, in eval mode.
+
+    ``overrides`` go to the configuration (``num_hidden_layers=4``, ``tie_word_embeddings=True``).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return redraw(model, seed)
+
+
+def redraw(model: nn.Module, seed: int) -> nn.Module:
+    """Draw all parameters of ``model`` again, wide, and return it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return model
+
+
+def tokens(batch: int = 1, length: int = 8, *, vocabulary: int = 128, seed: int = 0) -> torch.Tensor:
+    """Return random token ids ``(batch, length)`` that avoid the special ids 0, 1 and 2."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (batch, length), generator=generator)
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    """What a :class:`PlainDecoder` looks like; sizes are elements."""
+
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    inner: int = 96
+    vocabulary: int = 128
+    parallel: bool = False
+    cached: bool = False
+
+
+class PlainAttention(nn.Module):
+    """Causal self-attention; concatenates to ``past`` keys and values where it gets them."""
+
+    def __init__(self, shape: PlainShape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.out = nn.Linear(shape.width, shape.width)
+
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None):
+        batch, length, width = x.shape
+        q, k, v = (
+            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for part in self.qkv(x).split(width, dim=-1)
+        )
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width)), (k, v)
+
+
+class PlainBlock(nn.Module):
+    """A pre-norm block, its attention and FFN one after the other or side by side."""
+
+    def __init__(self, shape: PlainShape) -> None:
+        super().__init__()
+        self.parallel = shape.parallel
+        self.norm1, self.norm2 = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
+        self.attention = PlainAttention(shape)
+        self.ffn = nn.Sequential(nn.Linear(shape.width, shape.inner), nn.GELU(), nn.Linear(shape.inner, shape.width))
+
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None):
+        mixed, present = self.attention(self.norm1(x), past)
+        if self.parallel:
+            return x + mixed + self.ffn(self.norm2(x)), present
+        x = x + mixed
+        return x + self.ffn(self.norm2(x)), present
+
+
+class PlainDecoder(nn.Module):
+    """A decoder in the style of nanoGPT: ``forward(ids) -> logits``.
+
+    With ``cached`` it is ``forward(ids, past=None) -> (logits, past)``, its cache a plain list of
+    ``(keys, values)`` pairs of shape ``(batch, heads, tokens, head_dim)``.
+    """
+
+    def __init__(self, shape: PlainShape = PlainShape()) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed = nn.Embedding(shape.vocabulary, shape.width)
+        self.positions = nn.Embedding(256, shape.width)
+        self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+
+    def forward(self, ids: torch.Tensor, past: list | None = None):
+        start = 0 if past is None else past[0][0].shape[2]
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        x = self.embed(ids) + self.positions(positions)
+        present = []
+        for index, block in enumerate(self.blocks):
+            x, pair = block(x, None if past is None else past[index])
+            present.append(pair)
+        logits = self.head(self.norm(x))
+        return (logits, present) if self.shape.cached else logits
+
+
+def plain(*, seed: int = 0, **shape: Any) -> PlainDecoder:
+    """Return a random :class:`PlainDecoder` in eval mode; keywords are :class:`PlainShape`'s."""
+    torch.manual_seed(seed)
+    return redraw(PlainDecoder(PlainShape(**shape)).eval(), seed)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph that Dynamo captured, and what its first call got and gave.
+
+    ``inputs`` and ``outputs`` are real values, cloned before the call could write to them
+    (parameters excepted), so that the graph can be run again and compared bit for bit.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    phase: str
+
+
+def _keep(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+        return value
+    return value.detach().clone()
+
+
+class _Recorder:
+    """A Dynamo backend that runs each graph as it is and records its first call."""
+
+    def __init__(self) -> None:
+        self.captured: list[Captured] = []
+        self.phase = "prefill"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        index = len(self.captured)
+        self.captured.append(Captured(gm, (), (), self.phase))
+
+        def run(*inputs: Any) -> Any:
+            if self.captured[index].inputs:
+                return gm.forward(*inputs)
+            kept = tuple(_keep(value) for value in inputs)
+            outputs = gm.forward(*inputs)
+            self.captured[index] = Captured(gm, kept, tuple(_keep(value) for value in outputs), self.phase)
+            return outputs
+
+        return run
+
+
+def capture_all(
+    model: nn.Module,
+    *,
+    cache: str = "dynamic",
+    batch: int = 1,
+    length: int = 8,
+    dynamic: bool | None = True,
+    requests: int = 1,
+) -> list[Captured]:
+    """Capture every graph of ``requests`` requests of ``length``, ``length + 3``, ... prompt tokens.
+
+    ``model`` is compiled as ``model.compile`` does it and left as it was. A ``transformers`` model
+    runs its own ``generate``; with ``cache="static"`` all requests share one cache, so the first one
+    makes its buffers inside the graph and a second one is given them. Any other model is called with
+    ids alone, then with what it returned as cache.
+    """
+    torch._dynamo.reset()
+    recorder = _Recorder()
+    compiled = torch.compile(model._call_impl, backend=recorder, dynamic=dynamic)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        recorder.phase = "prefill" if ids.shape[1] > 1 else "decode"
+        return compiled(*args, **kwargs)
+
+    run = partial(_generate, model, cache=_static_cache(model) if cache == "static" else None)
+    if not hasattr(model, "generate"):
+        run = _call_twice
+    with torch.no_grad():
+        for index in range(requests):
+            run(call, tokens(batch, length + 3 * index, seed=index))
+    return recorder.captured
+
+
+def capture(model: nn.Module, **how: Any) -> tuple[Captured, Captured]:
+    """Return the last prefill and the last decode graph of :func:`capture_all` (same keywords).
+
+    The last, because Dynamo replaces a graph by a more general one where the first was too narrow.
+    """
+    graphs = {captured.phase: captured for captured in capture_all(model, **how)}
+    return graphs["prefill"], graphs["decode"]
+
+
+def _static_cache(model: Any) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=64)
+
+
+def _generate(model: Any, call: Callable[..., Any], ids: torch.Tensor, *, cache: Any) -> None:
+    if cache is not None:
+        cache.reset()
+    model._compiled_call_impl = call
+    try:
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=5,
+            do_sample=False,
+            disable_compile=True,
+        )
+    finally:
+        model._compiled_call_impl = None
+
+
+def _call_twice(call: Callable[..., Any], ids: torch.Tensor) -> None:
+    result = call(ids)
+    if not isinstance(result, tuple):
+        call(ids[:, :1])
+        return
+    for _ in range(3):
+        result = call(ids[:, :1], result[1])
