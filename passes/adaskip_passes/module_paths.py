@@ -26,7 +26,7 @@ _HEAD = re.compile(r"^[LG]\['(?P<name>[^']*)'\]")
 _PART = re.compile(
     r"\['(?P<key>[^']*)'\]"  # ['layers']
     r"|\[(?P<index>-?\d+)\]"  # [0]
-    r"|\.(?P<call>\w+\(\))"  # .size()
+    r"|\.(?P<call>\w+)\(\)"  # .size()
     r"|\.(?P<slice>slice\([^)]*\))"  # .slice(None, 4, None), left by iterating over part of a list
     r"|\.?(?P<name>\w+)"  # .self_attn
 )
@@ -40,7 +40,7 @@ def normalise_source(source: str) -> tuple[str, str]:
     >>> normalise_source("L['self']._orig_mod.model.layers.slice(None, 2, None).0.mlp")
     ('self', 'model.layers.0.mlp')
     >>> normalise_source("L['kwargs']['past_key_values'].layers[0].keys.size()[2]")
-    ('kwargs', 'past_key_values.layers.0.keys.size().2')
+    ('kwargs', 'past_key_values.layers.0.keys.size.2')
     >>> normalise_source("not a source")
     ('', 'not a source')
     """
