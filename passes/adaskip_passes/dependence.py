@@ -1,0 +1,76 @@
+"""What every value of a graph depends on, through tensors and through memory.
+
+Only tensor-valued edges count: a position read off ``x.size()`` does not depend on ``x``. A reader
+depends on the earlier writes to the memory that it reads. Sets of nodes are Python integers used as
+bit sets, so that graphs of hundreds of layers stay cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from adaskip_passes.effects import Effects, op_name
+from adaskip_passes.graph import fake_value
+
+# Their result has the shape or dtype of a tensor, and nothing of its values.
+_SHAPE_ONLY = frozenset(
+    "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like rand_like size numel dim".split()
+)
+
+
+class Dependence:
+    """For each node of a graph, the set of nodes that its value depends on."""
+
+    def __init__(self, gm: fx.GraphModule, effects: Effects) -> None:
+        self.position = {node: index for index, node in enumerate(gm.graph.nodes)}
+        self._nodes = list(self.position)
+        self._ancestors: list[int] = []
+        written: dict[fx.Node, int] = {}
+        writes: dict[fx.Node, list[fx.Node]] = {}
+        for write in effects.writes:
+            writes.setdefault(write.node, []).append(write.root)
+        for node in self._nodes:
+            bits = self._inherited(node, effects, written)
+            self._ancestors.append(bits)
+            for root in writes.get(node, ()):
+                written[root] = written.get(root, 0) | bits | (1 << self.position[node])
+
+    def _inherited(self, node: fx.Node, effects: Effects, written: dict[fx.Node, int]) -> int:
+        if op_name(node) in _SHAPE_ONLY:
+            return 0
+        bits = 0
+        for source in node.all_input_nodes:
+            if carries_tensor(fake_value(source)):
+                bits |= self.with_self(source) | written.get(effects.roots[source], 0)
+        return bits
+
+    def with_self(self, node: fx.Node) -> int:
+        """Return the bit set of ``node`` and all that it depends on."""
+        index = self.position[node]
+        return self._ancestors[index] | (1 << index)
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        """Tell whether the value of ``node`` depends on that of ``on`` (a node does not depend on itself)."""
+        return bool(self._ancestors[self.position[node]] >> self.position[on] & 1)
+
+    def reaches(self, source: fx.Node, node: fx.Node) -> bool:
+        """Tell whether ``node`` is ``source`` or depends on it."""
+        return node is source or self.depends(node, source)
+
+    def between(self, source: fx.Node, sink: fx.Node) -> Iterator[fx.Node]:
+        """Yield, in graph order, the nodes other than ``sink`` that depend on ``source`` and not on ``sink``."""
+        for node in self._nodes[self.position[source] + 1 :]:
+            if node.op == "output" or node is sink:
+                continue
+            if self.depends(node, source) and not self.depends(node, sink):
+                yield node
+
+
+def carries_tensor(value: object) -> bool:
+    """Tell whether a fake value is a tensor or a container that holds one."""
+    if isinstance(value, (tuple, list)):
+        return any(carries_tensor(item) for item in value)
+    return isinstance(value, torch.Tensor)
