@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import fx
 
-__all__ = ["module_path", "normalise_source", "source_name"]
+from adaskip_passes.graph import fake_value
+
+__all__ = ["held_by_module", "module_path", "normalise_source", "source_name"]
 
 # The dictionaries inside a module that hold what its attributes show, and the wrappers that stand
 # between a module and its user: neither is part of a path.
@@ -69,7 +72,7 @@ def source_name(node: fx.Node) -> str:
     if not source:
         return ""
     root, path = normalise_source(source)
-    if root in ("self", "", *_ARGUMENTS) or _held_by_module(source):
+    if root in ("", *_ARGUMENTS) or _names_module_state(source):
         return path or root
     return f"{root}.{path}" if path else root
 
@@ -81,19 +84,23 @@ def module_path(node: fx.Node) -> str:
     of the caller it is ``""``. Nodes of Python operators carry no module and give ``""``.
     """
     if node.op == "placeholder":
-        source = _source(node)
-        if not _held_by_module(source) and not source.startswith("L['self']"):
-            return ""
-        return normalise_source(source)[1].rpartition(".")[0]
+        return normalise_source(_source(node))[1].rpartition(".")[0] if held_by_module(node) else ""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
     return normalise_source(list(stack.values())[-1][0])[1]
 
 
+def held_by_module(node: fx.Node) -> bool:
+    """Tell whether ``node`` is a placeholder for what the compiled module holds, not for what its caller passes."""
+    return node.op == "placeholder" and (
+        isinstance(fake_value(node), torch.nn.Parameter) or _names_module_state(_source(node))
+    )
+
+
 def _source(node: fx.Node) -> str:
     return getattr(getattr(node, "_dynamo_source", None), "name", "")
 
 
-def _held_by_module(source: str) -> bool:
-    return any(f".{holder}[" in source for holder in _HOLDERS)
+def _names_module_state(source: str) -> bool:
+    return source.startswith("L['self']") or any(f".{holder}[" in source for holder in _HOLDERS)
