@@ -1,0 +1,75 @@
+"""The command line ``adaskip``: one file a command, each a thin layer over the library.
+
+Exit codes: 0 done, 1 an unexpected failure, 2 a mistake in what was asked for, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from adaskip_compile.cli import demo, inspect, plan, profile, run
+from adaskip_compile.cli.output import Output
+from adaskip_compile.documents import producer
+from adaskip_passes.errors import AdaSkipError
+
+COMMANDS = (demo, profile, plan, inspect, run)
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+
+_DESCRIPTION = """\
+Make a decoder faster by not running the sublayers that barely change its residual stream."""
+
+_EXAMPLES = """\
+examples:
+  adaskip demo
+  adaskip profile smollm2 --out profile.json
+  adaskip plan profile.json --skip 8 --out plan.json
+  adaskip inspect smollm2 --profile profile.json --plan plan.json
+  adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
+
+'adaskip COMMAND --help' tells more about each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. ``argv`` is without the program's name."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments, Output(arguments.json))
+    except KeyboardInterrupt:
+        return _stop(arguments, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except AdaSkipError as error:
+        return _stop(arguments, f"error: {error}", MISTAKE)
+    except Exception as error:  # noqa: BLE001 - whatever it is, a person gets one line
+        line = str(error).strip().partition("\n")[0]
+        return _stop(arguments, f"{type(error).__name__}: {line} (--debug shows where)", FAILED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("adaskip", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=producer())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        summary, _, details = (module.__doc__ or "").partition("\n\n")
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(name, help=summary, description=summary, epilog=details, formatter_class=raw)
+        module.add_arguments(command)
+        command.add_argument("--json", metavar="PATH", help="also write the results as JSON; '-' is standard output")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _stop(arguments: argparse.Namespace, line: str, code: int) -> int:
+    if arguments.debug:
+        traceback.print_exc()
+    print(f"adaskip: {line}", file=sys.stderr)
+    return code

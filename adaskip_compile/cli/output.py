@@ -1,0 +1,76 @@
+"""Where a command's words and numbers go: words to people, numbers as JSON where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from adaskip_passes.errors import FileError
+
+# Tables that nobody watches are read later, in a file: no terminal's width cuts their paths.
+_UNWATCHED_WIDTH = 160
+
+
+class Output:
+    """What one command prints.
+
+    ``json_to`` is where its results go as JSON: a path, ``"-"`` for standard output (where words then go
+    to standard error), or None for nowhere.
+    """
+
+    def __init__(self, json_to: str | None = None) -> None:
+        self.json_to = json_to
+        self._console = Console(stderr=json_to == "-", highlight=False)
+        if not self._console.is_terminal:
+            self._console.width = _UNWATCHED_WIDTH
+
+    def say(self, text: object = "") -> None:
+        """Print plain text for a person."""
+        self._console.print(str(text), markup=False)
+
+    def show(self, table: Table) -> None:
+        """Print a table for a person."""
+        self._console.print(table)
+
+    def results(self, results: dict[str, Any]) -> None:
+        """Write ``results`` as JSON to where it was asked for. A file is written whole or not at all."""
+        if self.json_to is None:
+            return
+        text = json.dumps(results, indent=2) + "\n"
+        if self.json_to == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            _write_whole(Path(self.json_to), text)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Return an empty table whose first column is text and whose others are numbers, set to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim")
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def add_row(table: Table, *cells: object) -> None:
+    """Add a row of plain text: brackets in a path are not markup."""
+    table.add_row(*(Text(str(cell)) for cell in cells))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(partial).replace(path)
+    except OSError as error:
+        raise FileError(f"--json {path}: cannot be written ({error.strerror})") from error

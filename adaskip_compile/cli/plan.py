@@ -1,0 +1,77 @@
+"""Decide from a profile which sublayers to skip.
+
+All sublayers, attention and FFN, are ranked together by similarity, and the most similar are skipped in
+prefill and decode. After the first tokens of a request, FFNs that prove as similar are skipped too.
+
+examples:
+  adaskip plan profile.json --skip 8 --out plan.json
+  adaskip plan profile.json --speedup 1.33 --window 20 --out plan.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from adaskip_compile.cli.output import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this command takes."""
+    parser.add_argument("profile", metavar="PROFILE", help="a file that 'adaskip profile' wrote")
+    parser.add_argument("--out", required=True, metavar="PATH", help="where to write the plan")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--skip", type=int, metavar="N", help="sublayers to skip (default: 8)")
+    amount.add_argument(
+        "--speedup",
+        type=float,
+        metavar="A",
+        help="skip 2(M - M/A) sublayers of M layers: the paper's target acceleration",
+    )
+    add_policy_arguments(parser)
+
+
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a plan depends on beside the number of sublayers."""
+    parser.add_argument(
+        "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("token", "frobenius"),
+        default="token",
+        help="how a skipped sublayer is made up for (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Carry the command out and return its exit code."""
+    from adaskip_compile.profiles import Profile
+
+    made = make_plan(Profile.load(arguments.profile), arguments)
+    made.save(arguments.out)
+    output.say(made.describe())
+    output.say(f"\nwritten to {arguments.out}")
+    output.results({"plan": arguments.out, **describe(made)})
+    return 0
+
+
+def make_plan(profile: Any, arguments: argparse.Namespace) -> Any:
+    """Return the plan that the arguments ask for."""
+    import adaskip_compile
+
+    amount: dict[str, Any] = {} if arguments.skip is None else {"skip": arguments.skip}
+    if getattr(arguments, "speedup", None) is not None:
+        amount = {"speedup": arguments.speedup}
+    return adaskip_compile.plan(profile, **amount, window=arguments.window, scale=arguments.scale)
+
+
+def describe(plan: Any) -> dict[str, Any]:
+    """Return what a plan says, as JSON holds it."""
+    return {
+        "skipped": {sublayer.path: sublayer.scale for sublayer in plan.skipped},
+        "beta": plan.beta,
+        "window": plan.window,
+        "policy": plan.policy,
+        "scale_kind": plan.scale_kind,
+    }

@@ -1,0 +1,78 @@
+"""Measure how much each sublayer of a model changes the residual stream.
+
+Without --texts, built-in text is used: technical English and code, in turn. The profile that is written
+is what 'adaskip plan' decides from; profiles of one model can be merged.
+
+examples:
+  adaskip profile smollm2 --out profile.json
+  adaskip profile ./my-model --out profile.json --texts chapter1.txt chapter2.txt --length 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from adaskip_compile.cli import arguments as common
+from adaskip_compile.cli.output import Output
+
+if TYPE_CHECKING:
+    import torch
+
+# Enough characters that a window of so many tokens fits, for tokenizers of up to this many characters a token.
+_CHARACTERS_PER_TOKEN = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this command takes."""
+    common.add_model_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="PATH", help="where to write the profile")
+    parser.add_argument("--texts", nargs="+", metavar="FILE", help="text files to profile on instead of built-in text")
+    parser.add_argument("--samples", type=common.positive, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--length", type=common.positive, default=2048, metavar="N", help="tokens a sample (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Carry the command out and return its exit code."""
+    import adaskip_compile
+    from adaskip_compile.cli.tables import profile_table
+
+    texts = common.read_texts(arguments.texts) if arguments.texts else None
+    model, tokenizer = common.load_model(arguments)
+    samples = choose_samples(tokenizer, texts, arguments.samples, arguments.length)
+    profile = adaskip_compile.profile(model, samples, tokenizer=tokenizer, max_samples=arguments.samples)
+    profile.save(arguments.out)
+    output.show(profile_table(profile))
+    output.say(f"\n{profile.samples} samples, written to {arguments.out}")
+    output.say(f"next: adaskip plan {arguments.out} --out plan.json")
+    output.results({"profile": arguments.out, "samples": profile.samples, "sublayers": describe(profile)})
+    return 0
+
+
+def choose_samples(tokenizer: Any, texts: list[str] | None, count: int, length: int) -> list[torch.Tensor]:
+    """Return up to ``count`` windows of ``length`` token ids from ``texts``, or from built-in text."""
+    from itertools import islice
+
+    from adaskip_compile.texts import profiling_texts, windows
+
+    if texts is not None:
+        return list(islice(windows(tokenizer, texts, length), count))
+    built_in = profiling_texts(count, characters=_CHARACTERS_PER_TOKEN * length)
+    return list(windows(tokenizer, (text.text for text in built_in), length, per_text=1))
+
+
+def describe(profile: Any) -> list[dict[str, Any]]:
+    """Return the means of a profile, one dict a sublayer, most similar first."""
+    return [
+        {
+            "path": sublayer.path,
+            "kind": sublayer.kind,
+            "stateful": sublayer.stateful,
+            "similarity": sublayer.mean_similarity,
+            "scale_token": sublayer.mean_scale("token"),
+            "scale_frobenius": sublayer.mean_scale("frobenius"),
+        }
+        for sublayer in profile.ranking()
+    ]

@@ -1,0 +1,57 @@
+"""Generate text with a model, skipping what a plan or a profile says.
+
+With --plan, that plan is used. With --profile, one is made from it. With neither, the compiler learns
+by itself: it runs everything and measures, until it has seen enough to specialise.
+
+examples:
+  adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
+  adaskip run smollm2 --profile profile.json --prompt-file question.txt --max-new-tokens 200
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from adaskip_compile.cli import arguments as common
+from adaskip_compile.cli.output import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this command takes."""
+    common.add_model_arguments(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a text file to continue")
+    guide = parser.add_mutually_exclusive_group()
+    guide.add_argument("--plan", metavar="PATH", help="a file that 'adaskip plan' wrote for this model")
+    guide.add_argument("--profile", metavar="PATH", help="a file that 'adaskip profile' wrote for this model")
+    parser.add_argument(
+        "--max-new-tokens", type=common.positive, default=64, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--inner", choices=("inductor", "eager"), help="the backend that compiles each region")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Carry the command out and return its exit code."""
+    import adaskip_compile
+
+    prompt = arguments.prompt
+    if arguments.prompt_file is not None:
+        [prompt] = common.read_texts([arguments.prompt_file])
+    model, tokenizer = common.load_model(arguments)
+    adaskip_compile.compile(model, **_options(arguments))
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    generated = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    text = tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    report = adaskip_compile.report(model)
+    output.say(text)
+    output.say()
+    output.say(report)
+    output.results({"model": arguments.model, "prompt": prompt, "text": text, "report": report.to_dict()})
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    asked = {"plan": arguments.plan, "profile": arguments.profile, "inner": arguments.inner}
+    return {name: value for name, value in asked.items() if value is not None}
