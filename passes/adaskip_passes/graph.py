@@ -6,10 +6,13 @@ Dynamo-level graphs keep a node's fake value in ``meta["example_value"]``, aten-
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -25,3 +28,50 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
         return None
     value = fake_value(node)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def call(graph: fx.Graph, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+    """Append a call to ``graph`` at its insertion point, with the fake value that it yields.
+
+    ``target`` is a function, or the name of a tensor method. Fake tensors run the op under their own
+    fake mode, so symbolic sizes propagate as they do in a capture.
+    """
+    op = "call_method" if isinstance(target, str) else "call_function"
+    node = graph.create_node(op, target, args, kwargs)
+    with torch.no_grad(), fake_mode(graph):
+        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), fake_value)
+        function = getattr(torch.Tensor, target) if isinstance(target, str) else target
+        node.meta["example_value"] = function(*fake_args, **fake_kwargs)
+    return node
+
+
+def fake_mode(graph: fx.Graph) -> AbstractContextManager[Any]:
+    """Return the fake mode that the values of ``graph`` belong to; a null context where there is none."""
+    for node in graph.nodes:
+        value = fake_value(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return nullcontext()
+
+
+def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
+    """Append an input ``name`` after the last placeholder of ``graph``, shaped like ``example``."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    mode = fake_mode(graph)
+    node.meta["example_value"] = mode.from_tensor(example, static_shapes=True) if isinstance(mode, FakeTensorMode) else example
+    return node
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Return a copy of ``gm`` that shares its attributes, and the map from its nodes to the copy's."""
+    graph = fx.Graph()
+    images: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copied = graph.node_copy(node, images.__getitem__)
+        copied.name = node.name
+        images[node] = copied
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    return fx.GraphModule(gm, graph), images

@@ -10,16 +10,17 @@ remain must form one chain.
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch import fx
 
 from adaskip_passes.dependence import Dependence
-from adaskip_passes.effects import Effects, find_effects, op_name
+from adaskip_passes.effects import find_effects, op_name
 from adaskip_passes.errors import UnknownSublayerError
 from adaskip_passes.graph import fake_tensor
+from adaskip_passes.state import find_state
 from adaskip_passes.sublayer_names import name_sublayers
 
 _ADDS = frozenset({"add", "add_", "iadd", "__add__", "__radd__"})
@@ -38,8 +39,12 @@ class Sublayer:
 
     ``stream_in`` is a, the stream before (``(batch, seq, d_model)``); ``stream_out`` is b, the add
     that follows; ``branch`` the operand that the sublayer contributes to it. ``nodes`` is its region
-    in graph order: what depends on a and not on b, then b itself. ``shared_with`` names later
-    sublayers that read values of the region beside the stream, as layers that share K and V do.
+    in graph order: what depends on a and not on b, then b itself.
+
+    ``writes`` are the region's in-place writes that outlive it; ``cache_inputs`` the caller's tensors
+    that only this sublayer reads or writes, its K and V or its state; ``cache_outputs`` the positions
+    of the graph outputs that only it produces. ``shared_with`` names later sublayers that read values
+    of the region beside the stream, as layers that share K and V do.
     """
 
     index: int
@@ -49,40 +54,71 @@ class Sublayer:
     stream_in: fx.Node
     stream_out: fx.Node
     branch: fx.Node
-    nodes: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...] = field(repr=False)
+    writes: tuple[fx.Node, ...] = ()
+    cache_inputs: tuple[fx.Node, ...] = ()
+    cache_outputs: tuple[int, ...] = ()
     shared_with: tuple[str, ...] = ()
+
+    def mapped(self, to: Callable[[fx.Node], fx.Node]) -> Sublayer:
+        """Return this sublayer with every node replaced by its image under ``to``."""
+        return replace(
+            self,
+            stream_in=to(self.stream_in),
+            stream_out=to(self.stream_out),
+            branch=to(self.branch),
+            nodes=tuple(map(to, self.nodes)),
+            writes=tuple(map(to, self.writes)),
+            cache_inputs=tuple(map(to, self.cache_inputs)),
+        )
 
 
 @dataclass(frozen=True)
 class ResidualStream:
     """The sublayers of a graph in stream order, or the problems that keep it from having one.
 
-    ``phase`` is ``"decode"`` where the stream holds one token a row, else ``"prefill"``.
+    ``phase`` is ``"decode"`` where the stream holds one token a row, else ``"prefill"``. ``skipped``
+    and ``probed`` are the paths that passes have since skipped or probed, in stream order.
     """
 
     sublayers: tuple[Sublayer, ...]
-    problems: tuple[str, ...]
-    phase: str
-    effects: Effects = field(repr=False)
-    dependence: Dependence = field(repr=False)
+    problems: tuple[str, ...] = ()
+    phase: str = "prefill"
+    skipped: tuple[str, ...] = ()
+    probed: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all sublayers in stream order."""
+        return tuple(sublayer.path for sublayer in self.sublayers)
+
+    @property
+    def kept(self) -> tuple[Sublayer, ...]:
+        """The sublayers that no pass has skipped."""
+        return tuple(sublayer for sublayer in self.sublayers if sublayer.path not in self.skipped)
 
     def by_path(self, path: str) -> Sublayer:
         """Return the sublayer of that path; :class:`UnknownSublayerError` lists what there is."""
         for sublayer in self.sublayers:
             if sublayer.path == path:
                 return sublayer
-        known = ", ".join(sublayer.path for sublayer in self.sublayers) or "none"
-        raise UnknownSublayerError(f"no sublayer {path!r} in this graph; it has: {known}")
+        near = difflib.get_close_matches(path, self.paths, n=1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise UnknownSublayerError(f"no sublayer {path!r} in this graph{hint}; it has: {', '.join(self.paths) or 'none'}")
+
+    def mapped(self, to: Callable[[fx.Node], fx.Node]) -> ResidualStream:
+        """Return this stream over a copy of its graph; ``to`` gives each node's copy."""
+        return replace(self, sublayers=tuple(sublayer.mapped(to) for sublayer in self.sublayers))
 
     def __str__(self) -> str:
         if self.problems:
             return "no residual stream: " + "; ".join(self.problems)
-        width = max(len(sublayer.path) for sublayer in self.sublayers)
-        lines = [
-            f"{sublayer.index:>4}  {sublayer.path:<{width}}  {sublayer.kind:<9}  {'stateful' if sublayer.stateful else 'stateless'}"
+        width = max(map(len, self.paths))
+        return "\n".join(
+            f"{sublayer.index:>4}  {sublayer.path:<{width}}  {sublayer.kind:<9}  "
+            f"{'stateful' if sublayer.stateful else 'stateless'}"
             for sublayer in self.sublayers
-        ]
-        return "\n".join(lines)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +140,27 @@ def find_residual_stream(gm: fx.GraphModule) -> ResidualStream:
     candidates = _drop_nested([found for node in gm.graph.nodes if (found := _candidate(node, dependence))], dependence)
     chain = _chain(candidates, dependence)
     problems = _problems(candidates, chain, dependence)
-    phase = _phase(chain)
     if problems:
-        return ResidualStream((), problems, phase, effects, dependence)
-    sublayers = tuple(_sublayer(index, link, gm, effects, dependence) for index, link in enumerate(chain))
-    return ResidualStream(name_sublayers(sublayers, effects, dependence), (), phase, effects, dependence)
+        return ResidualStream((), problems, _phase(chain))
+    regions = [tuple(dependence.between(link.stream, link.add)) for link in chain]
+    state = find_state(gm, regions, effects)
+    sublayers = [
+        Sublayer(
+            index=index,
+            path="",
+            kind=_kind(region, owned.exists, dependence),
+            stateful=owned.exists,
+            stream_in=link.stream,
+            stream_out=link.add,
+            branch=link.branch,
+            nodes=(*region, link.add),
+            writes=owned.writes,
+            cache_inputs=owned.inputs,
+            cache_outputs=owned.outputs,
+        )
+        for index, (link, region, owned) in enumerate(zip(chain, regions, state, strict=True))
+    ]
+    return ResidualStream(name_sublayers(sublayers, effects, dependence), (), _phase(chain))
 
 
 def _candidate(node: fx.Node, dependence: Dependence) -> _Candidate | None:
@@ -229,22 +281,10 @@ def _phase(chain: list[_Candidate]) -> str:
     return "prefill"
 
 
-def _sublayer(index: int, link: _Candidate, gm: fx.GraphModule, effects: Effects, dependence: Dependence) -> Sublayer:
-    inner = tuple(dependence.between(link.stream, link.add))
-    kind, stateful = _kind(inner, gm, effects, dependence)
-    nodes = (*inner, link.add)
-    return Sublayer(index, "", kind, stateful, link.stream, link.add, link.branch, nodes)
-
-
-def _kind(region: tuple[fx.Node, ...], gm: fx.GraphModule, effects: Effects, dependence: Dependence) -> tuple[str, bool]:
-    inside = set(region)
-    returned = {effects.roots[node] for node in gm.graph.output_node().all_input_nodes}
-    kept = {write.root for write in effects.writes if write.node in inside}
-    stateful = any(root.op in ("placeholder", "get_attr") or root in returned for root in kept)
-    stateful = stateful or any(node in inside for node in gm.graph.output_node().all_input_nodes)
-    if _attends(region, inside, dependence):
-        return "attention", stateful
-    return ("ssm" if stateful else "ffn"), stateful
+def _kind(region: tuple[fx.Node, ...], stateful: bool, dependence: Dependence) -> str:
+    if _attends(region, set(region), dependence):
+        return "attention"
+    return "ssm" if stateful else "ffn"
 
 
 def _attends(region: tuple[fx.Node, ...], inside: set[fx.Node], dependence: Dependence) -> bool:

@@ -1,0 +1,62 @@
+"""adaskip-compile: a ``torch.compile`` backend that skips the sublayers of a decoder that barely matter.
+
+>>> import torch, adaskip_compile                                      # doctest: +SKIP
+>>> profile = adaskip_compile.profile(model, texts, tokenizer=tokenizer)   # doctest: +SKIP
+>>> plan = adaskip_compile.plan(profile, skip=8)                       # doctest: +SKIP
+>>> adaskip_compile.compile(model, plan).generate(**inputs)            # doctest: +SKIP
+>>> print(adaskip_compile.report(model))                               # doctest: +SKIP
+
+The method is AdaSkip (arXiv 2501.02336).
+"""
+
+from adaskip_compile.analysis import analyze
+from adaskip_compile.backend import compile
+from adaskip_compile.options import Options
+from adaskip_compile.plans import SkippedSublayer, SkipPlan, plan
+from adaskip_compile.profiles import Profile, SublayerProfile
+from adaskip_compile.profiling import profile
+from adaskip_compile.reports import Report, report
+from adaskip_passes.errors import (
+    AdaSkipError,
+    CaptureError,
+    DamagedFileError,
+    FileError,
+    ForeignFileError,
+    LegalityError,
+    MissingFileError,
+    NewerFileError,
+    OptionError,
+    PassError,
+    PlanError,
+    ProfileError,
+    UnknownSublayerError,
+    VerificationError,
+)
+
+__all__ = [
+    "AdaSkipError",
+    "CaptureError",
+    "DamagedFileError",
+    "FileError",
+    "ForeignFileError",
+    "LegalityError",
+    "MissingFileError",
+    "NewerFileError",
+    "OptionError",
+    "Options",
+    "PassError",
+    "PlanError",
+    "Profile",
+    "ProfileError",
+    "Report",
+    "SkipPlan",
+    "SkippedSublayer",
+    "SublayerProfile",
+    "UnknownSublayerError",
+    "VerificationError",
+    "analyze",
+    "compile",
+    "plan",
+    "profile",
+    "report",
+]

@@ -1,0 +1,41 @@
+"""Show what the compiler sees of a model, without compiling anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_passes.errors import CaptureError
+from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+
+
+def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
+    """Return the residual stream of ``model`` as captured from one forward on ``example_inputs``.
+
+    Without inputs, eight random token ids ``(1, 8)`` are tried as ``input_ids``. The forward really
+    runs, once, on the model's device; a model on the meta device costs nothing. ``.problems`` says why
+    where no stream was found.
+
+    Raises:
+        CaptureError: The forward was captured in several graphs, or in none.
+    """
+    graphs: list[fx.GraphModule] = []
+
+    def record(gm: fx.GraphModule, _: list[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    if not example_inputs:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        example_inputs = {"input_ids": torch.ones(1, 8, dtype=torch.long, device=device)}
+    compiled = torch.compile(lambda inputs: model._call_impl(**inputs), backend=record, dynamic=True)
+    with torch.no_grad():
+        compiled(example_inputs)
+    if len(graphs) != 1:
+        raise CaptureError(
+            f"the forward was captured in {len(graphs)} graphs, and an analysis needs one; "
+            "TORCH_LOGS=graph_breaks shows where it breaks"
+        )
+    return find_residual_stream(graphs[0])

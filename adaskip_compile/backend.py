@@ -1,0 +1,72 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="adaskip", options={...})``.
+
+Registered as an entry point, so it needs no import. Options are those of
+:class:`adaskip_compile.Options`; ``mode`` is accepted, because ``transformers`` always passes one, and
+has no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_compile.capture import captured_module
+from adaskip_compile.options import Options
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.sessions import Session, session_for
+
+
+def adaskip(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured. Called by ``torch.compile``, not by users.
+
+    Raises:
+        OptionError: An option is unknown or cannot take its value.
+        FileError: A plan or profile that ``options`` names cannot be read, or is of another model.
+    """
+    session = session_for(captured_module(), Options.from_mapping(options or {}))
+    return session.admit(gm, example_inputs)
+
+
+def compile(model: nn.Module, plan: SkipPlan | None = None, **options: Any) -> nn.Module:
+    """Compile ``model`` in place with the adaskip backend and return it; ``model.generate()`` goes through it.
+
+    ``options`` are the fields of :class:`Options`. Calling it again with the same options and another
+    ``plan`` switches the plan for requests that start from then on, and captures nothing anew.
+
+    Raises:
+        OptionError: An option is unknown or cannot take its value.
+        ForeignFileError: The plan or profile was made for another model.
+        UnknownSublayerError: The plan names a module that the model lacks.
+    """
+    checked = Options.from_mapping(options)
+    if plan is not None:
+        plan.check_paths(model)
+    session = session_for(model, checked)
+    if plan is not None:
+        session.use(plan)
+    compiled = session.compiled
+    if compiled is None:
+        compiled = session.compiled = torch.compile(model._call_impl, backend=_SessionBackend(session), dynamic=True)
+    model._compiled_call_impl = compiled
+    return model
+
+
+class _SessionBackend:
+    """The backend of one session: graphs need not be matched to a model again."""
+
+    __name__ = "adaskip"
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return self._session.admit(gm, example_inputs)

@@ -1,0 +1,42 @@
+"""Everything here that depends on how Dynamo hands a graph to its backend.
+
+Public interfaces tell a backend the graph and example inputs. Which model the graph belongs to is
+read off the frame that Dynamo is tracing; where that is not to be had, the graph stands alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def captured_module() -> nn.Module | None:
+    """Return the module whose call Dynamo is capturing right now, or None for a plain function."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx
+    except (AttributeError, LookupError):
+        return None
+    owner = frame.f_locals.get("self") if frame is not None else None
+    owner = getattr(owner, "_orig_mod", owner)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def capture_count() -> int:
+    """Return how many graphs Dynamo has captured in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def example_inputs(gm: fx.GraphModule) -> list[Any]:
+    """Return the fake values of the inputs of ``gm``, in order."""
+    return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Return the storage of a real tensor, which identifies its memory whatever views exist."""
+    return tensor.untyped_storage()

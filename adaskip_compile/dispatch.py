@@ -1,0 +1,232 @@
+"""Run one captured graph for many requests: pick the variant that the request's phase calls for.
+
+A :class:`Dispatcher` is what Dynamo calls in place of the graph that it captured. It finds the
+request by its cache, asks it what to skip and what to probe, and runs the variant of the graph
+specialised for that. Variants are made on first use and kept: a capture is never repeated.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from adaskip_compile.lowering import Runnable, lower
+from adaskip_compile.requests import Request, equal_groups
+from adaskip_passes.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.graph import fake_tensor
+from adaskip_passes.insert_probes import InsertProbes
+from adaskip_passes.pipeline import Pass, PassRecord, run_pipeline
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.state import find_counters
+
+if TYPE_CHECKING:
+    from adaskip_compile.sessions import Session
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A graph specialised for one skip set and one set of probes."""
+
+    skipped: tuple[str, ...]
+    probed: tuple[str, ...]
+    run: Runnable
+    history: tuple[PassRecord, ...]
+    seconds: float
+
+
+def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...]) -> tuple[Pass, ...]:
+    """Return the pipeline that specialises a graph."""
+    return (
+        InsertProbes(probed),  # first: it needs the stream as captured, and only measures
+        SkipSublayers(skipped),  # then the skips: probed sublayers stay, so the probes stand
+        EliminateDeadCode(),  # last: what the skips have cut off
+    )
+
+
+class Dispatcher:
+    """The callable that stands for one captured graph; see the module's text."""
+
+    def __init__(self, session: Session, gm: fx.GraphModule, stream: ResidualStream) -> None:
+        self.session, self.gm, self.stream = session, gm, stream
+        self.variants: dict[tuple[tuple[str, ...], tuple[str, ...]], Variant] = {}
+        self.calls = 0
+        self._lock = threading.Lock()
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        place = {node: index for index, node in enumerate(inputs)}
+        self._cache_inputs = {
+            sublayer.path: tuple(place[node] for node in sublayer.cache_inputs)
+            for sublayer in stream.sublayers
+            if sublayer.cache_inputs
+        }
+        self._cache_outputs = tuple(position for sublayer in stream.sublayers for position in sublayer.cache_outputs)
+        self._written = {
+            sublayer.path: tuple(place[node] for node in sublayer.cache_inputs)
+            for sublayer in stream.sublayers
+            if sublayer.writes and sublayer.cache_inputs
+        }
+        self._counters = tuple(place[node] for node in find_counters(gm, stream))
+        self._token_input = _token_input(inputs, stream)
+        self._ffns = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and not item.stateful)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph on ``inputs`` as the request that they belong to calls for."""
+        self.calls += 1
+        reason = self.session.why_unskipped()
+        if reason is not None:
+            self.session.note(reason)
+            return self._variant((), ()).run(*inputs)
+        request = self._request(inputs)
+        skipped = request.skipped
+        request.check(frozenset(skipped))
+        paths = tuple(path for path in self.stream.paths if path in skipped)
+        phase = self._phase(request)
+        variant = self._variant(paths, self._probes(request, phase, skipped))
+        started = time.perf_counter()
+        outputs = variant.run(*inputs, *self._scales(request, skipped, paths, inputs))
+        request.seconds[phase] += time.perf_counter() - started
+        return self._finish(request, phase, variant, inputs, outputs)
+
+    def _phase(self, request: Request) -> str:
+        if self.stream.phase == "prefill":
+            return "prefill"
+        return "window" if request.window_left else "steady"
+
+    def _request(self, inputs: Sequence[Any]) -> Request:
+        """Return the request that this call belongs to."""
+        cache = [inputs[index] for places in self._cache_inputs.values() for index in places]
+        if not cache:
+            return self._start()
+        if self.stream.phase == "prefill" and self._starts_over(inputs):
+            self._separate_memory(inputs)
+            return self._start()
+        return self.session.requests.find(cache) or self._adopt(inputs)
+
+    def _start(self) -> Request:
+        session = self.session
+        plan = session.plan_for_new_request()
+        for path in plan.paths:
+            self.stream.by_path(path)
+        stateful = {sublayer.path for sublayer in self.stream.sublayers if sublayer.stateful}
+        return session.requests.start(
+            plan, scales=plan.scales, holes=frozenset(plan.paths) & stateful, learning=session.learning
+        )
+
+    def _starts_over(self, inputs: Sequence[Any]) -> bool:
+        """Tell whether a preallocated cache is empty: its token counter stands at zero."""
+        return bool(self._counters) and all(int(inputs[index]) == 0 for index in self._counters)
+
+    def _adopt(self, inputs: Sequence[Any]) -> Request:
+        """Return a request for a cache in unknown memory: one that has moved, or one filled by someone else."""
+        entries = {path: inputs[places[0]] for path, places in self._cache_inputs.items()}
+        length = max(entry.shape[-2] for entry in entries.values())
+        request = self.session.requests.moved(equal_groups(entries), length)
+        if request is None:
+            request = self._start()
+            request.notes.append("its cache was filled by code that adaskip did not compile")
+        return request
+
+    def _separate_memory(self, inputs: Sequence[Any]) -> None:
+        """Give each cache input memory of its own again, where an earlier request had its holes share some."""
+        seen: set[int] = set()
+        for places in self._written.values():
+            for index in places:
+                tensor = inputs[index]
+                key = tensor.untyped_storage()._cdata
+                if key in seen:
+                    tensor.set_(torch.zeros_like(tensor))
+                seen.add(tensor.untyped_storage()._cdata)
+
+    def _share_memory(self, request: Request, inputs: Sequence[Any]) -> None:
+        """Let the preallocated cache of each hole share the memory of a kept sublayer's."""
+        donors = {
+            (slot, inputs[index].dtype, inputs[index].device, inputs[index].shape, inputs[index].stride()): inputs[index]
+            for path, places in reversed(self._written.items())
+            if path not in request.holes
+            for slot, index in enumerate(places)
+        }
+        for path in request.holes & self._written.keys():
+            for slot, index in enumerate(self._written[path]):
+                hole = inputs[index]
+                donor = donors.get((slot, hole.dtype, hole.device, hole.shape, hole.stride()))
+                if donor is not None and donor.untyped_storage()._cdata != hole.untyped_storage()._cdata:
+                    hole.set_(donor.detach())
+
+    def _probes(self, request: Request, phase: str, skipped: dict[str, float]) -> tuple[str, ...]:
+        if request.learning:
+            return self.stream.paths if phase == "prefill" else ()
+        if phase != "window":
+            return ()
+        return tuple(path for path in self._ffns if path not in skipped)
+
+    def _scales(
+        self, request: Request, skipped: dict[str, float], paths: tuple[str, ...], inputs: Sequence[Any]
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the scales input of a variant that skips ``paths``: one tensor, or nothing where it skips none."""
+        if not paths:
+            return ()
+        if paths not in request.scale_inputs:
+            device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+            values = [skipped.get(path, 1.0) for path in self.stream.paths]
+            request.scale_inputs[paths] = torch.tensor(values, dtype=torch.float32, device=device)
+        return (request.scale_inputs[paths],)
+
+    def _variant(self, skipped: tuple[str, ...], probed: tuple[str, ...]) -> Variant:
+        key = (skipped, probed)
+        if key not in self.variants:
+            with self._lock:
+                if key not in self.variants:
+                    self.variants[key] = self._specialise(skipped, probed)
+        return self.variants[key]
+
+    def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...]) -> Variant:
+        started = time.perf_counter()
+        result = run_pipeline(self.gm, self.stream, passes_for(skipped, probed))
+        # While it learns, a graph runs a few dozen times: not worth an optimising compiler's minutes.
+        inner = "eager" if self.session.learning else self.session.options.inner
+        run = lower(result.gm, inner)
+        return Variant(skipped, probed, run, result.history, time.perf_counter() - started)
+
+    def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:
+        if variant.probed:
+            *outputs, rows = outputs
+            outputs = tuple(outputs)
+            if request.learning:
+                self.session.learn(rows, self.stream, self._rows_and_tokens(inputs)[1])
+            else:
+                request.record_window(rows, variant.probed)
+        elif phase == "window":
+            request.window_left = 0  # every FFN is skipped already: nothing to measure
+        self._share_memory(request, inputs)
+        cache = [outputs[position] for position in self._cache_outputs]
+        cache.extend(inputs[index] for places in self._written.values() for index in places)
+        if cache:
+            self.session.requests.remember(request, cache)
+            request.length = max(tensor.shape[-2] for tensor in cache if tensor.dim() > 1)
+        request.batch, tokens = self._rows_and_tokens(inputs)
+        request.tokens[phase] += tokens
+        return outputs
+
+    def _rows_and_tokens(self, inputs: Sequence[Any]) -> tuple[int, int]:
+        """Return the batch size of this call and its tokens a row, read off the input that the stream begins with."""
+        if self._token_input is None:
+            return 1, 0
+        shape = inputs[self._token_input].shape
+        return int(shape[0]), int(shape[1])
+
+
+def _token_input(inputs: Sequence[fx.Node], stream: ResidualStream) -> int | None:
+    """Return the position of the first input that has the batch and sequence dimensions of the stream."""
+    wanted = fake_tensor(stream.sublayers[0].stream_in)
+    assert wanted is not None
+    for index, node in enumerate(inputs):
+        value = fake_tensor(node)
+        if value is not None and value.dim() >= 2 and list(map(str, value.shape[:2])) == list(map(str, wanted.shape[:2])):
+            return index
+    return None

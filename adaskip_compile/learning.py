@@ -1,0 +1,94 @@
+"""Learn what to skip from the first requests, and remember it for the next process.
+
+What is remembered is the profile: it holds whatever options the next process plans with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from adaskip_compile.identity import ModelIdentity
+from adaskip_compile.options import Options
+from adaskip_compile.plans import SkipPlan, plan
+from adaskip_compile.profiles import Profile, SublayerProfile
+from adaskip_passes.errors import FileError, ForeignFileError
+from adaskip_passes.residual_stream import ResidualStream
+
+
+class Learner:
+    """Collects one row of statistics a sublayer and request, until there are ``options.learn`` of them."""
+
+    def __init__(self, options: Options, identity: ModelIdentity | None) -> None:
+        self.options, self.identity = options, identity
+        self._rows: list[torch.Tensor] = []
+        self._tokens: list[int] = []
+
+    @property
+    def seen(self) -> int:
+        """How many requests it has learned from so far."""
+        return len(self._rows)
+
+    @property
+    def path(self) -> Path | None:
+        """Where this model's profile is remembered, or None for a model that cannot be told from others."""
+        if self.identity is None or self.identity.weights is None:
+            return None
+        name = f"{self.identity.structure[:16]}-{self.identity.weights[:16]}.json"
+        return self.options.cache_folder / "profiles" / name
+
+    def remembered(self) -> Profile | None:
+        """Return the profile that an earlier process left, or None; one that is unusable counts as none."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            profile = Profile.load(self.path)
+            assert self.identity is not None
+            profile.check(self.identity)
+        except (FileError, ForeignFileError):
+            return None
+        return profile if profile.samples >= self.options.learn else None
+
+    def add(self, rows: torch.Tensor, stream: ResidualStream, tokens: int) -> Profile | None:
+        """Take the statistics of one request, ``f32[sublayers, 3]``; return the profile once there are enough."""
+        self._rows.append(rows)
+        self._tokens.append(tokens)
+        if len(self._rows) < self.options.learn:
+            return None
+        profile = make_profile(self.identity, stream, self._rows, self._tokens)
+        if self.path is not None:
+            profile.save(self.path)
+        return profile
+
+    def plan(self, profile: Profile) -> SkipPlan:
+        """Return the plan that the options ask for."""
+        options = self.options
+        return plan(
+            profile,
+            skip=options.skip,
+            speedup=options.speedup,
+            policy=options.policy,
+            window=options.window,
+            scale=options.scale,
+        )
+
+
+def make_profile(
+    identity: ModelIdentity | None, stream: ResidualStream, rows: list[torch.Tensor], tokens: list[int]
+) -> Profile:
+    """Return the profile of ``rows``, one ``f32[sublayers, 3]`` a sample in the order of ``insert-probes``."""
+    table = torch.stack(rows).double().cpu().tolist()
+    sublayers = tuple(
+        SublayerProfile(
+            path=sublayer.path,
+            kind=sublayer.kind,
+            stateful=sublayer.stateful,
+            similarity=tuple(sample[index][0] for sample in table),
+            scale_token=tuple(sample[index][1] for sample in table),
+            scale_frobenius=tuple(sample[index][2] for sample in table),
+            tokens=tuple(tokens),
+        )
+        for index, sublayer in enumerate(stream.sublayers)
+    )
+    return Profile(identity, sublayers)

@@ -1,0 +1,123 @@
+"""Offline learning: measure every sublayer of a model over sample texts (AdaSkip section 3.2)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_compile.identity import identify
+from adaskip_compile.learning import make_profile
+from adaskip_compile.profiles import Profile
+from adaskip_passes.errors import CaptureError, ProfileError
+from adaskip_passes.insert_probes import InsertProbes
+from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+
+
+class _Prober:
+    """A backend that runs each graph in full with a probe on every sublayer, and keeps the statistics."""
+
+    def __init__(self) -> None:
+        self.streams: list[ResidualStream] = []
+        self.rows: list[torch.Tensor] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        stream = find_residual_stream(gm)
+        self.streams.append(stream)
+        if stream.problems:
+            return gm.forward
+        probed = run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
+
+        def run(*values: Any) -> Any:
+            *outputs, rows = probed.forward(*values)
+            self.rows.append(rows)
+            return tuple(outputs)
+
+        return run
+
+
+def profile(
+    model: nn.Module,
+    samples: Iterable[str | torch.Tensor],
+    *,
+    tokenizer: Any = None,
+    max_samples: int = 20,
+    progress: bool = True,
+) -> Profile:
+    """Measure similarity and scale of every sublayer of ``model`` over ``samples``, prefill only.
+
+    ``samples`` are texts, which need a ``tokenizer``, or token ids ``(tokens,)`` or ``(batch, tokens)``
+    of at least two tokens; at most ``max_samples`` are used (the authors use 20). The mean over tokens
+    of a sample is paper Eq. 2 and 3; the profile keeps one value a sample. With ``progress`` a bar is
+    shown on a terminal.
+
+    Raises:
+        ProfileError: No samples, texts without a tokenizer, or a sample too short.
+        CaptureError: The model has no residual stream, or is not captured as one graph.
+    """
+    prober = _Prober()
+    # An own function object: its captures are not those of the user's compiled model.
+    compiled = torch.compile(lambda ids: model._call_impl(ids, **_cheap_arguments(model)), backend=prober, dynamic=True)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    tokens: list[int] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for ids in _show(_token_ids(samples, tokenizer, max_samples), max_samples, progress):
+                compiled(ids.to(device))
+                tokens.append(ids.numel())
+                _require_one_graph(prober, len(tokens))
+    finally:
+        model.train(was_training)
+    if not tokens:
+        raise ProfileError("no samples to profile on: give at least one text or tensor of token ids")
+    return make_profile(identify(model), prober.streams[0], prober.rows, tokens)
+
+
+def _token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[torch.Tensor]:
+    for index, sample in enumerate(islice(samples, limit)):
+        if isinstance(sample, str):
+            if tokenizer is None:
+                raise ProfileError(f"sample {index} is text: pass tokenizer=, or token ids")
+            sample = torch.tensor([tokenizer(sample)["input_ids"]])
+        ids = sample if sample.dim() == 2 else sample[None]
+        if ids.shape[-1] < 2:
+            raise ProfileError(f"sample {index} has {ids.shape[-1]} tokens; prefill needs at least 2")
+        yield ids
+
+
+def _show(ids: Iterator[torch.Tensor], total: int, progress: bool) -> Iterator[torch.Tensor]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("profiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task("profiling", total=total)
+        for count, item in enumerate(ids, 1):
+            yield item
+            bar.update(task, completed=count)
+        bar.update(task, total=bar.tasks[task].completed)
+
+
+def _cheap_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return keywords that spare the logits of all tokens but the last, where the model knows them."""
+    known = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+def _require_one_graph(prober: _Prober, calls: int) -> None:
+    for stream in prober.streams:
+        if stream.problems:
+            raise CaptureError(f"nothing to profile: {'; '.join(stream.problems)}")
+    if len(prober.rows) != calls:
+        raise CaptureError(
+            f"the model was captured in {len(prober.streams)} pieces, and a profile needs one graph a forward; "
+            "TORCH_LOGS=graph_breaks shows where it breaks"
+        )
+    if len({stream.paths for stream in prober.streams}) > 1:
+        raise CaptureError("the graphs of this model have different sublayers from one sample to the next")

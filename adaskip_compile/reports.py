@@ -1,0 +1,149 @@
+"""What really ran: graphs, requests, what each of them skipped, and where it fell back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from adaskip_compile.dispatch import Dispatcher
+from adaskip_compile.requests import Request
+from adaskip_compile.sessions import Session, sessions_of
+
+
+@dataclass(frozen=True)
+class VariantReport:
+    """One specialised graph: how many sublayers it skips and probes, its nodes, and the seconds that making it took."""
+
+    skipped: int
+    probed: int
+    nodes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph and the variants made of it."""
+
+    phase: str
+    calls: int
+    variants: tuple[VariantReport, ...]
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """One request. ``tokens`` are a row, by phase; ``seconds`` are spent in its graphs, by phase, as seen from the host.
+
+    ``skipped`` and ``extra`` map sublayer paths to scales: the prefill set, and what the window added.
+    ``kv_bytes`` is the memory that its cache held after its last step.
+    """
+
+    number: int
+    batch: int
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+    skipped: dict[str, float]
+    extra: dict[str, float]
+    kv_bytes: int
+    learning: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SessionReport:
+    """One ``torch.compile`` configuration of the model. ``state`` is ``"learning"`` or ``"specialised"``."""
+
+    state: str
+    learned_requests: int
+    graphs: tuple[GraphReport, ...]
+    unskipped_graphs: tuple[str, ...]
+    requests: tuple[RequestReport, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ran on a model so far; ``str()`` of it is a table, :meth:`to_dict` is JSON-able."""
+
+    sessions: tuple[SessionReport, ...]
+
+    @property
+    def requests(self) -> tuple[RequestReport, ...]:
+        """The requests of all sessions, oldest session first."""
+        return tuple(request for session in self.sessions for request in session.requests)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.sessions:
+            return (
+                "nothing ran through adaskip on this model. torch.compile(model).generate() runs the original forward: "
+                "use model.compile(backend='adaskip') or adaskip_compile.compile(model)"
+            )
+        return "\n\n".join(_session_text(session) for session in self.sessions)
+
+
+def report(model: nn.Module) -> Report:
+    """Report what ran on ``model`` so far, through whichever way it was compiled with this backend."""
+    return Report(tuple(_session_report(session) for session in sessions_of(model)))
+
+
+def _session_report(session: Session) -> SessionReport:
+    return SessionReport(
+        state="learning" if session.learning else "specialised",
+        learned_requests=session.learner.seen if session.learner is not None else 0,
+        graphs=tuple(map(_graph_report, session.graphs)),
+        unskipped_graphs=tuple(session.unskipped),
+        requests=tuple(map(_request_report, session.requests.history)),
+        notes=tuple(session.notes),
+    )
+
+
+def _graph_report(graph: Dispatcher) -> GraphReport:
+    variants = tuple(
+        VariantReport(
+            len(variant.skipped), len(variant.probed), variant.history[-1].nodes_after, round(variant.seconds, 3)
+        )
+        for variant in graph.variants.values()
+    )
+    return GraphReport(graph.stream.phase, graph.calls, variants)
+
+
+def _request_report(request: Request) -> RequestReport:
+    return RequestReport(
+        number=request.number,
+        batch=request.batch,
+        tokens=dict(request.tokens),
+        seconds=dict(request.seconds),
+        skipped=dict(request.scales),
+        extra=dict(request.extra),
+        kv_bytes=request.kv_bytes,
+        learning=request.learning,
+        notes=tuple(request.notes),
+    )
+
+
+def _session_text(session: SessionReport) -> str:
+    lines = [f"{session.state}" + (f", {session.learned_requests} requests so far" if session.state == "learning" else "")]
+    for graph in session.graphs:
+        variants = "; ".join(
+            f"{variant.skipped} skipped, {variant.probed} probed, {variant.nodes} nodes, made in {variant.seconds:.1f} s"
+            for variant in graph.variants
+        )
+        lines.append(f"  graph {graph.phase:<8} {graph.calls:>6} calls  {variants or 'not run yet'}")
+    lines.extend(f"  graph run unskipped: {reason}" for reason in session.unskipped_graphs)
+    lines.append("  request batch  prefill  window  steady (tokens)  prefill s  ms/token  skipped  extra     KV MB")
+    for request in session.requests:
+        decoded = request.tokens["window"] + request.tokens["steady"]
+        pace = 1e3 * (request.seconds["window"] + request.seconds["steady"]) / decoded if decoded else 0.0
+        lines.append(
+            f"  {request.number:>7} {request.batch:>5} {request.tokens['prefill']:>8} {request.tokens['window']:>7} "
+            f"{request.tokens['steady']:>7} {request.seconds['prefill']:>18.3f} {pace:>9.1f} {len(request.skipped):>8} "
+            f"{len(request.extra):>6} {request.kv_bytes / 1e6:>9.2f}{'  learning' if request.learning else ''}"
+        )
+        lines.extend(f"          note: {note}" for note in request.notes)
+    lines.extend(f"  note: {note}" for note in session.notes)
+    return "\n".join(lines)

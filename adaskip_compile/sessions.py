@@ -1,0 +1,150 @@
+"""One compiled model: its options and plan, its graphs, its requests, and what it learns.
+
+Dynamo may capture one model several times (prefill, decode, another batch class). All captures of
+one ``torch.compile`` configuration share a session, so that a request can begin in one graph and go
+on in another.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_compile.dispatch import Dispatcher
+from adaskip_compile.identity import ModelIdentity, identify
+from adaskip_compile.learning import Learner
+from adaskip_compile.lowering import lower
+from adaskip_compile.options import Options
+from adaskip_compile.plans import SkipPlan, resolve_plan
+from adaskip_compile.requests import RequestTable
+from adaskip_passes.residual_stream import find_residual_stream
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """The state behind one compiled model. Made by :func:`session_for`; users see it through ``report``."""
+
+    def __init__(self, module: nn.Module | None, options: Options) -> None:
+        self.options = options
+        self.requests = RequestTable()
+        self.graphs: list[Dispatcher] = []
+        self.unskipped: list[str] = []
+        self.notes: list[str] = []
+        self._module = weakref.ref(module) if module is not None else None
+        self._identity: ModelIdentity | None = None
+        self.compiled: Callable[..., Any] | None = None
+        self._lock = threading.RLock()
+        self.plan: SkipPlan | None = resolve_plan(options, self.identity)
+        self.learner = None if self.plan is not None else self._learner()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model, or None where a plain function was compiled or the model is gone."""
+        return self._module() if self._module is not None else None
+
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """Who the model is; read off its weights on first use."""
+        if self._identity is None and self.module is not None:
+            self._identity = identify(self.module)
+        return self._identity
+
+    @property
+    def learning(self) -> bool:
+        """Whether requests still run in full, probed, to learn what to skip."""
+        return self.plan is None
+
+    def use(self, plan: SkipPlan) -> None:
+        """Let requests that start from now on follow ``plan``; running ones keep theirs. No graph is captured again."""
+        if self.identity is not None:
+            plan.check(self.identity)
+        with self._lock:
+            self.plan, self.learner = plan, None
+
+    def plan_for_new_request(self) -> SkipPlan:
+        """Return the plan of a request that starts now; one that skips nothing while learning."""
+        return self.plan if self.plan is not None else SkipPlan.none()
+
+    def learn(self, rows: torch.Tensor, stream: Any, tokens: int) -> None:
+        """Take the probes of one learning request; after enough of them, plan and specialise."""
+        with self._lock:
+            if self.learner is None:
+                return
+            profile = self.learner.add(rows, stream, tokens)
+            if profile is not None:
+                self.plan = self.learner.plan(profile)
+                self.learner = None
+                self.note(f"learned from {profile.samples} requests: new requests skip {len(self.plan.paths)} sublayers")
+
+    def note(self, text: str) -> None:
+        """Record something that the user should know, once, and log it."""
+        with self._lock:
+            if text not in self.notes:
+                self.notes.append(text)
+                log.warning("adaskip: %s", text)
+
+    def why_unskipped(self) -> str | None:
+        """Return why a call must run in full right now, or None."""
+        if self.module is not None and self.module.training:
+            return "the model is in training mode: it runs unskipped; call model.eval() first"
+        return None
+
+    def admit(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Return what Dynamo shall call in place of the graph that it captured."""
+        if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
+            return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
+        stream = find_residual_stream(gm)
+        if stream.problems:
+            return self._refuse(gm, inputs, f"no residual stream: {'; '.join(stream.problems)}; runs unskipped")
+        dispatcher = Dispatcher(self, gm, stream)
+        with self._lock:
+            self.graphs.append(dispatcher)
+        return dispatcher
+
+    def _refuse(self, gm: fx.GraphModule, inputs: list[Any], reason: str) -> Callable[..., Any]:
+        self.note(reason)
+        self.unskipped.append(reason)
+        if self.options.inner == "eager":
+            return gm.forward
+        return torch._dynamo.lookup_backend(self.options.inner)(gm, inputs)
+
+    def _learner(self) -> Learner:
+        learner = Learner(self.options, self.identity)
+        known = learner.remembered()
+        if known is not None:
+            self.plan = learner.plan(known)
+            self.note(f"starts specialised: learned earlier from {known.samples} requests ({learner.path})")
+        return learner
+
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def session_for(module: nn.Module | None, options: Options) -> Session:
+    """Return the session of ``module`` under equal ``options``, a new one where there is none.
+
+    A plain function has no module to know it by: each of its captures gets a session of its own.
+    """
+    if module is None:
+        return Session(None, options)
+    with _LOCK:
+        sessions = _SESSIONS.setdefault(module, [])
+    for session in sessions:
+        if session.options == options:
+            return session
+    session = Session(module, options)
+    sessions.append(session)
+    return session
+
+
+def sessions_of(module: nn.Module) -> tuple[Session, ...]:
+    """Return the sessions of ``module``, oldest first."""
+    return tuple(_SESSIONS.get(getattr(module, "_orig_mod", module), ()))

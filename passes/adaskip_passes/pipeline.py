@@ -1,0 +1,135 @@
+"""Run passes in order, verify after each, and keep the history.
+
+A pass is a frozen dataclass: its class-level ``name`` and its fields are all there is to it, and it
+prints as ``skip-sublayers{paths=(...)}``. It gets a graph and the residual stream found in it,
+changes the graph in place, and returns a :class:`PassResult` whose stream holds for the changed
+graph. Analyses never mutate; passes never search.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+from torch import fx
+
+from adaskip_passes.errors import PassError
+from adaskip_passes.graph import copy_graph
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.verifier import Contract, verify
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: the stream that now holds, whether the text of the graph changed, and how many places matched."""
+
+    stream: ResidualStream
+    modified: bool
+    matched: int
+
+
+class Pass(Protocol):
+    """A graph rewrite. ``apply`` mutates ``gm``; a pass that is told to do something and cannot raises."""
+
+    name: ClassVar[str]
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One line of a pipeline's history; ``seconds`` covers the pass and its verification."""
+
+    text: str
+    modified: bool
+    matched: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The rewritten copy of a graph, its stream, and what each pass did to it."""
+
+    gm: fx.GraphModule
+    stream: ResidualStream
+    history: tuple[PassRecord, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{record.text}: {'modified' if record.modified else 'unchanged'}, matched {record.matched}, "
+            f"nodes {record.nodes_before} -> {record.nodes_after}"
+            for record in self.history
+        )
+
+
+Instrument = Callable[[Pass, fx.GraphModule, PassResult], None]
+
+
+def run_pipeline(
+    gm: fx.GraphModule, stream: ResidualStream, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()
+) -> PipelineResult:
+    """Apply ``passes`` in order to a copy of ``gm``; ``gm`` itself stays as it is.
+
+    ``instruments`` are called after each pass has been verified. :class:`VerificationError` names the
+    pass that broke the graph.
+    """
+    gm, images = copy_graph(gm)
+    stream = stream.mapped(images.__getitem__)
+    history = []
+    for item in passes:
+        started, before = time.perf_counter(), len(gm.graph.nodes)
+        contract = Contract.of(gm, stream)
+        result = item.apply(gm, stream)
+        stream = result.stream
+        verify(gm, contract, stream, after=pass_text(item))
+        gm.recompile()
+        seconds = time.perf_counter() - started
+        history.append(
+            PassRecord(pass_text(item), result.modified, result.matched, before, len(gm.graph.nodes), seconds)
+        )
+        for instrument in instruments:
+            instrument(item, gm, result)
+    return PipelineResult(gm, stream, tuple(history))
+
+
+def pass_text(item: Pass) -> str:
+    """Return the text of a pass: ``skip-sublayers{paths=('model.layers.0.mlp',)}``."""
+    options = " ".join(f"{option.name}={getattr(item, option.name)!r}" for option in fields(item))  # type: ignore[arg-type]
+    return f"{item.name}{{{options}}}"
+
+
+def parse_pass(text: str, known: Sequence[type[Any]]) -> Pass:
+    """Return the pass that :func:`pass_text` printed; ``known`` are the classes to look among."""
+    import ast
+
+    name, _, rest = text.partition("{")
+    for kind in known:
+        if kind.name == name and rest.endswith("}"):
+            call = ast.parse(f"f({', '.join(_split_options(rest[:-1]))})", mode="eval").body
+            assert isinstance(call, ast.Call)
+            return kind(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords})
+    raise PassError(f"no pass reads {text!r}; there are: {', '.join(kind.name for kind in known)}")
+
+
+def _split_options(text: str) -> list[str]:
+    """Split ``a=(1, 2) b='x'`` at the spaces outside brackets and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for index, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == " " and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
+    return [*parts, text[start:]] if text else []

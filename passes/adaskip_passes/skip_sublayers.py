@@ -1,0 +1,128 @@
+"""Replace sublayers by scaled residual identities (AdaSkip Eq. 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from adaskip_passes.errors import PassError
+from adaskip_passes.graph import add_placeholder, call, fake_tensor
+from adaskip_passes.pipeline import PassResult
+from adaskip_passes.residual_stream import ResidualStream, Sublayer
+from adaskip_passes.state import output_values
+
+SCALES_INPUT = "adaskip_scales"
+
+
+@dataclass(frozen=True)
+class SkipSublayers:
+    """Replace each sublayer in ``paths`` by ``b = scale * a``.
+
+    The scales come in through a new last input, ``adaskip_scales``: ``f32[number of sublayers]``, in
+    stream order, so that one graph serves every request whatever its scales. ``d_model`` wide::
+
+        before:  %attn = linear(%mixed, %o_proj)             after:  %scale = getitem(%adaskip_scales, 0)
+                 %b = add(%a, %attn)                                 %b_skipped = mul(%a, %scale)
+
+    The sublayer's cache writes go. A cache output that the caller still expects becomes a view of the
+    same output of a kept sublayer, so it has the right shape and holds no memory. Where no kept
+    sublayer has one of that shape, the first skipped one goes on computing it, for all to view.
+    What is then unused is left to ``eliminate-dead-code``.
+    """
+
+    name: ClassVar[str] = "skip-sublayers"
+    paths: tuple[str, ...] = ()
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Skip ``paths``; those that the stream has already skipped are left as they are.
+
+        :class:`UnknownSublayerError` where the stream has no such sublayer; :class:`PassError` where a
+        sublayer that is kept reads the values of one that is to go.
+        """
+        chosen = [stream.by_path(path) for path in self.paths if path not in stream.skipped]
+        if not chosen:
+            return PassResult(stream, False, 0)
+        gone = {*stream.skipped, *self.paths}
+        for sublayer in chosen:
+            _require_unshared(sublayer, gone)
+        scales = _scales_input(gm, len(stream.sublayers))
+        skipped = tuple(path for path in stream.paths if path in gone)
+        _borrow_cache_outputs(gm, stream, gone)
+        replaced: dict[fx.Node, fx.Node] = {}
+        for sublayer in chosen:
+            # The stream before may be the end of a sublayer that has just been replaced.
+            current = sublayer.mapped(lambda node: replaced.get(node, node))
+            replaced[sublayer.stream_out] = _bypass(gm.graph, current, scales)
+        stream = stream.mapped(lambda node: replaced.get(node, node))
+        return PassResult(replace(stream, skipped=skipped), True, len(chosen))
+
+
+def _require_unshared(sublayer: Sublayer, gone: set[str]) -> None:
+    readers = [path for path in sublayer.shared_with if path not in gone]
+    if readers:
+        raise PassError(
+            f"cannot skip {sublayer.path}: its values are read by {', '.join(readers)}; skip those too, or keep it"
+        )
+
+
+def _scales_input(gm: fx.GraphModule, count: int) -> fx.Node:
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.name == SCALES_INPUT:
+            return node
+    device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
+    return add_placeholder(gm.graph, SCALES_INPUT, torch.ones(count, dtype=torch.float32, device=device))
+
+
+def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: fx.Node) -> fx.Node:
+    """Put ``scale * a`` in the place of b, erase b and the sublayer's writes, and return it."""
+    a, b = sublayer.stream_in, sublayer.stream_out
+    with graph.inserting_before(b):
+        scaled = call(graph, torch.mul, a, call(graph, "select", scales, 0, sublayer.index))
+        wanted, got = fake_tensor(b), fake_tensor(scaled)
+        assert wanted is not None
+        assert got is not None
+        if got.dim() != wanted.dim():
+            scaled = call(graph, "reshape_as", scaled, _shape_of(b))
+        if got.dtype != wanted.dtype:
+            scaled = call(graph, "to", scaled, wanted.dtype)
+    scaled.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **scaled.meta}
+    b.replace_all_uses_with(scaled)
+    for node in reversed(sublayer.writes):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+    graph.erase_node(b)
+    return scaled
+
+
+def _shape_of(b: fx.Node) -> fx.Node:
+    """Return a value of the shape of ``b`` that outlives it: the operand on the stream's side."""
+    return b.args[0]  # type: ignore[return-value]
+
+
+def _borrow_cache_outputs(gm: fx.GraphModule, stream: ResidualStream, gone: set[str]) -> None:
+    """Let the cache outputs of the sublayers in ``gone`` be views of those of kept ones."""
+    output = gm.graph.output_node()
+    values = list(output_values(gm))
+    donors: dict[tuple[object, ...], fx.Node] = {}
+    borrowers: list[tuple[int, tuple[object, ...]]] = []
+    for sublayer in sorted(stream.sublayers, key=lambda sublayer: sublayer.path in gone):
+        for slot, position in enumerate(sublayer.cache_outputs):
+            kind = _cache_kind(slot, values[position])
+            if sublayer.path in gone and kind in donors:
+                borrowers.append((position, kind))
+            else:
+                donors.setdefault(kind, values[position])  # type: ignore[arg-type]
+    with gm.graph.inserting_before(output):
+        for position, kind in borrowers:
+            values[position] = call(gm.graph, "detach", donors[kind])
+    results = tuple(output.args[0][i] if value is None else value for i, value in enumerate(values))  # type: ignore[index]
+    output.args = (results,)
+
+
+def _cache_kind(slot: int, node: fx.Node | None) -> tuple[object, ...]:
+    value = fake_tensor(node)
+    assert value is not None
+    return (slot, value.dtype, value.device, *map(str, value.shape), *map(str, value.stride()))

@@ -1,0 +1,114 @@
+"""What a sublayer keeps between calls: its cache inputs, its writes to them, its cache outputs.
+
+A region keeps state where it writes memory that outlives it, or computes a value that the graph
+returns beside its result. Position counters are none of it: they do not depend on the stream, so
+they lie in no region and survive a skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from adaskip_passes.effects import Effects, find_effects
+from adaskip_passes.graph import fake_tensor
+from adaskip_passes.module_paths import module_path
+
+if TYPE_CHECKING:
+    from adaskip_passes.residual_stream import ResidualStream
+
+
+@dataclass(frozen=True)
+class State:
+    """What one region keeps; all empty for a stateless one. ``outputs`` are positions in the graph's output tuple."""
+
+    writes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def exists(self) -> bool:
+        """Whether the region keeps anything (a cache that is only read does not count)."""
+        return bool(self.writes or self.outputs)
+
+
+def find_state(gm: fx.GraphModule, regions: Sequence[tuple[fx.Node, ...]], effects: Effects) -> list[State]:
+    """Return what each of ``regions`` keeps, in order."""
+    owner = {node: index for index, region in enumerate(regions) for node in region}
+    returned = tuple(output_values(gm))
+    returned_roots = {effects.roots[node] for node in returned if node is not None}
+    outlives = {
+        write.node: write.root
+        for write in effects.writes
+        if write.node in owner and (_from_outside(write.root) or write.root in returned_roots)
+    }
+    writer = {root: owner[node] for node, root in outlives.items()}
+    reader = _sole_readers(gm, owner, effects)
+    return [
+        State(
+            writes=tuple(node for node in region if node in outlives),
+            inputs=tuple(
+                node
+                for node in gm.graph.nodes
+                if node.op == "placeholder" and index in (writer.get(node), reader.get(node))
+            ),
+            outputs=tuple(_owned_outputs(index, returned, owner, writer, effects)),
+        )
+        for index, region in enumerate(regions)
+    ]
+
+
+def output_values(gm: fx.GraphModule) -> Iterator[fx.Node | None]:
+    """Yield the graph's outputs in order, None for each that is a constant."""
+    for value in gm.graph.output_node().args[0]:  # type: ignore[union-attr]
+        yield value if isinstance(value, fx.Node) else None
+
+
+def _from_outside(root: fx.Node) -> bool:
+    return root.op in ("placeholder", "get_attr")
+
+
+def _owned_outputs(
+    index: int, returned: Sequence[fx.Node | None], owner: dict[fx.Node, int], writer: dict[fx.Node, int], effects: Effects
+) -> Iterator[int]:
+    for position, node in enumerate(returned):
+        if node is None or fake_tensor(node) is None:
+            continue
+        if owner.get(node) == index or (node not in owner and writer.get(effects.roots[node]) == index):
+            yield position
+
+
+def _sole_readers(gm: fx.GraphModule, owner: dict[fx.Node, int], effects: Effects) -> dict[fx.Node, int]:
+    """Map each of the caller's tensors that a single region reads to that region.
+
+    Tensors of rank 3 and more that the model does not hold: its weights, and masks that all layers
+    read, are none of a region's state.
+    """
+    readers: dict[fx.Node, set[int]] = {}
+    for node in owner:
+        for source in node.all_input_nodes:
+            readers.setdefault(effects.roots[source], set()).add(owner[node])
+    return {
+        root: next(iter(found))
+        for root, found in readers.items()
+        if root.op == "placeholder" and len(found) == 1 and not module_path(root) and _may_be_cache(fake_tensor(root))
+    }
+
+
+def _may_be_cache(value: torch.Tensor | None) -> bool:
+    return value is not None and not isinstance(value, torch.nn.Parameter) and value.dim() >= 3 and value.dtype != torch.bool
+
+
+def find_counters(gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.Node, ...]:
+    """Return the inputs in which a preallocated cache counts its tokens: integer scalars that the graph itself advances."""
+    inside = {node for sublayer in stream.sublayers for node in sublayer.nodes}
+    roots = [write.root for write in find_effects(gm).writes if write.node not in inside]
+    return tuple(dict.fromkeys(root for root in roots if root.op == "placeholder" and _is_counter(fake_tensor(root))))
+
+
+def _is_counter(value: torch.Tensor | None) -> bool:
+    return value is not None and value.dim() == 0 and not value.is_floating_point()

@@ -1,0 +1,84 @@
+"""The rules that hold before and after every pass.
+
+A graph lints, its names are unique, every value has a fake value, its inputs are those it was
+captured with (a pass may append some), its outputs keep their shapes and dtypes (a pass may append
+one), and no write to memory that outlives the call is lost, except those of skipped sublayers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from adaskip_passes.effects import find_effects
+from adaskip_passes.errors import VerificationError
+from adaskip_passes.graph import fake_tensor
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.state import output_values
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a pass must not change: input names, output types, and writes by name."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    writes: frozenset[str]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, stream: ResidualStream) -> Contract:
+        """Read the contract off a graph."""
+        return cls(
+            tuple(node.name for node in gm.graph.nodes if node.op == "placeholder"),
+            tuple(_type(node) for node in output_values(gm)),
+            _lasting_writes(gm) - _writes_of_skipped(stream),
+        )
+
+
+def verify(gm: fx.GraphModule, contract: Contract, stream: ResidualStream, *, after: str) -> None:
+    """Raise :class:`VerificationError`, naming the pass ``after``, where ``gm`` breaks a rule."""
+    for problem in _problems(gm, contract, stream):
+        raise VerificationError(f"after {after}: {problem}")
+
+
+def _problems(gm: fx.GraphModule, contract: Contract, stream: ResidualStream):
+    try:
+        gm.graph.lint()
+    except Exception as error:
+        yield f"the graph does not lint: {error}"
+        return
+    for node in gm.graph.nodes:
+        computed = node.op in ("call_function", "call_method") and node.users
+        if computed and "example_value" not in node.meta and "val" not in node.meta:
+            yield f"node {node.name} has no fake value"
+    inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
+    if inputs[: len(contract.inputs)] != contract.inputs:
+        yield "inputs were removed, renamed or reordered"
+    outputs = tuple(_type(node) for node in output_values(gm))
+    for position, (was, now) in enumerate(zip(contract.outputs, outputs, strict=False)):
+        if was != now:
+            yield f"output {position} was {was} and is now {now}"
+    if len(outputs) < len(contract.outputs):
+        yield "outputs were removed"
+    lost = contract.writes - _lasting_writes(gm) - _writes_of_skipped(stream)
+    if lost:
+        yield f"writes to the caller's memory were lost: {', '.join(sorted(lost))}"
+
+
+def _lasting_writes(gm: fx.GraphModule) -> frozenset[str]:
+    return frozenset(
+        write.node.name for write in find_effects(gm).writes if write.root.op in ("placeholder", "get_attr")
+    )
+
+
+def _writes_of_skipped(stream: ResidualStream) -> frozenset[str]:
+    return frozenset(
+        node.name for sublayer in stream.sublayers if sublayer.path in stream.skipped for node in sublayer.writes
+    )
+
+
+def _type(node: fx.Node | None) -> str:
+    value = fake_tensor(node)
+    return "constant" if not isinstance(value, torch.Tensor) else f"{value.dtype} {tuple(value.shape)} on {value.device}"
