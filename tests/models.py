@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SIZES = {
     "vocab_size": 128,
@@ -54,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
+def tiny(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """Return a tiny random causal language model of a ``transformers`` family, in eval mode.
 
     ``overrides`` go to the configuration (``num_hidden_layers=4``, ``tie_word_embeddings=True``).
@@ -67,7 +69,7 @@ def tiny(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
     return redraw(model, seed)
 
 
-def redraw(model: nn.Module, seed: int) -> nn.Module:
+def redraw(model: Model, seed: int) -> Model:
     """Draw all parameters of ``model`` again, wide, and return it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +15,11 @@ FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen3", "mixtral", "gpt_neox
 
 def costs_of(model, **how):
     return [find_costs(one.gm, find_residual_stream(one.gm)) for one in capture(model, **how)]
+
+
+@functools.cache
+def llama_costs():
+    return costs_of(tiny("llama"), batch=3, length=11)
 
 
 def counted(model, run):
@@ -60,7 +67,7 @@ def test_cache_bytes_are_what_the_cache_holds(family):
 def test_weight_bytes_are_the_parameters_of_the_layers():
     model = tiny("llama")
     held = sum(parameter.nbytes for parameter in model.model.layers.parameters())
-    for costs in costs_of(model):
+    for costs in llama_costs():
         assert costs.total.weight_bytes == held
 
 
@@ -83,7 +90,7 @@ def test_a_static_cache_costs_its_whole_buffer():
 
 
 def test_the_table_reads_in_batch_query_and_context():
-    prefill, decode = costs_of(tiny("llama"), batch=3, length=11)
+    prefill, decode = llama_costs()
     assert str(prefill["model.layers.0.self_attn"]) == (
         "256*b*q**2 + 24576*b*q flops, 49408 weight bytes, 9752*b*q activation bytes, 256*b*q cache bytes"
     )
@@ -112,7 +119,7 @@ def test_a_size_that_the_graph_does_not_leave_open_is_refused():
 
 def test_a_graph_without_a_stream_costs_nothing():
     class Nothing:
-        sublayers = ()
+        sublayers: tuple[object, ...] = ()
 
     prefill, _ = capture(plain())
     assert len(find_costs(prefill.gm, Nothing())) == 0
