@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adaskip_passes.errors import ForeignFileError
+from adaskip_passes.errors import ForeignFileError, ProfileError
 
 # 512 weights over all matrices notice a fine-tune of any few of them, in about 5 ms and 2 KB of text.
 SAMPLED_WEIGHTS = 512
@@ -51,11 +52,10 @@ class ModelIdentity:
     weights: str | None
 
     def __post_init__(self) -> None:
-        for field in ("name", "structure"):
-            if not isinstance(getattr(self, field), str):
-                raise ValueError(f"the model's {field} is {getattr(self, field)!r}, not text")
-        if self.weights is not None:
-            self._values()
+        if not isinstance(self.name, str) or not isinstance(self.structure, str):
+            raise ProfileError(f"a model's name and structure are text, not {self.name!r} and {self.structure!r}")
+        if self.weights is not None and not re.fullmatch(rf"([0-9a-f]{{4}}){{{SAMPLED_WEIGHTS}}}", self.weights):
+            raise ProfileError(f"a model's sampled weights are {SAMPLED_WEIGHTS} numbers of four hexadecimal digits")
 
     @property
     def key(self) -> str:
@@ -71,22 +71,15 @@ class ModelIdentity:
             return "its parameters have other names or shapes"
         if self.weights is None or other.weights is None or self.weights == other.weights:
             return None
-        pairs = list(zip(self._values(), other._values(), strict=False))
+        pairs = zip(_numbers(self.weights), _numbers(other.weights), strict=True)
         differing = sum(not _same_weight(ours, theirs) for ours, theirs in pairs)
         if not differing:
             return None
-        return f"it has the same structure but other weights ({differing} of {len(pairs)} sampled ones differ)"
+        return f"it has the same structure but other weights ({differing} of {SAMPLED_WEIGHTS} sampled ones differ)"
 
     def matches(self, other: ModelIdentity) -> bool:
         """Return whether both are one model, whatever their dtypes and devices."""
         return self.difference(other) is None
-
-    def _values(self) -> tuple[float, ...]:
-        try:
-            bits = bytes.fromhex(self.weights or "")
-            return tuple(value for (value,) in struct.iter_unpack(">f", _widened(bits)))
-        except (TypeError, ValueError, struct.error) as error:
-            raise ValueError("the model's sampled weights are not hexadecimal bfloat16 numbers") from error
 
 
 def identify(model: nn.Module) -> ModelIdentity:
@@ -173,9 +166,10 @@ def _sampled_elements(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield tensor[tuple(reversed(index))]
 
 
-def _widened(bits: bytes) -> bytes:
-    """Return big-endian bfloat16 numbers as big-endian float32 ones, which share their upper half."""
-    return b"".join(bits[i : i + 2] + b"\0\0" for i in range(0, len(bits), 2))
+def _numbers(weights: str) -> list[float]:
+    """Return sampled weights as numbers: bfloat16 is the upper half of a float32."""
+    bits = bytes.fromhex(weights)
+    return [struct.unpack(">f", bits[i : i + 2] + b"\0\0")[0] for i in range(0, len(bits), 2)]
 
 
 def _same_weight(ours: float, theirs: float) -> bool:
