@@ -1,0 +1,130 @@
+"""The one list of options of the ``adaskip`` backend, and the only place that reads environment variables."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+from adaskip_compile.plans import SkipPlan, check_plan_options
+from adaskip_compile.profiles import Profile
+from adaskip_passes.errors import OptionError
+
+CACHE_VARIABLE = "ADASKIP_CACHE_DIR"
+INNER_BACKENDS = ("inductor", "eager")
+REGIONS = ("shared", "whole")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``torch.compile(model, backend="adaskip", options={...})`` and ``adaskip_compile.compile``.
+
+    Raises:
+        OptionError: An option has a value that it cannot take.
+    """
+
+    plan: SkipPlan | str | os.PathLike[str] | None = None
+    """What to skip: a plan, or the file of one."""
+
+    profile: Profile | str | os.PathLike[str] | None = None
+    """What was measured of the model, to plan from: a profile, or the file of one."""
+
+    skip: int = 8
+    """How many sublayers to skip, where no plan is given."""
+
+    speedup: float | None = None
+    """The target acceleration, in place of `skip`: 1.14 skips 8 of 64 sublayers, 1.33 skips 16."""
+
+    policy: str = "adaskip"
+    """How to choose the sublayers: `adaskip` ranks them by similarity."""
+
+    window: int = 20
+    """How many decoded tokens of a request are measured before it skips further FFNs; 0 for none."""
+
+    scale: str = "token"
+    """The ratio of norms that makes up for a skipped sublayer: `token` (mean over tokens) or `frobenius` (whole tensor)."""
+
+    learn: int = 20
+    """How many requests run in full to learn from, where neither a plan nor a profile is given."""
+
+    cache_dir: str | os.PathLike[str] | None = None
+    """Where to keep what was learned and compiled; by default `$ADASKIP_CACHE_DIR`, or else `~/.cache/adaskip`."""
+
+    inner: str = "inductor"
+    """What compiles the rewritten graphs: `inductor` or `eager`."""
+
+    regions: str = "shared"
+    """What is compiled as one: `shared` regions, each distinct one once, or the `whole` graph."""
+
+    def __post_init__(self) -> None:
+        check_plan_options(
+            skip=self.skip, speedup=self.speedup, policy=self.policy, window=self.window, scale=self.scale
+        )
+        self._check_type("plan", SkipPlan)
+        self._check_type("profile", Profile)
+        self._check_type("cache_dir")
+        if self.plan is not None and self.profile is not None:
+            raise OptionError("plan and profile are both given: a plan is made from a profile, so give one of them")
+        if type(self.learn) is not int or self.learn < 1:
+            raise OptionError(f"learn={self.learn!r}: takes a number of requests, 1 or more")
+        for name, known in (("inner", INNER_BACKENDS), ("regions", REGIONS)):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r}: takes one of {', '.join(known)}")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any] | None) -> Options:
+        """Return the options in ``options``, a dict as ``torch.compile`` hands it on.
+
+        Raises:
+            OptionError: An option is unknown (the message suggests the nearest) or cannot take its value.
+
+        >>> Options.from_mapping({"polcy": "adaskip"})
+        Traceback (most recent call last):
+        adaskip_passes.errors.OptionError: unknown option 'polcy': did you mean 'policy'? Options are plan, profile, \
+skip, speedup, policy, window, scale, learn, cache_dir, inner, regions
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options or {}:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else "."
+                raise OptionError(f"unknown option {name!r}{hint} Options are {', '.join(known)}")
+        return cls(**(options or {}))
+
+    @classmethod
+    def describe(cls) -> str:
+        """Return all options as a Markdown table, made from the documentation of the fields."""
+        lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+        meanings = _field_docstrings(cls)
+        lines.extend(f"| `{field.name}` | `{field.default!r}` | {meanings[field.name]} |" for field in fields(cls))
+        return "\n".join(lines)
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder for what was learned and compiled; it need not exist yet."""
+        chosen = self.cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/adaskip"
+        return Path(chosen).expanduser()
+
+    def _check_type(self, name: str, *types: type) -> None:
+        value = getattr(self, name)
+        if value is None or isinstance(value, (*types, os.PathLike)) or (isinstance(value, str) and value):
+            return
+        wanted = " or ".join([*(f"a {kind.__name__}" for kind in types), "the path of a file" if types else "a folder"])
+        raise OptionError(f"{name}={value!r}: takes {wanted}, or None")
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """Return the string that stands under each field; Python drops them when it compiles the class."""
+    [definition] = ast.parse(dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            found[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value))
+    return found

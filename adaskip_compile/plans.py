@@ -1,0 +1,344 @@
+"""Plans: what to skip, decided offline from a profile and online from a request's first tokens (AdaSkip section 3).
+
+The offline choice is :func:`plan`, the online one :func:`extra_sublayers`. A skipped sublayer is replaced by
+b = scale * a (paper Eq. 4), with a the residual stream before it and b after it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.identity import ModelIdentity, check_identity
+from adaskip_compile.profiles import SCALE_KINDS, Profile, is_finite_number
+from adaskip_passes.errors import LegalityError, OptionError, PlanError, ProfileError, UnknownSublayerError
+
+if TYPE_CHECKING:
+    from adaskip_compile.options import Options
+
+POLICIES = ("adaskip",)
+
+PLAN_FORMAT = DocumentFormat(
+    "adaskip-plan", 1, remedy="make one from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
+)
+
+
+@dataclass(frozen=True)
+class SkippedSublayer:
+    """One sublayer that a plan skips, from the first token of a request on.
+
+    Args:
+        path: The module path, such as ``model.layers.3.self_attn``.
+        kind: ``attention``, ``ssm`` or ``ffn``; empty where the plan was not made from a profile.
+        stateful: Whether it reads or writes the cache; None where the plan was not made from a profile.
+        scale: What the residual stream is multiplied by in its place (paper Eq. 4).
+        similarity: Its mean similarity in the profile, or None.
+
+    Raises:
+        PlanError: A field has a value that makes no sense.
+    """
+
+    path: str
+    kind: str
+    stateful: bool | None
+    scale: float
+    similarity: float | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path or not isinstance(self.kind, str):
+            raise PlanError(f"a skipped sublayer's path and kind are text, not {self.path!r} and {self.kind!r}")
+        if self.stateful not in (None, True, False):
+            raise PlanError(f"sublayer {self.path}: stateful is True, False or None, not {self.stateful!r}")
+        if not is_finite_number(self.scale) or self.scale <= 0:
+            raise PlanError(f"sublayer {self.path}: scale is {self.scale!r}; it takes a finite number above 0")
+        if self.similarity is not None and not is_finite_number(self.similarity):
+            raise PlanError(
+                f"sublayer {self.path}: similarity is {self.similarity!r}; it takes a finite number or None"
+            )
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """What to skip for a request.
+
+    Args:
+        skipped: The sublayers skipped in prefill and for the whole request, in the order of the residual stream.
+        beta: The similarity from which an FFN is skipped too after the window; None adds none.
+        window: How many decoded tokens are measured for that; 0 adds none.
+        policy: What chose the plan: ``adaskip``, ``explicit`` or ``none``.
+        scale_kind: Which ratio the scales are, and those measured in the window: ``token`` or ``frobenius``.
+        model: The model that the plan is for; None for any model that has these sublayers.
+
+    Raises:
+        PlanError: A sublayer is named twice, or a field has a value that makes no sense.
+    """
+
+    skipped: tuple[SkippedSublayer, ...]
+    beta: float | None
+    window: int
+    policy: str
+    scale_kind: str
+    model: ModelIdentity | None
+
+    def __post_init__(self) -> None:
+        paths = [sublayer.path for sublayer in self.skipped]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise PlanError(f"a plan names each sublayer once, and {path} {paths.count(path)} times here")
+        if self.beta is not None and not is_finite_number(self.beta):
+            raise PlanError(f"beta is {self.beta!r}; it takes a finite number or None")
+        if type(self.window) is not int or self.window < 0:
+            raise PlanError(f"window is {self.window!r}; it takes a number of tokens, 0 or more")
+        if not isinstance(self.policy, str):
+            raise PlanError(f"policy is {self.policy!r}; it takes text")
+        if self.scale_kind not in SCALE_KINDS:
+            raise PlanError(f"scale_kind is {self.scale_kind!r}; it takes one of {', '.join(SCALE_KINDS)}")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the skipped sublayers."""
+        return tuple(sublayer.path for sublayer in self.skipped)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of each skipped sublayer, by path."""
+        return {sublayer.path: sublayer.scale for sublayer in self.skipped}
+
+    @classmethod
+    def from_scales(cls, scales: Mapping[str, float], window: int = 0) -> SkipPlan:
+        """Return an explicit plan: which sublayers to skip, and what to multiply the stream by in their place.
+
+        There is no threshold to hold FFNs to, so the ``window`` adds none unless ``beta`` is set, with
+        :func:`dataclasses.replace`.
+
+        >>> SkipPlan.from_scales({"model.layers.3.self_attn": 0.98}).paths
+        ('model.layers.3.self_attn',)
+        """
+        skipped = tuple(SkippedSublayer(path, "", None, scale, None) for path, scale in scales.items())
+        return cls(skipped, beta=None, window=window, policy="explicit", scale_kind="token", model=None)
+
+    @classmethod
+    def none(cls) -> SkipPlan:
+        """Return the plan that skips nothing, ever."""
+        return cls((), beta=None, window=0, policy="none", scale_kind="token", model=None)
+
+    def check(self, model: ModelIdentity, *, source: str = "this plan") -> None:
+        """Raise :class:`ForeignFileError`, beginning with ``source``, if this plan was made for another model."""
+        if self.model is not None:
+            check_identity(self.model, model, source=source)
+
+    def check_paths(self, model: nn.Module) -> None:
+        """Raise :class:`UnknownSublayerError` if the plan names a sublayer that is no module of ``model``."""
+        known = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+        for path in self.paths:
+            if path not in known:
+                near = difflib.get_close_matches(path, known, n=3, cutoff=0.0)
+                raise UnknownSublayerError(
+                    f"the plan skips {path}, which {type(model).__name__} lacks; nearest of its modules: "
+                    f"{', '.join(near) or 'it has none'}. `adaskip inspect` lists its sublayers"
+                )
+
+    def describe(self) -> str:
+        """Return the plan as a table of text."""
+        if not self.skipped:
+            return "skips nothing"
+        online = "no FFN is added online"
+        if self.beta is not None and self.window:
+            online = f"after {self.window} decoded tokens also every FFN of similarity {self.beta:.4f} or more"
+        width = max(len(path) for path in self.paths)
+        lines = [f"skips {len(self.skipped)} sublayers; {online}; scale: {self.scale_kind}, policy: {self.policy}"]
+        lines.append(f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}")
+        for sublayer in self.skipped:
+            similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
+            lines.append(f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}")
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to ``path``, whole or not at all.
+
+        Raises:
+            FileError: The file cannot be written.
+        """
+        PLAN_FORMAT.write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
+        """Return the plan in the file at ``path``.
+
+        Raises:
+            FileError: The file is missing, damaged, of a newer version, or no plan.
+        """
+        payload = PLAN_FORMAT.read(path)
+        try:
+            fields = {
+                **payload,
+                "skipped": tuple(SkippedSublayer(**entry) for entry in payload["skipped"]),
+                "model": payload["model"] and ModelIdentity(**payload["model"]),
+            }
+            return cls(**fields)
+        except KeyError as error:
+            raise PLAN_FORMAT.damaged(path, f"it lacks {error}") from error
+        except (TypeError, PlanError, ProfileError) as error:
+            raise PLAN_FORMAT.damaged(path, error) from error
+
+
+def plan(
+    profile: Profile,
+    *,
+    skip: int = 8,
+    speedup: float | None = None,
+    policy: str = "adaskip",
+    context: int | None = None,
+    window: int = 20,
+    scale: str = "token",
+) -> SkipPlan:
+    """Choose offline what to skip: the sublayers, of all kinds in one ranking, that are most similar.
+
+    The threshold beta for the online choice is the smallest similarity among them.
+
+    Args:
+        profile: What was measured of the model.
+        skip: How many sublayers to skip.
+        speedup: The paper's target acceleration alpha, in place of ``skip``: skips 2m sublayers, where m = M - M/alpha
+            of M layers, a layer being two sublayers.
+        policy: How to choose; ``adaskip`` is the only policy.
+        context: Reserved for policies that depend on the context length; ``adaskip`` does not.
+        window: How many decoded tokens to measure before FFNs are added; 0 adds none.
+        scale: Which ratio makes up for a sublayer: ``token`` (paper Eq. 3) or ``frobenius`` (the authors' code).
+
+    Raises:
+        OptionError: An option has a value that it cannot take, or that is more than this model allows.
+    """
+    check_plan_options(skip=skip, speedup=speedup, policy=policy, window=window, scale=scale)
+    if context is not None:
+        raise OptionError(f"context={context!r} has no meaning to policy {policy!r}: leave it out")
+    chosen = {sublayer.path for sublayer in profile.ranking()[: _count_to_skip(profile, skip, speedup)]}
+    skipped = tuple(
+        SkippedSublayer(found.path, found.kind, found.stateful, found.mean_scale(scale), found.mean_similarity)
+        for found in profile.sublayers
+        if found.path in chosen
+    )
+    beta = min((found.mean_similarity for found in profile.sublayers if found.path in chosen), default=None)
+    return SkipPlan(skipped, beta, window, policy, scale, profile.model)
+
+
+def plan_by_options(profile: Profile, options: Options) -> SkipPlan:
+    """Return the plan that ``options`` ask for of ``profile``."""
+    return plan(
+        profile,
+        skip=options.skip,
+        speedup=options.speedup,
+        policy=options.policy,
+        window=options.window,
+        scale=options.scale,
+    )
+
+
+def resolve_plan(options: Options, identity: ModelIdentity | None) -> SkipPlan | None:
+    """Return the plan that ``options`` give, itself or by a profile, read from a file where they name one.
+
+    Args:
+        options: The options; None is returned where they give neither a plan nor a profile.
+        identity: The model that the plan is to be used for; None where there is none to check it against.
+
+    Raises:
+        FileError: A file cannot be used, or the plan or profile was made for another model.
+        OptionError: The options ask for more than the profiled model allows.
+    """
+    if options.plan is not None:
+        given = options.plan
+        found = given if isinstance(given, SkipPlan) else SkipPlan.load(given)
+        if identity is not None:
+            found.check(identity, source="this plan" if found is given else str(given))
+        return found
+    if options.profile is not None:
+        named = options.profile
+        profile = named if isinstance(named, Profile) else Profile.load(named)
+        if identity is not None:
+            profile.check(identity, source="this profile" if profile is named else str(named))
+        return plan_by_options(profile, options)
+    return None
+
+
+def extra_sublayers(
+    plan: SkipPlan, window_stats: Mapping[str, tuple[float, float]], *, stateful: Collection[str] = ()
+) -> dict[str, float]:
+    """Choose online what to skip from now on too, once the window of a request is over.
+
+    Every FFN that was kept so far and whose similarity reaches beta is added, with the scale that was measured in
+    this window (as in the authors' code; the paper uses the offline scale again).
+
+    Args:
+        plan: The plan of the request.
+        window_stats: By path of each stateless sublayer kept so far, the means over the tokens of the window of its
+            similarity and its scale, of the plan's ``scale_kind``.
+        stateful: Paths that must not be added, because their cache would have a hole.
+
+    Returns:
+        The scale of each added sublayer by path, in the order of ``window_stats``.
+
+    Raises:
+        LegalityError: A stateful sublayer was measured as if it could be added.
+    """
+    for path in stateful:
+        if path in window_stats:
+            raise LegalityError(
+                f"{path} is stateful: skipped after prefill, its cache would have a hole. Measure FFNs only"
+            )
+    beta = plan.beta
+    if beta is None:
+        return {}
+    return {
+        path: scale
+        for path, (similarity, scale) in window_stats.items()
+        # A sublayer that overflowed has no finite scale; it is kept.
+        if path not in plan.scales and similarity >= beta and math.isfinite(scale)
+    }
+
+
+def largest_skip(profile: Profile) -> int:
+    """Return how many sublayers of a model can be skipped at most: neither all of them nor its last attention."""
+    # The sequence length and the positions are read off an attention's cache, and some sublayer must be left to run.
+    ranking = profile.ranking()
+    attentions = [place for place, sublayer in enumerate(ranking) if sublayer.kind == "attention"]
+    return min(attentions[-1] if attentions else len(ranking), len(ranking) - 1)
+
+
+def check_plan_options(*, skip: int, speedup: float | None, policy: str, window: int, scale: str) -> None:
+    """Raise :class:`OptionError` for a value that no model could be planned with."""
+    if type(skip) is not int or skip < 0:
+        raise OptionError(f"skip={skip!r}: takes a number of sublayers, 0 or more")
+    if speedup is not None and (not is_finite_number(speedup) or speedup < 1):
+        raise OptionError(f"speedup={speedup!r}: takes a ratio of 1 or more, such as 1.14, or None")
+    if policy not in POLICIES:
+        raise OptionError(f"policy={policy!r}: takes one of {', '.join(POLICIES)}")
+    if type(window) is not int or window < 0:
+        raise OptionError(f"window={window!r}: takes a number of decoded tokens, 0 or more")
+    if scale not in SCALE_KINDS:
+        raise OptionError(f"scale={scale!r}: takes one of {', '.join(SCALE_KINDS)}")
+
+
+def _count_to_skip(profile: Profile, skip: int, speedup: float | None) -> int:
+    total, limit = len(profile.sublayers), largest_skip(profile)
+    # 2m = 2(M - M/alpha), with M = total / 2 layers
+    count = skip if speedup is None else round(total - total / speedup)
+    if count <= limit:
+        return count
+    asked = f"skip={skip}" if speedup is None else f"speedup={speedup} skips {count} sublayers, which"
+    why = f"at most {limit} of this model's {total} sublayers can be skipped"
+    if limit < total - 1:
+        why += f", because its most similar {limit + 1} hold every attention and one must stay"
+    remedy = "" if speedup is None else f"; the largest speedup is {_floor(total / (total - limit))}"
+    raise OptionError(f"{asked} is too many: {why}{remedy}")
+
+
+def _floor(ratio: float) -> float:
+    """Return ``ratio`` with two digits, rounded down, so that it is still allowed."""
+    return math.floor(ratio * 100) / 100

@@ -1,0 +1,215 @@
+"""Profiles: what offline learning measured of every sublayer (AdaSkip section 3.2).
+
+A profile keeps one value a sample and not a running mean, so that merging loses nothing: the profile of two halves of
+the samples, merged, is the profile of all of them, to the last bit and in any order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.identity import ModelIdentity, check_identity
+from adaskip_passes.errors import OptionError, ProfileError
+
+SCALE_KINDS = ("token", "frobenius")
+
+PROFILE_FORMAT = DocumentFormat(
+    "adaskip-profile", 1, remedy="measure the model with adaskip_compile.profile(model, samples) or `adaskip profile`"
+)
+
+
+@dataclass(frozen=True)
+class SublayerProfile:
+    """What was measured of one sublayer, with a the residual stream before it and b after it.
+
+    All four tuples have one entry a sample, in the same order.
+
+    Args:
+        path: The module path, such as ``model.layers.3.self_attn``.
+        kind: ``attention``, ``ssm`` or ``ffn``.
+        stateful: Whether it reads or writes the cache.
+        similarity: Mean over the sample's tokens of cosine(a, b) (paper Eq. 2).
+        scale_token: Mean over the sample's tokens of ||b|| / ||a|| (paper Eq. 3).
+        scale_frobenius: ||b|| / ||a|| of the sample's whole tensors, as in the authors' code.
+        tokens: Number of tokens.
+
+    Raises:
+        ProfileError: There are no samples, not as many of each measurement, or one is not a finite number.
+    """
+
+    path: str
+    kind: str
+    stateful: bool
+    similarity: tuple[float, ...]
+    scale_token: tuple[float, ...]
+    scale_frobenius: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path or not isinstance(self.kind, str):
+            raise ProfileError(f"a sublayer's path and kind are text, not {self.path!r} and {self.kind!r}")
+        if not isinstance(self.stateful, bool):
+            raise ProfileError(f"sublayer {self.path}: stateful is True or False, not {self.stateful!r}")
+        measured = (self.similarity, self.scale_token, self.scale_frobenius, self.tokens)
+        if not self.similarity or len(set(map(len, measured))) != 1:
+            lengths = ", ".join(str(len(values)) for values in measured)
+            raise ProfileError(
+                f"sublayer {self.path}: needs as many samples of each measurement, at least 1, got {lengths}"
+            )
+        for name in ("similarity", "scale_token", "scale_frobenius"):
+            self._check_values(name, is_finite_number, "finite numbers")
+        self._check_values("tokens", lambda count: type(count) is int and count > 0, "positive integers")
+
+    @property
+    def samples(self) -> int:
+        """How many samples were measured."""
+        return len(self.similarity)
+
+    @property
+    def mean_similarity(self) -> float:
+        """Mean over the samples of the similarity (paper Eq. 2); the same in whatever order they came."""
+        return _mean(self.similarity)
+
+    def mean_scale(self, kind: str = "token") -> float:
+        """Return the mean over the samples of the scale: ``token`` (paper Eq. 3) or ``frobenius``."""
+        if kind not in SCALE_KINDS:
+            raise OptionError(f"unknown scale {kind!r}; known are {', '.join(SCALE_KINDS)}")
+        return _mean(self.scale_token if kind == "token" else self.scale_frobenius)
+
+    def merge(self, other: SublayerProfile) -> SublayerProfile:
+        """Return the profile of the samples of both."""
+        if (self.path, self.kind, self.stateful) != (other.path, other.kind, other.stateful):
+            raise ProfileError(
+                f"cannot merge profiles: they differ in a sublayer, {_headline(self)} and {_headline(other)}"
+            )
+        return SublayerProfile(
+            self.path,
+            self.kind,
+            self.stateful,
+            self.similarity + other.similarity,
+            self.scale_token + other.scale_token,
+            self.scale_frobenius + other.scale_frobenius,
+            self.tokens + other.tokens,
+        )
+
+    def _check_values(self, name: str, valid: Callable[[object], bool], wanted: str) -> None:
+        for value in getattr(self, name):
+            if not valid(value):
+                raise ProfileError(f"sublayer {self.path}: {name} holds {value!r}; it takes {wanted}")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured of every sublayer of one model.
+
+    Args:
+        model: The model that was measured; None where it cannot be told from others.
+        sublayers: All sublayers, in the order of the residual stream.
+
+    Raises:
+        ProfileError: There are no sublayers, two have one path, or they differ in their number of samples.
+    """
+
+    model: ModelIdentity | None
+    sublayers: tuple[SublayerProfile, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sublayers:
+            raise ProfileError("a profile needs at least one sublayer")
+        paths = [sublayer.path for sublayer in self.sublayers]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ProfileError(f"a profile names each sublayer once, and {path} {paths.count(path)} times here")
+        for sublayer in self.sublayers:
+            if sublayer.samples != self.samples:
+                raise ProfileError(
+                    f"every sublayer sees every sample, but {paths[0]} saw {self.samples} and {sublayer.path} "
+                    f"{sublayer.samples}"
+                )
+
+    @property
+    def samples(self) -> int:
+        """How many samples were measured."""
+        return self.sublayers[0].samples
+
+    def ranking(self) -> tuple[SublayerProfile, ...]:
+        """Return all sublayers of all kinds in one ranking, most similar first; equals stay in stream order."""
+        return tuple(sorted(self.sublayers, key=lambda sublayer: -sublayer.mean_similarity))
+
+    def merge(self, *others: Profile) -> Profile:
+        """Return the profile of the samples of this one and ``others``.
+
+        Raises:
+            ProfileError: They are of different models, or of different sublayers.
+        """
+        merged = self
+        for other in others:
+            merged = merged._merge(other)
+        return merged
+
+    def check(self, model: ModelIdentity, *, source: str = "this profile") -> None:
+        """Raise :class:`ForeignFileError`, beginning with ``source``, if this was measured on another model."""
+        if self.model is not None:
+            check_identity(self.model, model, source=source)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile to ``path``, whole or not at all.
+
+        Raises:
+            FileError: The file cannot be written.
+        """
+        PROFILE_FORMAT.write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Return the profile in the file at ``path``.
+
+        Raises:
+            FileError: The file is missing, damaged, of a newer version, or no profile.
+        """
+        payload = PROFILE_FORMAT.read(path)
+        try:
+            model = payload["model"] and ModelIdentity(**payload["model"])
+            return cls(model, tuple(_sublayer_from(entry) for entry in payload["sublayers"]))
+        except (AttributeError, KeyError, TypeError, ProfileError) as error:
+            raise PROFILE_FORMAT.damaged(path, _reason(error)) from error
+
+    def _merge(self, other: Profile) -> Profile:
+        difference = self.model and other.model and self.model.difference(other.model)
+        if difference:
+            raise ProfileError(
+                f"cannot merge profiles of different models: seen from the first, {difference} in another"
+            )
+        if len(self.sublayers) != len(other.sublayers):
+            raise ProfileError(
+                f"cannot merge profiles: one has {len(self.sublayers)} sublayers and another {len(other.sublayers)}"
+            )
+        pairs = zip(self.sublayers, other.sublayers, strict=True)
+        return Profile(self.model or other.model, tuple(ours.merge(theirs) for ours, theirs in pairs))
+
+
+def is_finite_number(value: object) -> bool:
+    """Return whether ``value`` is an integer or a float, and neither NaN nor an infinity."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    # fsum rounds once, at the end: the order of the samples cannot be seen in the result.
+    return math.fsum(values) / len(values)
+
+
+def _headline(sublayer: SublayerProfile) -> str:
+    return f"{sublayer.path} ({sublayer.kind}, {'stateful' if sublayer.stateful else 'stateless'})"
+
+
+def _sublayer_from(entry: dict[str, Any]) -> SublayerProfile:
+    return SublayerProfile(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+
+
+def _reason(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
