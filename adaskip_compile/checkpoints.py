@@ -88,7 +88,7 @@ def load_checkpoint(
         FileError: the checkpoint is of a kind that cannot be loaded.
     """
     _require_transformers()
-    cache = Path(cache_dir) if cache_dir is not None else Options().cache_path
+    cache = Path(cache_dir) if cache_dir is not None else Options().cache_folder
     source = _find_source(name, cache)
     try:
         model, tokenizer = _from_pretrained(source, dtype)

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     output.say(f"1/4 Loading {arguments.model}")
     model, tokenizer = common.load_model(arguments)
     output.say(f"2/4 Profiling on {arguments.samples} samples of {arguments.length} tokens")
-    plan = _learn(model, tokenizer, arguments)
+    plan = _learn(model, tokenizer, arguments, output.watched)
     ids = _prompt(tokenizer, arguments.prompt_tokens).to(model.device)
     output.say(
         f"3/4 Compiling, then generating {arguments.new_tokens} tokens from {ids.shape[1]}, {arguments.rounds} times each way"
@@ -74,11 +74,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _learn(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
+def _learn(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: bool) -> Any:
     import adaskip_compile
 
     samples = choose_samples(tokenizer, None, arguments.samples, arguments.length)
-    profile = adaskip_compile.profile(model, samples, tokenizer=tokenizer, max_samples=arguments.samples)
+    profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=watched)
     return planning.make_plan(profile, arguments)
 
 
@@ -87,10 +87,10 @@ def _race(
 ) -> tuple[dict[str, list[Generation]], dict[str, float]]:
     """Return the timed generations of each way, and the FFNs that skipping ones added with their scales."""
     import torch
-    from adaskip_compile.plans import SkipPlan
 
     import adaskip_compile
     from adaskip_compile.cli.measure import generate, take_turns
+    from adaskip_compile.plans import SkipPlan
 
     def eager() -> Generation:
         with torch.compiler.set_stance("force_eager"):
@@ -107,10 +107,9 @@ def _race(
 
 
 def _quality(model: Any, tokenizer: Any, plan: Any, arguments: argparse.Namespace) -> dict[str, float]:
-    from adaskip_compile.plans import SkipPlan
-
     import adaskip_compile
     from adaskip_compile.cli.measure import mean_nll
+    from adaskip_compile.plans import SkipPlan
     from adaskip_compile.texts import held_out_texts, windows
 
     texts = held_out_texts(arguments.held_out, characters=5 * arguments.length)

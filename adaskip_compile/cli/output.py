@@ -32,6 +32,11 @@ class Output:
         if not self._console.is_terminal:
             self._console.width = _UNWATCHED_WIDTH
 
+    @property
+    def watched(self) -> bool:
+        """Whether a person watches standard output, so that a progress bar may redraw there."""
+        return self.json_to != "-" and self._console.is_terminal
+
     def say(self, text: object = "") -> None:
         """Print plain text for a person."""
         self._console.print(str(text), markup=False)

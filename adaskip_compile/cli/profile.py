@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     texts = common.read_texts(arguments.texts) if arguments.texts else None
     model, tokenizer = common.load_model(arguments)
     samples = choose_samples(tokenizer, texts, arguments.samples, arguments.length)
-    profile = adaskip_compile.profile(model, samples, tokenizer=tokenizer, max_samples=arguments.samples)
+    profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=output.watched)
     profile.save(arguments.out)
     output.show(profile_table(profile))
     output.say(f"\n{profile.samples} samples, written to {arguments.out}")

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=common.positive, default=64, metavar="N", help="(default: %(default)s)"
     )
+    parser.add_argument("--skip", type=int, metavar="N", help="sublayers to skip when there is no plan (default: 8)")
     parser.add_argument("--inner", choices=("inductor", "eager"), help="the backend that compiles each region")
 
 
@@ -53,5 +54,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    asked = {"plan": arguments.plan, "profile": arguments.profile, "inner": arguments.inner}
-    return {name: value for name, value in asked.items() if value is not None}
+    asked = {name: getattr(arguments, name) for name in ("profile", "skip", "inner")}
+    options = {name: value for name, value in asked.items() if value is not None}
+    if arguments.plan is not None:
+        from adaskip_compile.plans import SkipPlan
+
+        options["plan"] = SkipPlan.load(arguments.plan)
+    return options

@@ -1,0 +1,170 @@
+"""Each command from its arguments to its files, with a tiny model and no compiler inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adaskip_compile import Profile, SkipPlan
+from adaskip_compile.cli import main
+from tests.tiny_checkpoints import save_tiny
+
+ATTENTION = "model.layers.{}.self_attn"
+FFN = "model.layers.{}.mlp"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def profile(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    assert main(["profile", model, "--out", str(path), "--samples", "3", "--length", "48"]) == 0
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plan(profile: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    assert main(["plan", profile, "--out", str(path), "--skip", "2", "--window", "3"]) == 0
+    return str(path)
+
+
+def results(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_profile_measures_every_sublayer(profile: str):
+    measured = Profile.load(profile)
+    assert measured.samples == 3
+    assert [sublayer.path for sublayer in measured.sublayers] == [
+        name.format(layer) for layer in range(4) for name in (ATTENTION, FFN)
+    ]
+    assert {tokens for sublayer in measured.sublayers for tokens in sublayer.tokens} == {48}
+
+
+def test_profile_of_texts_of_ones_own(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "b.txt").write_text("b" * 70)
+    out = tmp_path / "profile.json"
+    texts = ["--texts", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert main(["profile", model, "--out", str(out), "--length", "32", "--json", "-", *texts]) == 0
+    found = results(capsys)
+    assert found["samples"] == 3 + 2
+    similarities = [sublayer["similarity"] for sublayer in found["sublayers"]]
+    assert similarities == sorted(similarities, reverse=True)
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "there is no such file"), (b"", "holds no text"), (b"\xff\xfe\xff", "not a text file in UTF-8")],
+)
+def test_profile_names_a_text_that_it_cannot_read(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    assert main(["profile", "smollm2", "--out", str(tmp_path / "p.json"), "--texts", str(text)]) == 2
+    assert capsys.readouterr().err.startswith(f"adaskip: error: {text}: {message}")
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["profile", model, "--out", str(tmp_path / "p.json"), "--device", "cuda:77"]) == 2
+    assert "--device cuda:77: PyTorch cannot use it here" in capsys.readouterr().err
+
+
+def test_plan_skips_the_most_similar(profile: str, plan: str):
+    best = [sublayer.path for sublayer in Profile.load(profile).ranking()[:2]]
+    made = SkipPlan.load(plan)
+    assert set(made.paths) == set(best)
+    assert made.window == 3
+
+
+def test_plan_by_speed_up(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "plan.json"
+    assert main(["plan", profile, "--out", str(out), "--speedup", "1.333", "--json", "-"]) == 0
+    assert len(results(capsys)["skipped"]) == 2  # 2 (4 - 4 / 1.333)
+    assert len(SkipPlan.load(out).paths) == 2
+
+
+def test_plan_refuses_what_the_model_does_not_allow(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "plan.json"
+    assert main(["plan", profile, "--out", str(out), "--skip", "100"]) == 2
+    assert "skip" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_inspect_lists_sublayers_with_what_is_known(
+    model: str, profile: str, plan: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["inspect", model, "--profile", profile, "--plan", plan, "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    rows = {row["path"]: row for row in json.loads(out)["sublayers"]}
+    assert len(rows) == 8
+    assert {path for path, row in rows.items() if row["skipped"]} == set(SkipPlan.load(plan).paths)
+    attention = rows[ATTENTION.format(0)]
+    assert attention["stateful"]
+    assert attention["kind"] == "attention"
+    assert attention["parameters"] == 64 * 64 * 2 + 64 * 32 * 2
+    assert 0 < attention["similarity"] < 1
+    assert all(path in err for path in rows)
+    assert "skipped" in err
+
+
+def test_inspect_alone_shows_structure_only(model: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", model]) == 0
+    text = capsys.readouterr().out
+    assert "8 sublayers" in text
+    assert "similarity" not in text
+    assert "kept" not in text
+
+
+def test_run_generates_with_a_plan_and_reports(model: str, plan: str, capsys: pytest.CaptureFixture[str]):
+    arguments = ["run", model, "--plan", plan, "--prompt", "some words", "--max-new-tokens", "6"]
+    assert main([*arguments, "--inner", "eager", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    [request] = found["report"]["sessions"][0]["requests"]
+    assert set(request["skipped"]) == set(SkipPlan.load(plan).paths)
+    assert found["text"] in err
+
+
+def test_run_reads_a_prompt_from_a_file(model: str, profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "prompt.txt").write_text("some more words")
+    arguments = ["run", model, "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "2", "--json", "-"]
+    assert main([*arguments, "--inner", "eager", "--skip", "2", "--profile", profile]) == 0
+    found = results(capsys)
+    assert found["prompt"] == "some more words"
+    assert len(found["report"]["sessions"][0]["requests"][0]["skipped"]) == 2
+
+
+def test_demo_compares_the_three_ways(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "demo.json"
+    small = {"samples": 2, "length": 32, "held-out": 2, "prompt-tokens": 40, "new-tokens": 9, "rounds": 2}
+    small |= {"skip": 2, "window": 3}
+    flags = [item for name, value in small.items() for item in (f"--{name}", str(value))]
+    assert main(["demo", "--model", model, "--inner", "eager", "--json", str(out), *flags]) == 0
+    found = json.loads(out.read_text())
+    eager, full, skipping = (found["ways"][way] for way in ("eager, full", "adaskip, full", "adaskip, skipping"))
+    assert eager["tokens"] == full["tokens"]
+    assert len(skipping["tokens"]) == 9
+    attention = [path for path in found["plan"]["skipped"] if path.endswith("self_attn")]
+    assert skipping["cache_bytes"] * 4 == full["cache_bytes"] * (4 - len(attention))
+    assert full["nll"] > 0
+    assert skipping["nll"] != full["nll"]
+    assert found["prompt_tokens"] == 40
+    text = capsys.readouterr().out
+    for words in ("first token", "skipping against full", "KV cache", "mean NLL", *found["plan"]["skipped"]):
+        assert words in text
+
+
+def test_demo_must_see_past_the_window(capsys: pytest.CaptureFixture[str]):
+    assert main(["demo", "--new-tokens", "10"]) == 2
+    assert "--new-tokens must be at least 23" in capsys.readouterr().err
