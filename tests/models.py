@@ -11,7 +11,7 @@ sublayer moves the stream by a tenth or more: skipping the wrong one cannot pass
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -179,13 +179,15 @@ class Captured:
     """One graph that Dynamo captured, and what its first call got and gave.
 
     ``inputs`` and ``outputs`` are real values, cloned before the call could write to them
-    (parameters excepted), so that the graph can be run again and compared bit for bit.
+    (parameters excepted), so that the graph can be run again and compared bit for bit. ``call`` counts
+    the calls of the model: graphs of one call are the fragments that a graph break left.
     """
 
     gm: fx.GraphModule
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     phase: str
+    call: int
 
 
 def _keep(value: Any) -> Any:
@@ -200,17 +202,19 @@ class _Recorder:
     def __init__(self) -> None:
         self.captured: list[Captured] = []
         self.phase = "prefill"
+        self.call = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         index = len(self.captured)
-        self.captured.append(Captured(gm, (), (), self.phase))
+        self.captured.append(Captured(gm, (), (), self.phase, self.call))
 
         def run(*inputs: Any) -> Any:
             if self.captured[index].inputs:
                 return gm.forward(*inputs)
             kept = tuple(_keep(value) for value in inputs)
             outputs = gm.forward(*inputs)
-            self.captured[index] = Captured(gm, kept, tuple(_keep(value) for value in outputs), self.phase)
+            given = tuple(_keep(value) for value in outputs)
+            self.captured[index] = replace(self.captured[index], inputs=kept, outputs=given)
             return outputs
 
         return run
@@ -239,6 +243,7 @@ def capture_all(
     def call(*args: Any, **kwargs: Any) -> Any:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         recorder.phase = "prefill" if ids.shape[1] > 1 else "decode"
+        recorder.call += 1
         return compiled(*args, **kwargs)
 
     run = partial(_generate, model, cache=_static_cache(model) if cache == "static" else None)
@@ -255,7 +260,10 @@ def capture(model: nn.Module, **how: Any) -> tuple[Captured, Captured]:
 
     The last, because Dynamo replaces a graph by a more general one where the first was too narrow.
     """
-    graphs = {captured.phase: captured for captured in capture_all(model, **how)}
+    captured = capture_all(model, **how)
+    if len({one.call for one in captured}) < len(captured):
+        raise RuntimeError("a call of the model was captured in several graphs")
+    graphs = {one.phase: one for one in captured}
     return graphs["prefill"], graphs["decode"]
 
 

@@ -24,3 +24,11 @@ def test_a_model_is_left_as_it_was():
     model = tiny("llama")
     capture(model)
     assert model._compiled_call_impl is None
+
+
+def test_fragments_of_a_graph_are_not_taken_for_it():
+    # A prompt that meets a full static cache: the length to build a mask of is a tensor.
+    model = tiny("opt", num_hidden_layers=1)
+    assert len(capture_all(model, cache="static", requests=2)) > 3
+    with pytest.raises(RuntimeError, match="several graphs"):
+        capture(model, cache="static", requests=2)
