@@ -86,6 +86,11 @@ def test_no_cast_moves_a_weight_out_of_tolerance(weight: float) -> None:
     assert all(_same_weight(ours, theirs) for ours in rounded for theirs in rounded)
 
 
+@pytest.mark.parametrize("weight", [1e-4, 0.02, 1.0, 500.0])
+def test_a_weight_that_moved_by_two_percent_is_another(weight: float) -> None:
+    assert not _same_weight(weight, weight * 1.02)
+
+
 def test_another_seed_is_another_model() -> None:
     difference = identify(Model(seed=0)).difference(identify(Model(seed=1)))
     assert difference is not None
