@@ -110,7 +110,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path):
 def test_damaged_weights_are_explained_in_one_line(folder: Path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(DamagedFileError, match="cannot be loaded .*; fetch or save it again") as caught:
+    with pytest.raises(DamagedFileError, match=r"cannot be loaded .*; fetch or save it again") as caught:
         load_checkpoint(folder)
     assert "\n" not in str(caught.value)
 
