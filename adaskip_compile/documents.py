@@ -58,7 +58,7 @@ class DocumentFormat:
         try:
             text = self._text(payload)
         except ValueError as error:
-            raise FileError(f"{path} was not written: a {self.name} cannot hold NaN or an infinity") from error
+            raise FileError(f"{path} was not written: {self.name} files hold no NaN and no infinity") from error
         try:
             _replace_file(Path(path), text.encode())
         except OSError as error:
@@ -78,13 +78,13 @@ class DocumentFormat:
         if found is None:
             self._refuse(path, 'it names no "format"')
         if found != self.name:
-            raise FileError(f"{path} is a {found} file where a {self.name} is needed; to get one, {self.remedy}")
+            raise FileError(f"{path} is of format {found}, and {self.name} is needed; to get one, {self.remedy}")
         version = document.get("version")
         if type(version) is not int or version < 1:
             self._refuse(path, f"its version is {version!r}")
         if version > self.version:
             raise NewerFileError(
-                f"{path} is a {self.name} of version {version}, written by {document.get('producer', 'an unknown package')}; "
+                f"{path} is of version {version} of the format {self.name}, written by {document.get('producer', 'an unknown package')}; "
                 f"{producer()} reads up to version {self.version}: upgrade with `pip install --upgrade {DISTRIBUTION}`"
             )
         payload = document.get("payload")
@@ -105,7 +105,7 @@ class DocumentFormat:
         try:
             data = Path(path).read_bytes()
         except FileNotFoundError as error:
-            raise MissingFileError(f"{path} does not exist; to get a {self.name}, {self.remedy}") from error
+            raise MissingFileError(f"{path} does not exist; to get one, {self.remedy}") from error
         except OSError as error:
             raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
         try:

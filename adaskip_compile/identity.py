@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,11 @@ class ModelIdentity:
             raise ProfileError(f"a model's name and structure are text, not {self.name!r} and {self.structure!r}")
         if self.weights is not None and not re.fullmatch(rf"([0-9a-f]{{4}}){{{SAMPLED_WEIGHTS}}}", self.weights):
             raise ProfileError(f"a model's sampled weights are {SAMPLED_WEIGHTS} numbers of four hexadecimal digits")
+
+    @classmethod
+    def from_payload(cls, payload: Any) -> ModelIdentity | None:
+        """Return the identity that a file holds, or None where it holds null."""
+        return None if payload is None else cls(**payload)
 
     @property
     def key(self) -> str:

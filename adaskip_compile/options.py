@@ -78,7 +78,7 @@ class Options:
                 raise OptionError(f"{name}={getattr(self, name)!r}: takes one of {', '.join(known)}")
 
     @classmethod
-    def from_mapping(cls, options: Mapping[str, Any] | None) -> Options:
+    def from_mapping(cls, options: Mapping[Any, Any] | None) -> Options:
         """Return the options in ``options``, a dict as ``torch.compile`` hands it on.
 
         Raises:

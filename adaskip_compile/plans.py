@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 POLICIES = ("adaskip",)
 
 PLAN_FORMAT = DocumentFormat(
-    "adaskip-plan", 1, remedy="make one from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
+    "adaskip-plan", 1, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
 )
 
 
@@ -152,8 +152,9 @@ class SkipPlan:
         online = "no FFN is added online"
         if self.beta is not None and self.window:
             online = f"after {self.window} decoded tokens also every FFN of similarity {self.beta:.4f} or more"
-        width = max(len(path) for path in self.paths)
-        lines = [f"skips {len(self.skipped)} sublayers; {online}; scale: {self.scale_kind}, policy: {self.policy}"]
+        width = max(map(len, ("sublayer", *self.paths)))
+        count = "1 sublayer" if len(self.skipped) == 1 else f"{len(self.skipped)} sublayers"
+        lines = [f"skips {count}; {online}; scale: {self.scale_kind}, policy: {self.policy}"]
         lines.append(f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}")
         for sublayer in self.skipped:
             similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
@@ -177,10 +178,11 @@ class SkipPlan:
         """
         payload = PLAN_FORMAT.read(path)
         try:
-            fields = {
+            skipped = tuple(SkippedSublayer(**entry) for entry in payload["skipped"])
+            fields: dict[str, Any] = {
                 **payload,
-                "skipped": tuple(SkippedSublayer(**entry) for entry in payload["skipped"]),
-                "model": payload["model"] and ModelIdentity(**payload["model"]),
+                "skipped": skipped,
+                "model": ModelIdentity.from_payload(payload["model"]),
             }
             return cls(**fields)
         except KeyError as error:

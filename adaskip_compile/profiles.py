@@ -174,8 +174,8 @@ class Profile:
         """
         payload = PROFILE_FORMAT.read(path)
         try:
-            model = payload["model"] and ModelIdentity(**payload["model"])
-            return cls(model, tuple(_sublayer_from(entry) for entry in payload["sublayers"]))
+            sublayers = tuple(_sublayer_from(entry) for entry in payload["sublayers"])
+            return cls(ModelIdentity.from_payload(payload["model"]), sublayers)
         except (AttributeError, KeyError, TypeError, ProfileError) as error:
             raise PROFILE_FORMAT.damaged(path, _reason(error)) from error
 
@@ -208,7 +208,8 @@ def _headline(sublayer: SublayerProfile) -> str:
 
 
 def _sublayer_from(entry: dict[str, Any]) -> SublayerProfile:
-    return SublayerProfile(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return SublayerProfile(**fields)
 
 
 def _reason(error: Exception) -> str:

@@ -84,7 +84,7 @@ def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.json"
     with pytest.raises(MissingFileError) as caught:
         RECIPE.read(path)
-    assert str(caught.value) == f"{path} does not exist; to get a test-recipe, bake one"
+    assert str(caught.value) == f"{path} does not exist; to get one, bake one"
     assert isinstance(caught.value, FileNotFoundError)
 
 
@@ -121,7 +121,7 @@ def test_numbers_that_are_not_finite_are_refused_when_read(recipe: Path, number:
 def test_numbers_that_are_not_finite_are_refused_when_written(recipe: Path, number: float) -> None:
     with pytest.raises(FileError) as caught:
         RECIPE.write(recipe, {"steps": [{"at": number}]})
-    assert str(caught.value) == f"{recipe} was not written: a test-recipe cannot hold NaN or an infinity"
+    assert str(caught.value) == f"{recipe} was not written: test-recipe files hold no NaN and no infinity"
     assert RECIPE.read(recipe) == PAYLOAD
 
 
@@ -138,7 +138,7 @@ def test_newer_version(recipe: Path) -> None:
         RECIPE.read(recipe)
     message = str(caught.value)
     assert message.startswith(
-        f"{recipe} is a test-recipe of version 3, written by adaskip-compile 9.1; adaskip-compile"
+        f"{recipe} is of version 3 of the format test-recipe, written by adaskip-compile 9.1; adaskip-compile"
     )
     assert message.endswith("reads up to version 2: upgrade with `pip install --upgrade adaskip-compile`")
 
@@ -158,7 +158,7 @@ def test_senseless_version(recipe: Path, version: object) -> None:
 def test_another_kind_of_file(recipe: Path) -> None:
     with pytest.raises(FileError) as caught:
         DocumentFormat("test-menu", 1, remedy="cook one").read(recipe)
-    assert str(caught.value) == f"{recipe} is a test-recipe file where a test-menu is needed; to get one, cook one"
+    assert str(caught.value) == f"{recipe} is of format test-recipe, and test-menu is needed; to get one, cook one"
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_names_are_for_people() -> None:
     model = Model()
     assert identify(model).name == "Model"
     for given_name, shown in [("org/tiny", "org/tiny"), ("", "Model"), ("/home/someone/checkpoints/tiny", "tiny")]:
-        model.config = SimpleNamespace(name_or_path=given_name)
+        model.config = SimpleNamespace(name_or_path=given_name)  # type: ignore[assignment]
         assert identify(model).name == shown
         assert identify(model).matches(identify(Model()))
 

@@ -1,0 +1,118 @@
+"""Options: one list, each documented, unknown ones refused with the nearest that there is."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaskip_compile.options import Options, _field_docstrings
+from adaskip_compile.plans import SkipPlan
+from adaskip_passes.errors import OptionError
+from tests.adaskip_compile.profiling_data import decoder
+
+
+def test_defaults() -> None:
+    options = Options()
+    assert options == Options.from_mapping({}) == Options.from_mapping(None)
+    assert {field.name: getattr(options, field.name) for field in fields(options)} == {
+        "plan": None,
+        "profile": None,
+        "skip": 8,
+        "speedup": None,
+        "policy": "adaskip",
+        "window": 20,
+        "scale": "token",
+        "learn": 20,
+        "cache_dir": None,
+        "inner": "inductor",
+        "regions": "shared",
+    }
+
+
+def test_from_mapping() -> None:
+    assert Options.from_mapping({"skip": 16, "inner": "eager"}) == Options(skip=16, inner="eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("polcy", "policy"), ("skips", "skip"), ("speed_up", "speedup"), ("cachedir", "cache_dir")]
+)
+def test_unknown_option_suggests_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.from_mapping({name: 1})
+    assert str(caught.value) == (
+        f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, window, "
+        "scale, learn, cache_dir, inner, regions"
+    )
+
+
+@pytest.mark.parametrize("name", ["xyzzy", 3])
+def test_unknown_option_like_no_other(name: Any) -> None:
+    with pytest.raises(OptionError, match=rf"^unknown option {name!r}\. Options are plan, profile, skip, "):
+        Options.from_mapping({name: 1})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"skip": -1}, "skip=-1: takes a number of sublayers, 0 or more"),
+        ({"skip": "8"}, "skip='8': takes a number of sublayers, 0 or more"),
+        ({"speedup": 0.5}, "speedup=0.5: takes a ratio of 1 or more, such as 1.14, or None"),
+        ({"policy": "best"}, "policy='best': takes one of adaskip"),
+        ({"window": -1}, "window=-1: takes a number of decoded tokens, 0 or more"),
+        ({"scale": "median"}, "scale='median': takes one of token, frobenius"),
+        ({"learn": 0}, "learn=0: takes a number of requests, 1 or more"),
+        ({"learn": True}, "learn=True: takes a number of requests, 1 or more"),
+        ({"inner": "tensorrt"}, "inner='tensorrt': takes one of inductor, eager"),
+        ({"regions": "none"}, "regions='none': takes one of shared, whole"),
+        ({"plan": 8}, "plan=8: takes a SkipPlan or the path of a file, or None"),
+        ({"plan": ""}, "plan='': takes a SkipPlan or the path of a file, or None"),
+        ({"profile": SkipPlan.none()}, f"profile={SkipPlan.none()!r}: takes a Profile or the path of a file, or None"),
+        ({"cache_dir": 3}, "cache_dir=3: takes a folder, or None"),
+    ],
+)
+def test_senseless_value(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.from_mapping(option)
+    assert str(caught.value) == message
+
+
+def test_plan_and_profile_exclude_each_other() -> None:
+    with pytest.raises(OptionError, match=r"plan and profile are both given: .* give one of them"):
+        Options(plan="plan.json", profile=decoder(2))
+
+
+def test_files_are_not_read_here() -> None:
+    assert Options(plan="nowhere.json").plan == "nowhere.json"
+    assert Options(profile=Path("nowhere.json")).profile == Path("nowhere.json")
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("ADASKIP_CACHE_DIR", raising=False)
+    assert Options().cache_folder == Path("~/.cache/adaskip").expanduser()
+    monkeypatch.setenv("ADASKIP_CACHE_DIR", "~/elsewhere")
+    assert Options().cache_folder == tmp_path / "elsewhere"
+    assert Options(cache_dir=tmp_path / "here").cache_folder == tmp_path / "here"
+    assert Options(cache_dir="~/there").cache_folder == tmp_path / "there"
+    monkeypatch.setenv("ADASKIP_CACHE_DIR", "")
+    assert Options().cache_folder == tmp_path / ".cache" / "adaskip"
+
+
+def test_equal_options_are_one_key() -> None:
+    assert len({Options(skip=2), Options(skip=2), Options(skip=3)}) == 2
+
+
+def test_every_option_is_documented() -> None:
+    assert list(_field_docstrings(Options)) == [field.name for field in fields(Options)]
+    assert all(meaning.endswith(".") for meaning in _field_docstrings(Options).values())
+
+
+def test_table_for_the_readme() -> None:
+    lines = Options.describe().splitlines()
+    assert lines[:2] == ["| option | default | meaning |", "| --- | --- | --- |"]
+    assert "| `skip` | `8` | How many sublayers to skip, where no plan is given. |" in lines
+    assert len(lines) == 2 + len(fields(Options))
+    assert all(line.count(" | ") == 2 for line in lines)
