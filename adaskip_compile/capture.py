@@ -6,6 +6,8 @@ read off the frame that Dynamo is tracing; where that is not to be had, the grap
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +25,39 @@ def captured_module() -> nn.Module | None:
     owner = frame.f_locals.get("self") if frame is not None else None
     owner = getattr(owner, "_orig_mod", owner)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a compiled function so that captures take a module's floats for constants, under a guard.
+
+    With ``dynamic=True`` Dynamo would make an input of every epsilon and scaling factor.
+    """
+    from torch._dynamo import config
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(specialize_float=True):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def specialise_floats(gm: fx.GraphModule) -> None:
+    """Have Dynamo capture again with the float inputs of ``gm`` as constants, where it has any.
+
+    Graphs are lowered after capture has ended, when it is too late to ask for constants; inner
+    compilers ask for them in the same way, by this exception.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    values = [node.meta.get("example_value") for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    floats = [str(value.node.expr) for value in values if isinstance(value, torch.SymFloat)]
+    symbols = [name for name in floats if not TensorifyState.should_specialize(name)]
+    for name in symbols:
+        TensorifyState.specialize(name)
+    if symbols:
+        raise TensorifyScalarRestartAnalysis
 
 
 def capture_count() -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from adaskip_compile.lowering import Runnable, lower
+from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.graph import fake_tensor
@@ -50,12 +50,16 @@ def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...]) -> tuple[Pass,
     )
 
 
+_EAGER = Lowering("eager", "whole")
+
+
 class Dispatcher:
     """The callable that stands for one captured graph; see the module's text."""
 
     def __init__(self, session: Session, gm: fx.GraphModule, stream: ResidualStream) -> None:
         self.session, self.gm, self.stream = session, gm, stream
         self.variants: dict[tuple[tuple[str, ...], tuple[str, ...]], Variant] = {}
+        self.lowering = Lowering(session.options.inner, session.options.regions)
         self.calls = 0
         self._lock = threading.Lock()
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -188,9 +192,9 @@ class Dispatcher:
     def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...]) -> Variant:
         started = time.perf_counter()
         result = run_pipeline(self.gm, self.stream, passes_for(skipped, probed))
-        # While it learns, a graph runs a few dozen times: not worth an optimising compiler's minutes.
-        inner = "eager" if self.session.learning else self.session.options.inner
-        run = lower(result.gm, inner)
+        # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
+        lowering = _EAGER if self.session.learning else self.lowering
+        run = lowering.lower(result.gm, result.stream)
         return Variant(skipped, probed, run, result.history, time.perf_counter() - started)
 
     def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:

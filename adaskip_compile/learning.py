@@ -11,7 +11,7 @@ import torch
 
 from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.options import Options
-from adaskip_compile.plans import SkipPlan, plan
+from adaskip_compile.plans import SkipPlan, plan_by_options
 from adaskip_compile.profiles import Profile, SublayerProfile
 from adaskip_passes.errors import FileError, ForeignFileError
 from adaskip_passes.residual_stream import ResidualStream
@@ -35,8 +35,7 @@ class Learner:
         """Where this model's profile is remembered, or None for a model that cannot be told from others."""
         if self.identity is None or self.identity.weights is None:
             return None
-        name = f"{self.identity.structure[:16]}-{self.identity.weights[:16]}.json"
-        return self.options.cache_folder / "profiles" / name
+        return self.options.cache_folder / "profiles" / f"{self.identity.key}.json"
 
     def remembered(self) -> Profile | None:
         """Return the profile that an earlier process left, or None; one that is unusable counts as none."""
@@ -63,15 +62,7 @@ class Learner:
 
     def plan(self, profile: Profile) -> SkipPlan:
         """Return the plan that the options ask for."""
-        options = self.options
-        return plan(
-            profile,
-            skip=options.skip,
-            speedup=options.speedup,
-            policy=options.policy,
-            window=options.window,
-            scale=options.scale,
-        )
+        return plan_by_options(profile, self.options)
 
 
 def make_profile(

@@ -8,22 +8,62 @@ from typing import Any
 from torch import fx
 
 from adaskip_compile.capture import example_inputs
+from adaskip_passes.outline_regions import outline_regions
+from adaskip_passes.residual_stream import ResidualStream
 
 Runnable = Callable[..., Any]
 
 
-def lower(gm: fx.GraphModule, inner: str) -> Runnable:
-    """Compile ``gm`` with the inner backend ``"inductor"`` or ``"eager"``; call the result as ``gm`` itself.
+class Lowering:
+    """Compiles the variants of one captured graph, and keeps what they can share.
 
-    It may be called long after Dynamo's capture has ended, so everything it needs is read from the
-    fake values that the graph carries.
+    ``inner`` is ``"inductor"`` or ``"eager"``. With ``regions="shared"`` a graph is cut at the residual
+    adds and each distinct region is compiled once, whatever variant it occurs in, so that a new skip
+    set is mostly new wiring; with ``"whole"`` each variant is compiled as one graph.
+
+    Variants are made long after Dynamo's capture has ended, so everything needed is read from the fake
+    values that the graph carries. Regions are shared among the variants of one capture alone: their
+    symbols mean the same there and nowhere else.
     """
-    if inner == "eager":
-        return gm.forward
-    return _lower_whole(gm)
+
+    def __init__(self, inner: str, regions: str) -> None:
+        self.inner, self.regions = inner, regions
+        self.artifacts: dict[str, Runnable] = {}
+        self.compiled = 0
+
+    def lower(self, gm: fx.GraphModule, stream: ResidualStream) -> Runnable:
+        """Return a callable that computes what ``gm`` computes; call it with the inputs of ``gm`` in order."""
+        if self.inner == "eager":
+            return gm.forward
+        if self.regions == "whole":
+            return self._compile(gm)
+        outlined = outline_regions(gm, stream)
+        wiring = outlined.gm
+        for node in wiring.graph.nodes:
+            if node.op == "call_module":
+                region = wiring.get_submodule(node.target)
+                key = outlined.keys.get(node.target)
+                node.op, node.target = "call_function", self._artifact(key, region)
+        return fx.GraphModule({}, wiring.graph).forward
+
+    def _artifact(self, key: str | None, region: fx.GraphModule) -> Runnable:
+        if key is None:
+            return _named(region.forward)
+        if key not in self.artifacts:
+            self.artifacts[key] = _named(self._compile(region))
+        return self.artifacts[key]
+
+    def _compile(self, gm: fx.GraphModule) -> Runnable:
+        from torch._inductor import standalone_compile
+
+        self.compiled += 1
+        return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
 
 
-def _lower_whole(gm: fx.GraphModule) -> Runnable:
-    from torch._inductor import standalone_compile
+def _named(function: Runnable) -> Runnable:
+    """Wrap ``function`` so that generated code can call it by a name."""
 
-    return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph", options={})
+    def region(*inputs: Any) -> Any:
+        return function(*inputs)
+
+    return region

@@ -19,7 +19,6 @@ from torch import fx, nn
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.identity import ModelIdentity, identify
 from adaskip_compile.learning import Learner
-from adaskip_compile.lowering import lower
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan, resolve_plan
 from adaskip_compile.requests import RequestTable

@@ -14,6 +14,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+# The key in ``node.meta`` that tells nodes added by passes from those that were captured.
+ADDED_BY = "adaskip_added_by"
+
 
 def fake_value(node: fx.Node) -> Any:
     """Return the fake value of ``node`` (a fake tensor, a symbolic or plain scalar, a tuple), or None."""
@@ -42,6 +45,7 @@ def call(graph: fx.Graph, target: Callable[..., Any] | str, *args: Any, **kwargs
         fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), fake_value)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         node.meta["example_value"] = function(*fake_args, **fake_kwargs)
+    node.meta[ADDED_BY] = "adaskip"
     return node
 
 

@@ -1,0 +1,96 @@
+"""Cut a graph into a chain of regions, so that equal sublayers can share one compiled artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.split_module import split_module
+
+from adaskip_passes.graph import ADDED_BY, fake_value
+from adaskip_passes.residual_stream import ResidualStream
+
+
+@dataclass(frozen=True)
+class OutlinedGraph:
+    """A graph cut into regions.
+
+    ``gm`` calls one submodule a region, in the order of the original graph. ``keys`` maps the name of
+    each region worth compiling to a text that is equal for regions that compute the same: same ops,
+    shapes, strides, symbols, dtypes and devices. Names not in it hold a few views or scalings.
+    """
+
+    gm: fx.GraphModule
+    keys: dict[str, str]
+
+
+def outline_regions(gm: fx.GraphModule, stream: ResidualStream) -> OutlinedGraph:
+    """Cut ``gm`` after each residual add of ``stream``, and around skipped sublayers and probes.
+
+    ``gm`` is left as it is. Weights, cache tensors and scales become inputs of their regions.
+    """
+    parts = dict(_partition(gm, stream))
+    outlined = split_module(gm, None, lambda node: parts[node][0], keep_original_order=True)
+    compiled = {f"submod_{number}" for number, heavy in parts.values() if heavy}
+    keys = {name: region_key(region) for name, region in outlined.named_children() if name in compiled}
+    return OutlinedGraph(outlined, keys)
+
+
+def _partition(gm: fx.GraphModule, stream: ResidualStream) -> Iterator[tuple[fx.Node, tuple[int, bool]]]:
+    """Yield each computing node with the number of its part, and whether the part is worth compiling."""
+    ends = {sublayer.stream_out for sublayer in stream.kept}
+    first = _start_of_first_sublayer(gm, stream)
+    number, was_heavy = 0, True
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        heavy = node.meta.get(ADDED_BY) is None
+        if heavy != was_heavy or node is first:
+            number, was_heavy = number + 1, heavy
+        yield node, (number, heavy)
+        if node in ends:
+            number += 1
+
+
+def _start_of_first_sublayer(gm: fx.GraphModule, stream: ResidualStream) -> fx.Node:
+    inside = set(stream.sublayers[0].nodes)
+    return next(node for node in gm.graph.nodes if node in inside or node is stream.sublayers[0].stream_out)
+
+
+def region_key(region: fx.GraphModule) -> str:
+    """Return a text that two regions share exactly when one's compiled code serves the other."""
+    number: dict[fx.Node, int] = {}
+    lines = []
+    for node in region.graph.nodes:
+        args = fx.node.map_arg((node.args, node.kwargs), lambda source: _Reference(number[source]))
+        target = "" if node.op in ("placeholder", "output") else _target_text(node.target)
+        number[node] = len(number)
+        lines.append(f"{node.op} {target} {args} : {_value_text(fake_value(node))}")
+    return "\n".join(lines)
+
+
+class _Reference:
+    """A node in the text of a key, by its position."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return f"%{self.number}"
+
+
+def _target_text(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}"
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_value_text, value))
+    return f"{type(value).__name__} {value}"
