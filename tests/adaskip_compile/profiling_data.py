@@ -43,8 +43,8 @@ def decoder(layers: int, *, model: ModelIdentity | None = TINY) -> Profile:
     """Return the profile of a decoder in which every attention is more similar than any FFN, and early ones less."""
     sublayers = []
     for layer in range(layers):
-        sublayers.append(measured(f"layers.{layer}.self_attn", 0.9 + layer / 1000))
-        sublayers.append(measured(f"layers.{layer}.mlp", 0.8 + layer / 1000))
+        sublayers.append(measured(f"layers.{layer}.self_attn", 0.9 + layer / 10_000))
+        sublayers.append(measured(f"layers.{layer}.mlp", 0.8 + layer / 10_000))
     return Profile(model, tuple(sublayers))
 
 

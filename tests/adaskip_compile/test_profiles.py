@@ -183,7 +183,7 @@ class TestFiles:
     def test_edited(self, tmp_path: Path) -> None:
         path = tmp_path / "p.json"
         decoder(4).save(path)
-        path.write_text(path.read_text().replace("0.901", "0.999"))
+        path.write_text(path.read_text().replace("0.9001", "0.9999"))
         with pytest.raises(DamagedFileError, match="does not match its checksum"):
             Profile.load(path)
 
