@@ -72,6 +72,11 @@ def example_inputs(gm: fx.GraphModule) -> list[Any]:
     return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
 
 
-def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Return the storage of a real tensor, which identifies its memory whatever views exist."""
-    return tensor.untyped_storage()
+def forget_marks(tensor: torch.Tensor) -> None:
+    """Forget which sizes of ``tensor`` the inner compiler found to be dynamic.
+
+    It marks what it returns. Dynamo would then give each layer's cache a symbol of its own, instead of
+    one for all that have the same length, and equal layers would no longer look equal.
+    """
+    tensor.__dict__.pop("_dynamo_propagated_dynamic_indices", None)
+    tensor.__dict__.pop("_dynamo_weak_dynamic_indices", None)

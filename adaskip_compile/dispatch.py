@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from adaskip_compile.capture import forget_marks
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
+from adaskip_passes.errors import LegalityError
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import Pass, PassRecord, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.skip_sublayers import SkipSublayers, unproven_lengths
 from adaskip_passes.state import find_counters
 
 if TYPE_CHECKING:
@@ -32,11 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """A graph specialised for one skip set and one set of probes."""
+    """A graph specialised for one skip set and one set of probes.
+
+    ``same_length`` pairs skipped sublayers with the kept one whose cache outputs stand for theirs, where
+    only the run time can tell that their caches are equally long.
+    """
 
     skipped: tuple[str, ...]
     probed: tuple[str, ...]
     run: Runnable
+    same_length: tuple[tuple[str, str], ...]
     history: tuple[PassRecord, ...]
     seconds: float
 
@@ -93,6 +100,7 @@ class Dispatcher:
         phase = self._phase(request)
         variant = self._variant(paths, self._probes(request, phase, skipped))
         started = time.perf_counter()
+        self._check_lengths(variant, inputs)
         outputs = variant.run(*inputs, *self._scales(request, skipped, paths, inputs))
         request.seconds[phase] += time.perf_counter() - started
         return self._finish(request, phase, variant, inputs, outputs)
@@ -195,7 +203,18 @@ class Dispatcher:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         lowering = _EAGER if self.session.learning else self.lowering
         run = lowering.lower(result.gm, result.stream)
-        return Variant(skipped, probed, run, result.history, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Variant(skipped, probed, run, unproven_lengths(result.stream), result.history, seconds)
+
+    def _check_lengths(self, variant: Variant, inputs: Sequence[Any]) -> None:
+        """Raise where a skipped sublayer's cache is not as long as the one that stands for it."""
+        for hole, lender in variant.same_length:
+            for own, lent in zip(self._cache_inputs[hole], self._cache_inputs[lender], strict=True):
+                if inputs[own].shape != inputs[lent].shape:
+                    raise LegalityError(
+                        f"the cache of {hole} is skipped and has the shape {tuple(inputs[own].shape)}, but that of {lender}, "
+                        f"which stands for it, has {tuple(inputs[lent].shape)}; keep one of the two in the plan's skip set"
+                    )
 
     def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:
         if variant.probed:
@@ -209,6 +228,8 @@ class Dispatcher:
             request.window_left = 0  # every FFN is skipped already: nothing to measure
         self._share_memory(request, inputs)
         cache = [outputs[position] for position in self._cache_outputs]
+        for tensor in cache:
+            forget_marks(tensor)
         cache.extend(inputs[index] for places in self._written.values() for index in places)
         if cache:
             self.session.requests.remember(request, cache)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from adaskip_compile.capture import example_inputs
+from adaskip_passes.graph import call, fake_tensor
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.residual_stream import ResidualStream
 
@@ -57,6 +58,7 @@ class Lowering:
         from torch._inductor import standalone_compile
 
         self.compiled += 1
+        _pin_layout(gm)
         return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
 
 
@@ -67,3 +69,22 @@ def _named(function: Runnable) -> Runnable:
         return function(*inputs)
 
     return region
+
+
+def _pin_layout(gm: fx.GraphModule) -> None:
+    """Have the outputs of ``gm`` that were captured contiguous come out so.
+
+    Inductor lowers ``cat([empty, keys])``, with which a cache begins, to a clone in the layout of
+    ``keys``. Dynamo guards on strides: each such cache would be captured once more in the next step.
+    """
+    output = gm.graph.output_node()
+
+    def pinned(node: fx.Node) -> fx.Node:
+        value = fake_tensor(node)
+        if value is None or node.op == "placeholder" or not value.is_contiguous():
+            return node
+        return call(gm.graph, "contiguous", node)
+
+    with gm.graph.inserting_before(output):
+        output.args = fx.node.map_arg(output.args, pinned)
+    gm.recompile()

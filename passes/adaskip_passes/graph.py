@@ -79,3 +79,8 @@ def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
         if hasattr(node, "_dynamo_source"):
             copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
     return fx.GraphModule(gm, graph), images
+
+
+def size_hint(size: Any) -> int:
+    """Return what a plain or symbolic size was when the graph was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)

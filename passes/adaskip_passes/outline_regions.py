@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.passes.split_module import split_module
@@ -61,15 +62,20 @@ def _start_of_first_sublayer(gm: fx.GraphModule, stream: ResidualStream) -> fx.N
 
 
 def region_key(region: fx.GraphModule) -> str:
-    """Return a text that two regions share exactly when one's compiled code serves the other."""
+    """Return a text that two regions of one capture share exactly when one's compiled code serves the other.
+
+    Symbols are renamed in order of appearance, and come with the range that they are known to lie in:
+    where each layer's cache has a length of its own, equal layers are still equal.
+    """
     number: dict[fx.Node, int] = {}
+    symbols: dict[str, str] = {}
     lines = []
     for node in region.graph.nodes:
         args = fx.node.map_arg((node.args, node.kwargs), lambda source: _Reference(number[source]))
         target = "" if node.op in ("placeholder", "output") else _target_text(node.target)
         number[node] = len(number)
-        lines.append(f"{node.op} {target} {args} : {_value_text(fake_value(node))}")
-    return "\n".join(lines)
+        lines.append(f"{node.op} {target} {args} : {_value_text(fake_value(node), symbols)}")
+    return "\n".join([*lines, *symbols.values()])
 
 
 class _Reference:
@@ -88,9 +94,19 @@ def _target_text(target: Any) -> str:
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
 
 
-def _value_text(value: Any) -> str:
+def _value_text(value: Any, symbols: dict[str, str]) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}"
+        sizes = ",".join(_value_text(size, symbols) for size in (*value.shape, *value.stride()))
+        return f"{value.dtype}[{sizes}]{value.device}"
     if isinstance(value, (tuple, list)):
-        return ",".join(map(_value_text, value))
-    return f"{type(value).__name__} {value}"
+        return ",".join(_value_text(item, symbols) for item in value)
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return f"{type(value).__name__} {value}"
+    expression = value.node.expr
+    renamed = {}
+    for symbol in sorted(expression.free_symbols, key=lambda symbol: (symbol.name not in symbols, symbol.name)):
+        if symbol.name not in symbols:
+            known = value.node.shape_env.var_to_range.get(symbol)
+            symbols[symbol.name] = f"x{len(symbols)} in {known}"
+        renamed[symbol] = sympy.Symbol(symbols[symbol.name].partition(" ")[0])
+    return str(expression.xreplace(renamed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import add_placeholder, call, fake_tensor
+from adaskip_passes.graph import add_placeholder, call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.state import output_values
@@ -123,6 +124,29 @@ def _borrow_cache_outputs(gm: fx.GraphModule, stream: ResidualStream, gone: set[
 
 
 def _cache_kind(slot: int, node: fx.Node | None) -> tuple[object, ...]:
+    """Return what two cache outputs must agree in for one to stand for the other.
+
+    Sizes as they were when captured: each layer's cache may have a symbol of its own for its length.
+    Where the symbols differ, :func:`unproven_lengths` says what is left to the run time to check.
+    """
     value = fake_tensor(node)
     assert value is not None
-    return (slot, value.dtype, value.device, *map(str, value.shape), *map(str, value.stride()))
+    sizes = tuple(size_hint(size) for size in value.shape)
+    return (slot, value.dtype, value.device, sizes, tuple(size_hint(stride) for stride in value.stride()))
+
+
+def unproven_lengths(stream: ResidualStream) -> tuple[tuple[str, str], ...]:
+    """Return pairs (skipped, kept) whose cache inputs had equal sizes when captured, under different symbols."""
+    pairs = []
+    for hole in stream.sublayers:
+        if hole.path not in stream.skipped or not hole.cache_inputs or not hole.cache_outputs:
+            continue
+        lenders = [kept for kept in stream.kept if _shapes(kept, size_hint) == _shapes(hole, size_hint)]
+        if lenders and _shapes(lenders[0], str) != _shapes(hole, str):
+            pairs.append((hole.path, lenders[0].path))
+    return tuple(pairs)
+
+
+def _shapes(sublayer: Sublayer, show: Callable[[object], object]) -> list[list[object]]:
+    values = [fake_tensor(node) for node in sublayer.cache_inputs]
+    return [[show(size) for size in value.shape] for value in values if value is not None]
