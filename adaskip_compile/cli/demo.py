@@ -11,6 +11,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import time
 from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
@@ -61,10 +62,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     output.say(f"2/4 Profiling on {arguments.samples} samples of {arguments.length} tokens")
     plan = _learn(model, tokenizer, arguments, output.watched)
     ids = _prompt(tokenizer, arguments.prompt_tokens).to(model.device)
-    output.say(
-        f"3/4 Compiling, then generating {arguments.new_tokens} tokens from {ids.shape[1]}, {arguments.rounds} times each way"
-    )
-    generations, extra = _race(model, plan, ids, arguments)
+    output.say(f"3/4 Generating {arguments.new_tokens} tokens from {ids.shape[1]}, first to compile")
+    generations, extra = _race(model, plan, ids, arguments, output)
     output.say("4/4 Measuring quality on held-out text\n")
     nll = _quality(model, tokenizer, plan, arguments)
     found = Comparison(plan, generations, nll, extra, ids.shape[1])
@@ -83,7 +82,7 @@ def _learn(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: b
 
 
 def _race(
-    model: Any, plan: Any, ids: torch.Tensor, arguments: argparse.Namespace
+    model: Any, plan: Any, ids: torch.Tensor, arguments: argparse.Namespace, output: Output
 ) -> tuple[dict[str, list[Generation]], dict[str, float]]:
     """Return the timed generations of each way, and the FFNs that skipping ones added with their scales."""
     import torch
@@ -101,7 +100,11 @@ def _race(
         return generate(model, ids, arguments.new_tokens)
 
     ways = {EAGER: eager, FULL: lambda: compiled(SkipPlan.none()), SKIPPING: lambda: compiled(plan)}
-    take_turns(ways, 1)  # captures, compiles and fills caches: none of it is timed
+    began = time.perf_counter()
+    take_turns(ways, 1)
+    output.say(
+        f"    compiled and warm after {time.perf_counter() - began:.0f} s; now {arguments.rounds} times each way"
+    )
     generations = take_turns(ways, arguments.rounds)
     return generations, dict(adaskip_compile.report(model).requests[-1].extra)
 
