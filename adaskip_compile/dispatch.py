@@ -19,13 +19,13 @@ from torch import fx
 from adaskip_compile.capture import forget_marks
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
-from adaskip_passes.errors import LegalityError
+from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import Pass, PassRecord, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.skip_sublayers import SkipSublayers, unproven_lengths
+from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.state import find_counters
 
 if TYPE_CHECKING:
@@ -36,14 +36,13 @@ if TYPE_CHECKING:
 class Variant:
     """A graph specialised for one skip set and one set of probes.
 
-    ``same_length`` pairs skipped sublayers with the kept one whose cache outputs stand for theirs, where
-    only the run time can tell that their caches are equally long.
+    ``shapes`` checks the cache outputs of skipped sublayers, for which those of kept ones stand.
     """
 
     skipped: tuple[str, ...]
     probed: tuple[str, ...]
     run: Runnable
-    same_length: tuple[tuple[str, str], ...]
+    shapes: ShapeCheck
     history: tuple[PassRecord, ...]
     seconds: float
 
@@ -100,9 +99,9 @@ class Dispatcher:
         phase = self._phase(request)
         variant = self._variant(paths, self._probes(request, phase, skipped))
         started = time.perf_counter()
-        self._check_lengths(variant, inputs)
         outputs = variant.run(*inputs, *self._scales(request, skipped, paths, inputs))
         request.seconds[phase] += time.perf_counter() - started
+        variant.shapes.check(inputs, outputs)
         return self._finish(request, phase, variant, inputs, outputs)
 
     def _phase(self, request: Request) -> str:
@@ -204,17 +203,7 @@ class Dispatcher:
         lowering = _EAGER if self.session.learning else self.lowering
         run = lowering.lower(result.gm, result.stream)
         seconds = time.perf_counter() - started
-        return Variant(skipped, probed, run, unproven_lengths(result.stream), result.history, seconds)
-
-    def _check_lengths(self, variant: Variant, inputs: Sequence[Any]) -> None:
-        """Raise where a skipped sublayer's cache is not as long as the one that stands for it."""
-        for hole, lender in variant.same_length:
-            for own, lent in zip(self._cache_inputs[hole], self._cache_inputs[lender], strict=True):
-                if inputs[own].shape != inputs[lent].shape:
-                    raise LegalityError(
-                        f"the cache of {hole} is skipped and has the shape {tuple(inputs[own].shape)}, but that of {lender}, "
-                        f"which stands for it, has {tuple(inputs[lent].shape)}; keep one of the two in the plan's skip set"
-                    )
+        return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), result.history, seconds)
 
     def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:
         if variant.probed:

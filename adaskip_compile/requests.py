@@ -81,7 +81,7 @@ class Request:
         self.window_rows.clear()
         column = 1 if self.plan.scale_kind == "token" else 2
         measured = {path: (row[0], row[column]) for path, row in zip(self.window_paths, means, strict=True)}
-        self.extra = extra_sublayers(self.plan, measured)
+        self.extra = extra_sublayers(self.plan, measured, stateful=self.holes)
 
 
 class RequestTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -127,26 +126,9 @@ def _cache_kind(slot: int, node: fx.Node | None) -> tuple[object, ...]:
     """Return what two cache outputs must agree in for one to stand for the other.
 
     Sizes as they were when captured: each layer's cache may have a symbol of its own for its length.
-    Where the symbols differ, :func:`unproven_lengths` says what is left to the run time to check.
+    Where the symbols differ, it is left to the run time to check that the sizes agree.
     """
     value = fake_tensor(node)
     assert value is not None
     sizes = tuple(size_hint(size) for size in value.shape)
     return (slot, value.dtype, value.device, sizes, tuple(size_hint(stride) for stride in value.stride()))
-
-
-def unproven_lengths(stream: ResidualStream) -> tuple[tuple[str, str], ...]:
-    """Return pairs (skipped, kept) whose cache inputs had equal sizes when captured, under different symbols."""
-    pairs = []
-    for hole in stream.sublayers:
-        if hole.path not in stream.skipped or not hole.cache_inputs or not hole.cache_outputs:
-            continue
-        lenders = [kept for kept in stream.kept if _shapes(kept, size_hint) == _shapes(hole, size_hint)]
-        if lenders and _shapes(lenders[0], str) != _shapes(hole, str):
-            pairs.append((hole.path, lenders[0].path))
-    return tuple(pairs)
-
-
-def _shapes(sublayer: Sublayer, show: Callable[[object], object]) -> list[list[object]]:
-    values = [fake_tensor(node) for node in sublayer.cache_inputs]
-    return [[show(size) for size in value.shape] for value in values if value is not None]

@@ -14,7 +14,7 @@ from torch import fx
 
 from adaskip_passes.effects import find_effects
 from adaskip_passes.errors import VerificationError
-from adaskip_passes.graph import fake_tensor
+from adaskip_passes.graph import fake_tensor, size_hint
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.state import output_values
 
@@ -81,4 +81,7 @@ def _writes_of_skipped(stream: ResidualStream) -> frozenset[str]:
 
 def _type(node: fx.Node | None) -> str:
     value = fake_tensor(node)
-    return "constant" if not isinstance(value, torch.Tensor) else f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    if not isinstance(value, torch.Tensor):
+        return "constant"
+    # By the sizes at capture: a skipped sublayer's cache output may have got another layer's symbol.
+    return f"{value.dtype} {tuple(map(size_hint, value.shape))} on {value.device}"
