@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import captured_module, constant_floats, specialise_floats
+from adaskip_compile.capture import captured_module, constant_floats, make_room_for_graphs, specialise_floats
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import Session, session_for
@@ -32,6 +32,7 @@ def adaskip(
         OptionError: An option is unknown or cannot take its value.
         FileError: A plan or profile that ``options`` names cannot be read, or is of another model.
     """
+    make_room_for_graphs()
     specialise_floats(gm)
     session = session_for(captured_module(), Options.from_mapping(options or {}))
     return session.admit(gm, example_inputs)
@@ -55,6 +56,7 @@ def compile(model: nn.Module, plan: SkipPlan | None = None, **options: Any) -> n
     if plan is not None:
         session.use(plan)
     if session.compiled is None:
+        make_room_for_graphs()
         session.compiled = constant_floats(
             torch.compile(model._call_impl, backend=_SessionBackend(session), dynamic=True)
         )

@@ -30,16 +30,28 @@ def captured_module() -> nn.Module | None:
 def constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a compiled function so that captures take a module's floats for constants, under a guard.
 
-    With ``dynamic=True`` Dynamo would make an input of every epsilon and scaling factor.
+    With ``dynamic=True`` Dynamo would make an input of every epsilon and scaling factor. Where Dynamo will
+    not capture another graph, the call fails: the original forward knows nothing of skipped cache entries.
     """
     from torch._dynamo import config
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with config.patch(specialize_float=True):
+        with config.patch(specialize_float=True, fail_on_recompile_limit_hit=True):
             return compiled(*args, **kwargs)
 
     return call
+
+
+def make_room_for_graphs() -> None:
+    """Have Dynamo capture as many graphs as the models of a process need.
+
+    It counts them by code object, and all models of ``transformers`` share one. Past its limit, eight
+    as it comes, it would run the original forward in silence, even in the middle of a request.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
 
 
 def specialise_floats(gm: fx.GraphModule) -> None:
