@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+
 Skips = Mapping[str, tuple[float, str]]
 
 
@@ -49,9 +51,10 @@ class InterpreterReference(fx.Interpreter):
 
 def sublayer_skips(gm: fx.GraphModule, scales: Mapping[str, float]) -> dict[str, tuple[float, str]]:
     """Return what :class:`InterpreterReference` needs to skip the sublayers of ``gm`` at the given paths."""
-    from adaskip_passes.residual_stream import find_residual_stream
+    return _skips(find_residual_stream(gm), scales)
 
-    stream = find_residual_stream(gm)
+
+def _skips(stream: ResidualStream, scales: Mapping[str, float]) -> dict[str, tuple[float, str]]:
     found = [(stream.by_path(path), scale) for path, scale in scales.items()]
     return {sublayer.stream_out.name: (scale, sublayer.stream_in.name) for sublayer, scale in found}
 
@@ -60,7 +63,8 @@ def reference_backend(scales: Mapping[str, float]) -> Callable[[fx.GraphModule, 
     """Return a Dynamo backend that runs each graph with the sublayers in ``scales`` (path to scale) skipped."""
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return lambda *inputs: InterpreterReference(gm, sublayer_skips(gm, scales)).run(*inputs)
+        stream = find_residual_stream(gm)
+        return lambda *inputs: InterpreterReference(gm, _skips(stream, scales)).run(*inputs)
 
     return backend
 
