@@ -1,0 +1,116 @@
+"""A plan that skips nothing changes nothing: greedy tokens equal eager's, whichever way the model is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import adaskip_compile
+from adaskip_compile import SkipPlan
+from adaskip_compile.texts import profiling_texts
+from tests.generation import CACHES, generate, greedy_loop, left_padded, make_cache
+from tests.models import tiny, tokens
+
+STEPS = 64
+OPTIONS = {"plan": SkipPlan.none(), "inner": "eager"}
+
+
+def through_compile(model: Any, ids: Any, mask: Any, cache: Any, options: dict) -> torch.Tensor:
+    if model._compiled_call_impl is None:
+        model.compile(backend="adaskip", options=options)
+    return generate(model, ids, mask, STEPS, past_key_values=cache)
+
+
+def through_wrapper(model: Any, ids: Any, mask: Any, cache: Any, options: dict) -> torch.Tensor:
+    return greedy_loop(torch.compile(model, backend="adaskip", options=options), ids, mask, STEPS, cache=cache)
+
+
+def through_compile_config(model: Any, ids: Any, mask: Any, cache: Any, options: dict) -> torch.Tensor:
+    from transformers import CompileConfig
+
+    config = CompileConfig(backend="adaskip", mode=None, options=options)  # torch takes a mode or options
+    config._compile_all_devices = True
+    return generate(model, ids, mask, STEPS, past_key_values=cache, compile_config=config)
+
+
+# transformers compiles decode only, and only with a cache of fixed size.
+WAYS = [
+    *((through_compile, kind) for kind in CACHES),
+    *((through_wrapper, kind) for kind in CACHES),
+    (through_compile_config, "static"),
+]
+WAY_NAMES = [f"{way.__name__.removeprefix('through_')}-{kind}" for way, kind in WAYS]
+every_way = pytest.mark.parametrize(("way", "kind"), WAYS, ids=WAY_NAMES)
+
+
+EAGER: dict[tuple[int, int, int], torch.Tensor] = {}
+
+
+def eager_tokens(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return what the model generates when it is not compiled; the same request is run once."""
+    key = (id(model), *ids.shape)
+    if key not in EAGER:
+        compiled, model._compiled_call_impl = model._compiled_call_impl, None
+        EAGER[key] = generate(model, ids, mask, STEPS)
+        model._compiled_call_impl = compiled
+    return EAGER[key]
+
+
+def check_tokens(
+    model: Any, way: Callable[..., torch.Tensor], cache: Any, rows: list[torch.Tensor], options: dict = OPTIONS
+) -> None:
+    """Compare the tokens of one request of ``rows`` with eager's, and see that its calls went through the backend."""
+    ids, mask = left_padded(rows)
+    eager = eager_tokens(model, ids, mask)
+    before = len(adaskip_compile.report(model).requests)
+    got = way(model, ids, mask, cache, options)
+    assert torch.equal(got, eager), f"{len(rows)} rows of {ids.shape[1]} tokens"
+    report = adaskip_compile.report(model)
+    assert not report.sessions[-1].unskipped_graphs
+    assert len(report.requests) == before + 1
+    last = report.requests[-1]
+    assert last.batch == len(rows)
+    assert last.tokens["steady"] == STEPS - 1
+    assert last.tokens["prefill"] == (0 if way is through_compile_config else ids.shape[1])
+
+
+@every_way
+def test_tokens_of_a_tiny_model(way, kind):
+    model = tiny("llama", num_hidden_layers=2)
+    row = tokens(1, 17)[0]
+    for rows in ([row], [row, row[5:]]):
+        check_tokens(model, way, make_cache(kind, model), rows)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_tokens_through_inductor(kind):
+    model = tiny("llama", num_hidden_layers=2)
+    adaskip_compile.compile(model, SkipPlan.none(), inner="inductor")
+    check_tokens(model, through_compile, make_cache(kind, model), [tokens(1, 17)[0]])
+
+
+# Each way meets each length, one row and two; each kind of cache does so too. 2,048 tokens take their time.
+REAL_REQUESTS = {
+    "compile-dynamic": [(17, 1), (17, 2), (512, 1), (2048, 2)],
+    "compile-static": [(17, 2), (512, 2), (2048, 1)],
+    "wrapper-dynamic": [(17, 1), (512, 2), (2048, 1)],
+    "wrapper-static": [(17, 1), (512, 2), (2048, 1)],
+    "compile_config-static": [(17, 1), (512, 2), (2048, 1)],
+}
+
+
+@pytest.mark.pretrained
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "way", "kind"), [(name, *how) for name, how in zip(WAY_NAMES, WAYS, strict=True)])
+def test_tokens_of_a_real_model(smollm2, name, way, kind):
+    model, tokenizer = smollm2
+    text = tokenizer(" ".join(document.text for document in profiling_texts(2)), return_tensors="pt")["input_ids"][0]
+    try:
+        for length, count in REAL_REQUESTS[name]:
+            rows = [text[:length], text[7:length]][:count]
+            check_tokens(model, way, make_cache(kind, model, length + STEPS), rows)
+    finally:
+        model._compiled_call_impl = None
