@@ -38,7 +38,7 @@ imports: $(STAMP)  ## Check that the passes never import the driver
 
 bench: $(STAMP)  ## Run the benches; what each number means is in bench/README.md
 	$(PIP) -e '.[bench]'
-	@for question in $(wildcard bench/*.py); do echo "== $$question"; $(BIN)/python "$$question" || exit 1; done
+	@for question in $(wildcard bench/[a-z]*.py); do echo "== $$question"; $(BIN)/python -m "bench.$$(basename $$question .py)" || exit 1; done
 
 clean:  ## Remove the virtual environment and every cache in this folder
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ has no effect.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,11 +39,12 @@ def adaskip(
     return session.admit(gm, example_inputs)
 
 
-def compile(model: nn.Module, plan: SkipPlan | None = None, **options: Any) -> nn.Module:
+def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
     """Compile ``model`` in place with the adaskip backend and return it; ``model.generate()`` goes through it.
 
-    ``options`` are the fields of :class:`Options`. Calling it again with the same options and another
-    ``plan`` switches the plan for requests that start from then on, and captures nothing anew.
+    ``plan`` is a plan or the file of one; ``options`` are the other fields of :class:`Options`. Calling
+    it again with the same options and another ``plan`` switches the plan for requests that start from
+    then on, and captures nothing anew.
 
     Raises:
         OptionError: An option is unknown or cannot take its value.
@@ -50,6 +52,8 @@ def compile(model: nn.Module, plan: SkipPlan | None = None, **options: Any) -> n
         UnknownSublayerError: The plan names a module that the model lacks.
     """
     checked = Options.from_mapping(options)
+    if plan is not None and not isinstance(plan, SkipPlan):
+        plan = SkipPlan.load(plan)
     if plan is not None:
         plan.check_paths(model)
     session = session_for(model, checked)

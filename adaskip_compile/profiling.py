@@ -93,10 +93,12 @@ def _token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[t
 
 
 def _show(ids: Iterator[torch.Tensor], total: int, progress: bool) -> Iterator[torch.Tensor]:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("profiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    # On standard error: what is printed on standard output may be read by a program.
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("profiling", total=total)
         for count, item in enumerate(ids, 1):
             yield item

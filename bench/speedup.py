@@ -1,0 +1,127 @@
+"""How much faster are prefill and decode with k attention sublayers skipped, against the full model?
+
+Every way takes its turn in each round of one process: eager, compiled in full, and compiled with each
+skip count. A ratio is taken within a round. Which attentions are skipped does not matter to speed: the
+first k after the third are.
+
+    python -m bench.speedup --model smollm2 --context 2048 --skips 8 16 --json bench/results/speedup.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import adaskip_compile
+from adaskip_compile.checkpoints import load_checkpoint
+from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
+from adaskip_compile.plans import SkipPlan
+
+EAGER = "eager"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and write JSON where asked to."""
+    arguments = _parse(argv)
+    torch.set_num_threads(arguments.threads)
+    model, _ = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
+    ids = torch.randint(10, model.config.vocab_size, (1, arguments.context), generator=torch.manual_seed(0))
+    ways = {EAGER: partial(_eager, model, ids, arguments.new_tokens)}
+    for count in (0, *arguments.skips):
+        ways[str(count)] = partial(_compiled, model, ids, arguments, _plan(model, count))
+    take_turns(ways, 1)  # captures and compiles; not timed
+    rounds = take_turns(ways, arguments.rounds)
+    rows = [_row(way, rounds) for way in ways]
+    _show(rows, arguments)
+    if arguments.json:
+        text = json.dumps({**_circumstances(arguments), "rows": rows}, indent=1)
+        if arguments.json == "-":
+            sys.stdout.write(text + "\n")
+        else:
+            Path(arguments.json).write_text(text + "\n")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
+    parser.add_argument("--context", type=int, default=2048, metavar="TOKENS")
+    parser.add_argument("--skips", type=int, nargs="+", default=[8, 16], metavar="K")
+    parser.add_argument("--new-tokens", type=int, default=24, metavar="N", help="decoded a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--json", metavar="PATH|-")
+    return parser.parse_args(argv)
+
+
+def _plan(model: Any, count: int) -> SkipPlan:
+    attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
+    return SkipPlan.from_scales(dict.fromkeys(attentions[3 : 3 + count], 1.0)) if count else SkipPlan.none()
+
+
+def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
+    with torch.compiler.set_stance("force_eager"):
+        return generate(model, ids, new_tokens)
+
+
+def _compiled(model: Any, ids: torch.Tensor, arguments: argparse.Namespace, plan: SkipPlan) -> Generation:
+    adaskip_compile.compile(model, plan, inner=arguments.inner)
+    return generate(model, ids, arguments.new_tokens)
+
+
+def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:
+    """Return times in seconds and ratios to eager and to the compiled full model, each (median, least, greatest)."""
+    row: dict[str, Any] = {"way": way, "kv_bytes": rounds[way][-1].cache_bytes}
+    for phase, read in (("prefill", lambda run: run.first), ("decode", lambda run: run.steady(2))):
+        times = [read(run) for run in rounds[way]]
+        row[phase] = _numbers(times)
+        for name, other in (("eager", EAGER), ("full", "0")):
+            ratios = [read(base) / time for base, time in zip(rounds[other], times, strict=True)]
+            row[f"{phase}_vs_{name}"] = _numbers(ratios)
+    return row
+
+
+def _numbers(values: Sequence[float]) -> tuple[float, float, float]:
+    spread = Spread.of(values)
+    return tuple(round(value, 5) for value in (spread.median, spread.low, spread.high))
+
+
+def _circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "machine": f"{platform.machine()} {platform.processor()}".strip(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: value for name, value in vars(arguments).items() if name != "json"},
+    }
+
+
+def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    out = sys.stderr if arguments.json == "-" else sys.stdout
+    print(f"{arguments.model}, {arguments.context} tokens, {arguments.threads} threads, {arguments.dtype}", file=out)
+    print("| skipped | prefill s | vs full | vs eager | decode ms | vs full | vs eager | KV MB |", file=out)
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", file=out)
+    for row in rows:
+        cells = [_cell(row["prefill"], 1, 2)]
+        cells += [_cell(row[f"prefill_vs_{base}"], 1, 2) for base in ("full", "eager")]
+        cells += [_cell(row["decode"], 1e3, 1)]
+        cells += [_cell(row[f"decode_vs_{base}"], 1, 2) for base in ("full", "eager")]
+        print(f"| {row['way']} | {' | '.join(cells)} | {row['kv_bytes'] / 1e6:.1f} |", file=out)
+
+
+def _cell(numbers: Sequence[float], factor: float, digits: int) -> str:
+    median, low, high = (f"{value * factor:.{digits}f}" for value in numbers)
+    return f"{median} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
