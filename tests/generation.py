@@ -45,9 +45,7 @@ def greedy_loop(
     chosen: list[torch.Tensor] = []
     for _ in range(steps):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        result = call(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        result = call(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         ids = result.logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         chosen.append(ids)
