@@ -1,0 +1,280 @@
+"""What is checked of one architecture: its stream, its sublayers, and what skipping does to its logits.
+
+One capture serves all runs of a model: the same graphs run eagerly, through the driver, or node by node
+in the reference interpreter, as :class:`Switch` says. What the stream must be is read off the eager
+model by hooks: the hidden states that go into and come out of each layer, and the mixers and FFNs
+that ran in between.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_compile.capture import constant_floats
+from adaskip_compile.options import Options
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.sessions import Session
+from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+from tests.models import tokens
+from tests.reference import InterpreterReference
+
+STEPS = 4
+TOLERANCE = 2e-4
+
+_ATTENTIONS = frozenset("self_attn attn attention self_attention temporal_block cross_attn attn_a cca".split())
+_STATES = frozenset("mamba linear_attn mixer time_mix conv mamba2 ssm short_conv delta_net".split())
+_FFNS = frozenset(
+    "mlp feed_forward ffn moe block_sparse_moe mlp_block channel_mix feedforward ff feed_forward2 pre_ff_layernorm intermediate".split()
+)
+
+
+class Switch:
+    """A Dynamo backend whose graphs run through the driver, or in the reference with ``scales`` skipped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.session = Session(model, Options(plan=SkipPlan.none(), inner="eager"))
+        self.graphs: list[fx.GraphModule] = []
+        self.streams: list[ResidualStream] = []
+        self.scales: Mapping[str, float] | None = None
+        self.observe: Callable[[fx.GraphModule, ResidualStream, dict[fx.Node, Any]], None] | None = None
+        self.compiled = constant_floats(torch.compile(model._call_impl, backend=self, dynamic=True))
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        dispatch = self.session.admit(gm, inputs)
+        stream = find_residual_stream(gm)
+        self.graphs.append(gm)
+        self.streams.append(stream)
+
+        def run(*values: Any) -> Any:
+            if self.scales is None:
+                return dispatch(*values)
+            chosen = [(stream.by_path(path), scale) for path, scale in self.scales.items()]
+            reference = InterpreterReference(
+                gm, {item.stream_out.name: (scale, item.stream_in.name) for item, scale in chosen}
+            )
+            result = reference.run(*values)
+            if self.observe is not None:
+                self.observe(gm, stream, reference.env)
+            return result
+
+        return run
+
+
+class _Forced:
+    """Makes ``generate`` take the tokens given, whatever the logits."""
+
+    def __init__(self, forced: torch.Tensor) -> None:
+        self.forced, self.step = forced, 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        result = torch.full_like(scores, -1e9)
+        result.scatter_(1, self.forced[:, self.step : self.step + 1], 0.0)
+        self.step += 1
+        return result
+
+
+def logits(model: Any, call: Callable[..., Any] | None, *, cache: Any = None, batch: int = 1, length: int = 8) -> torch.Tensor:
+    """Return the logits ``(steps, batch, vocabulary)`` of one request of forced tokens; ``call`` in the model's place."""
+    ids = tokens(batch, length)
+    model._compiled_call_impl = call
+    try:
+        with torch.no_grad():
+            result = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=STEPS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                logits_processor=[_Forced(tokens(batch, STEPS, seed=7))],
+                disable_compile=True,
+            )
+    finally:
+        model._compiled_call_impl = None
+    return torch.stack(result.logits)
+
+
+@dataclass
+class Expected:
+    """What hooks saw in one eager call: the stream around each layer, and the kind of each part that ran, in order."""
+
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+    after: dict[str, torch.Tensor] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Expected]:
+    """Record the first call of each decoder layer of an eager model, and of its parts."""
+    seen = Expected()
+    handles = []
+    for path, layer in decoder_layers(model):
+        handles.append(layer.register_forward_hook(_layer_hook(path, seen), with_kwargs=True))
+        for name, part in layer.named_children():
+            kind = part_kind(name)
+            if kind:
+                handles.append(part.register_forward_hook(_part_hook(f"{path}.{name}", kind, seen)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def part_kind(name: str) -> str:
+    """Return the kind of sublayer that a module of that name is, or ``""``."""
+    for kind, names in (("attention", _ATTENTIONS), ("ssm", _STATES), ("ffn", _FFNS)):
+        if name.rstrip("0123456789_").lower() in names:
+            return kind
+    return ""
+
+
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of each entry of the list of layers: the module list with the most parameters."""
+    lists = [
+        (sum(parameter.numel() for parameter in module.parameters()), path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    _, path, layers = max(lists, key=lambda item: item[0])
+    for index, layer in enumerate(layers):
+        yield f"{path}.{index}", layer
+
+
+def _layer_hook(path: str, seen: Expected) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        before = next((value for value in (*args, *kwargs.values()) if _is_stream(value)), None)
+        after = next((value for value in (result if isinstance(result, tuple) else (result,)) if _is_stream(value)), None)
+        if before is not None and after is not None and path not in seen.before:
+            seen.before[path], seen.after[path] = before.detach().clone(), after.detach().clone()
+
+    return hook
+
+
+def _is_stream(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.is_floating_point()
+
+
+def _part_hook(path: str, kind: str, seen: Expected) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        if path not in seen.names:
+            seen.names.append(path)
+            seen.kinds.append(kind)
+
+    return hook
+
+
+@dataclass
+class Findings:
+    """What was found of one architecture; ``problems`` is empty where all holds."""
+
+    family: str
+    sublayers: int = 0
+    kinds: str = ""
+    expected: str = ""
+    graphs: int = 0
+    stream: str = ""
+    zero: str = ""
+    skip: str = ""
+    notes: list[str] = field(default_factory=list)
+    paths: tuple[str, ...] = ()
+    streams: list[ResidualStream] = field(default_factory=list)
+
+
+def count_kinds(kinds: Any) -> str:
+    """Return ``2 attention, 2 ffn``."""
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(kinds).items()))
+
+
+def examine(family: str, model: Any, *, cache: Callable[[], Any] = lambda: None, plans: int = 3, batch: int = 1) -> Findings:
+    """Check everything of one model; problems are noted, not raised."""
+    found = Findings(family)
+    torch._dynamo.reset()
+    with watched(model) as seen:
+        eager = logits(model, None, cache=cache(), batch=batch)
+    found.expected = count_kinds(seen.kinds)
+    switch = Switch(model)
+    missing: set[str] = set(seen.before)
+    outside: set[str] = set(seen.after)
+
+    def observe(gm: fx.GraphModule, stream: ResidualStream, env: dict[fx.Node, Any]) -> None:
+        values = [env[node] for item in stream.sublayers for node in (item.stream_in, item.stream_out)]
+        for names, wanted in ((missing, seen.before), (outside, seen.after)):
+            names.difference_update([path for path in names if any(_equal(wanted[path], value) for value in values)])
+
+    switch.scales, switch.observe = {}, observe
+    plain = logits(model, switch.compiled, cache=cache(), batch=batch)
+    switch.observe, switch.scales = None, None
+    found.graphs, found.streams = len(switch.graphs), switch.streams
+    first = switch.streams[0]
+    found.sublayers, found.paths = len(first.sublayers), first.paths
+    found.kinds = count_kinds(item.kind for item in first.sublayers)
+    found.stream = "yes" if not missing | outside else f"no: {sorted(missing)[:2]} {sorted(outside)[:2]}"
+    found.notes += [problem for stream in switch.streams for problem in stream.problems][:1]
+    if len({stream.paths for stream in switch.streams}) > 1:
+        found.notes.append("graphs differ in sublayers")
+    if _differ(plain, eager):
+        found.notes.append(f"captured graphs differ from eager by {_gap(plain, eager):.1e}")
+    driven = logits(model, switch.compiled, cache=cache(), batch=batch)
+    found.zero = "yes" if not _differ(driven, eager) else f"no: {_gap(driven, eager):.1e}"
+    if first.problems:
+        return found
+    generator = torch.Generator().manual_seed(0)
+    failed = []
+    for _ in range(plans):
+        scales = draw_plan(first, generator)
+        switch.scales = scales
+        wanted = logits(model, switch.compiled, cache=cache(), batch=batch)
+        switch.scales = None
+        switch.session.use(SkipPlan.from_scales(scales))
+        try:
+            got = logits(model, switch.compiled, cache=cache(), batch=batch)
+        except Exception as error:
+            failed.append(f"{sorted(scales)}: {type(error).__name__} {str(error)[:300]}")
+            continue
+        if _differ(got, wanted):
+            failed.append(f"{sorted(scales)}: {_gap(got, wanted):.1e}")
+        if not _differ(got, eager):
+            failed.append(f"{sorted(scales)}: changes nothing")
+    found.skip = "yes" if not failed else "no: " + "; ".join(failed)
+    if len(switch.graphs) != found.graphs:
+        found.notes.append(f"captured again: {len(switch.graphs)} graphs, were {found.graphs}")
+    return found
+
+
+def draw_plan(stream: ResidualStream, generator: torch.Generator) -> dict[str, float]:
+    """Draw a legal plan: at least one stateful and one stateless sublayer skipped where there are, one attention kept."""
+    groups = [[item for item in stream.sublayers if item.stateful == stateful] for stateful in (True, False)]
+    chosen: list[str] = []
+    for group in groups:
+        if group:
+            limit = max(1, len(group) - 1)
+            number = int(torch.randint(1, limit + 1, (), generator=generator))
+            order = torch.randperm(len(group), generator=generator).tolist()
+            chosen += [group[index].path for index in order[:number]]
+    extra = [reader for path in chosen for reader in stream.by_path(path).shared_with if reader in stream.paths]
+    every = {*chosen, *extra}
+    return {path: 0.8 + 0.4 * float(torch.rand((), generator=generator)) for path in stream.paths if path in every}
+
+
+def _equal(one: torch.Tensor, other: Any) -> bool:
+    if not isinstance(other, torch.Tensor) or one.numel() != other.numel():
+        return False
+    return torch.allclose(one.flatten().float(), other.flatten().float(), rtol=1e-3, atol=1e-4)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
