@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+from adaskip_passes.straighten_stream import straighten_stream
 
 Skips = Mapping[str, tuple[float, str]]
 
@@ -63,6 +64,7 @@ def reference_backend(scales: Mapping[str, float]) -> Callable[[fx.GraphModule, 
     """Return a Dynamo backend that runs each graph with the sublayers in ``scales`` (path to scale) skipped."""
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        straighten_stream(gm)
         stream = find_residual_stream(gm)
         return lambda *inputs: InterpreterReference(gm, _skips(stream, scales)).run(*inputs)
 

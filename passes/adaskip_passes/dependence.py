@@ -7,7 +7,7 @@ bit sets, so that graphs of hundreds of layers stay cheap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -25,6 +25,7 @@ class Dependence:
     """For each node of a graph, the set of nodes that its value depends on."""
 
     def __init__(self, gm: fx.GraphModule, effects: Effects) -> None:
+        self.effects = effects
         self.position = {node: index for index, node in enumerate(gm.graph.nodes)}
         self._nodes = list(self.position)
         self._ancestors: list[int] = []
@@ -60,13 +61,30 @@ class Dependence:
         """Tell whether ``node`` is ``source`` or depends on it."""
         return node is source or self.depends(node, source)
 
-    def between(self, source: fx.Node, sink: fx.Node) -> Iterator[fx.Node]:
-        """Yield, in graph order, the nodes other than ``sink`` that depend on ``source`` and not on ``sink``."""
-        for node in self._nodes[self.position[source] + 1 :]:
-            if node.op == "output" or node is sink:
-                continue
-            if self.depends(node, source) and not self.depends(node, sink):
-                yield node
+    def bits(self, nodes: Iterable[fx.Node]) -> int:
+        """Return the bit set of ``nodes``."""
+        found = bytearray(len(self._nodes) // 8 + 1)
+        for node in nodes:
+            index = self.position[node]
+            found[index >> 3] |= 1 << (index & 7)
+        return int.from_bytes(found, "little")
+
+    def any_between(self, source: fx.Node, sink: fx.Node, among: int) -> bool:
+        """Tell whether a node of the bit set ``among`` depends on ``source`` and is or feeds ``sink``."""
+        between = self.with_self(sink) & among & ~self.with_self(source)
+        while between:
+            index = between.bit_length() - 1
+            if index < self.position[source]:
+                return False
+            if self.depends(self._nodes[index], source):
+                return True
+            between ^= 1 << index
+        return False
+
+    def last_before(self, node: fx.Node, among: int) -> fx.Node | None:
+        """Return the last node of the bit set ``among`` that ``node`` depends on, or None."""
+        found = self._ancestors[self.position[node]] & among
+        return self._nodes[found.bit_length() - 1] if found else None
 
 
 def carries_tensor(value: object) -> bool:

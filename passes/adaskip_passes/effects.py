@@ -25,10 +25,16 @@ _VIEWS = frozenset(
     "narrow permute ravel reshape reshape_as select slice split squeeze swapaxes swapdims t tensor_split to "
     "transpose type_as unbind unflatten unfold unsqueeze view view_as _unsafe_view float half bfloat16 double type".split()
 )
+_VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
 )
 _CHECKS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range"})
+# They open and close what the nodes between them run under.
+_SCOPES = frozenset(
+    "_vmap_increment_nesting _vmap_decrement_nesting lazy_load_decompositions _set_grad_enabled _enter_autocast "
+    "_exit_autocast _enter_inference_mode _exit_inference_mode".split()
+)
 
 
 def op_name(node: fx.Node) -> str:
@@ -51,7 +57,7 @@ class Write:
 
 @dataclass(frozen=True)
 class Effects:
-    """The writes of a graph in order, its alias roots, and the nodes that check instead of compute."""
+    """The writes of a graph in order, its alias roots, and the nodes that check or open and close a scope instead of computing."""
 
     writes: tuple[Write, ...]
     roots: dict[fx.Node, fx.Node]
@@ -78,7 +84,7 @@ def find_effects(gm: fx.GraphModule) -> Effects:
         base = _aliased_input(node)
         roots[node] = node if base is None else roots[base]
         writes.extend(Write(node, roots[target]) for target in _written_inputs(node))
-        if node.op == "call_function" and op_name(node) in _CHECKS:
+        if node.op == "call_function" and op_name(node) in _CHECKS | _SCOPES:
             checks.add(node)
     return Effects(tuple(writes), roots, frozenset(checks))
 
@@ -87,6 +93,8 @@ def _aliased_input(node: fx.Node) -> fx.Node | None:
     """Return the input whose memory the value of ``node`` may share, or None."""
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
+    if node.target is getattr and node.args[1] in _VIEW_ATTRIBUTES:
+        return node.args[0]
     if op_name(node) in _VIEWS or next(_written_inputs(node), None) is node.args[0]:
         return node.args[0]
     return None

@@ -47,17 +47,19 @@ def find_state(gm: fx.GraphModule, regions: Sequence[tuple[fx.Node, ...]], effec
         if write.node in owner and (_from_outside(write.root) or write.root in returned_roots)
     }
     writer = {root: owner[node] for node, root in outlives.items()}
-    reader = _sole_readers(gm, owner, effects)
+    reader = _sole_readers(owner, effects)
+    inputs: list[list[fx.Node]] = [[] for _ in regions]
+    for node in gm.graph.find_nodes(op="placeholder"):
+        for index in {writer.get(node), reader.get(node)} - {None}:
+            inputs[index].append(node)
+    outputs: list[list[int]] = [[] for _ in regions]
+    for position, value in enumerate(returned):
+        if value is not None and fake_tensor(value) is not None:
+            index = owner.get(value, writer.get(effects.roots[value]))
+            if index is not None:
+                outputs[index].append(position)
     return [
-        State(
-            writes=tuple(node for node in region if node in outlives),
-            inputs=tuple(
-                node
-                for node in gm.graph.nodes
-                if node.op == "placeholder" and index in (writer.get(node), reader.get(node))
-            ),
-            outputs=tuple(_owned_outputs(index, returned, owner, writer, effects)),
-        )
+        State(tuple(node for node in region if node in outlives), tuple(inputs[index]), tuple(outputs[index]))
         for index, region in enumerate(regions)
     ]
 
@@ -72,17 +74,7 @@ def _from_outside(root: fx.Node) -> bool:
     return root.op in ("placeholder", "get_attr")
 
 
-def _owned_outputs(
-    index: int, returned: Sequence[fx.Node | None], owner: dict[fx.Node, int], writer: dict[fx.Node, int], effects: Effects
-) -> Iterator[int]:
-    for position, node in enumerate(returned):
-        if node is None or fake_tensor(node) is None:
-            continue
-        if owner.get(node) == index or (node not in owner and writer.get(effects.roots[node]) == index):
-            yield position
-
-
-def _sole_readers(gm: fx.GraphModule, owner: dict[fx.Node, int], effects: Effects) -> dict[fx.Node, int]:
+def _sole_readers(owner: dict[fx.Node, int], effects: Effects) -> dict[fx.Node, int]:
     """Map each of the caller's tensors that a single region reads to that region.
 
     Tensors of rank 3 and more that the model does not hold: its weights, and masks that all layers

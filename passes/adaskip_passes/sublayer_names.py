@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from adaskip_passes.residual_stream import Sublayer
 
 
-def name_sublayers(
-    sublayers: Sequence[Sublayer], effects: Effects, dependence: Dependence
-) -> tuple[Sublayer, ...]:
+def name_sublayers(sublayers: Sequence[Sublayer], dependence: Dependence) -> tuple[Sublayer, ...]:
     """Return the sublayers with unique paths, and with the paths that read their values beside the stream."""
-    weighted = [_weighted_paths(sublayer, effects) for sublayer in sublayers]
+    weighted = [_weighted_paths(sublayer, dependence.effects) for sublayer in sublayers]
     paths = [_common(found) or f"sublayer.{index}" for index, found in enumerate(weighted)]
     for index, path in enumerate(paths):
         if _holds_another(path, index, paths) and weighted[index]:
