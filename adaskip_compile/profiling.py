@@ -17,6 +17,7 @@ from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+from adaskip_passes.straighten_stream import straighten_stream
 
 
 class _Prober:
@@ -27,6 +28,7 @@ class _Prober:
         self.rows: list[torch.Tensor] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        straighten_stream(gm)
         stream = find_residual_stream(gm)
         self.streams.append(stream)
         if stream.problems:

@@ -56,12 +56,14 @@ def _run_batch(types: list[str], plans: int) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     while left := [family for family in types if family not in rows]:
         command = [sys.executable, "-m", "bench.architectures", "--batch", "--plans", str(plans), *left]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        for line in done.stdout.splitlines():
-            if line.startswith("{"):
-                row = json.loads(line)
-                rows[row["family"]] = row
-                print(f"{row['family']}: {row['verdict']} {row['reason'] or row['kinds']}", flush=True)
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as done:
+            for line in done.stdout or ():
+                if line.startswith("{"):
+                    row = json.loads(line)
+                    rows[row["family"]] = row
+                    print(f"{row['family']}: {row['verdict']} {row['reason'] or row['kinds']}", flush=True)
         if left[0] not in rows:
             rows[left[0]] = {"family": left[0], "verdict": "no", "reason": f"its process ended with {done.returncode}"}
     return rows

@@ -1,0 +1,164 @@
+"""Architectures in CI: at least one for every structural rule. ``make architectures`` runs them all."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import adaskip_passes
+from adaskip_compile.analysis import analyze
+from adaskip_passes.dependence import Dependence
+from adaskip_passes.effects import find_effects
+from adaskip_passes.residual_stream import find_residual_stream
+from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.stream_links import find_chain
+from tests.architecture_checks import examine, verdict
+from tests.architectures import tiny_architecture
+from tests.models import capture, plain, tokens
+
+ROOT = Path(__file__).parent.parent
+
+# type -> the rule that it meets.
+MET = {
+    "llama": "pre-norm",
+    "bert": "post-norm",
+    "gemma2": "sandwich norms, scaled embedding",
+    "olmo2": "norm after each branch",
+    "granite": "branch multipliers",
+    "minimax": "multipliers on both sides, linear attention",
+    "gpt2": "token + position embeddings",
+    "opt": "rows flattened for the FFN",
+    "bloom": "dropout between branch and add",
+    "cohere": "parallel, the stream innermost",
+    "gptj": "parallel, the stream outermost",
+    "falcon": "parallel, summed in place under dropout",
+    "falcon_h1": "attention and state space side by side",
+    "deepseek_v3": "latent attention, shared experts",
+    "mixtral": "experts",
+    "gemma3_text": "sliding and full attention",
+    "gemma4_text": "inputs of each layer",
+    "big_bird": "a tanh GELU in the head",
+    "qwen3_next": "gated delta rule",
+    "falcon_mamba": "state space alone, scans under vmap",
+    "zamba": "side path into a branch",
+    "lfm2": "short convolutions",
+}
+# type -> the structural reason that it has no single stream.
+REASONS = {
+    "gemma3n_text": "mixed by weights beside it",
+    "hrm_text": "cache entries are computed outside the stream",
+    "deepseek_v4": "no add joins",
+}
+
+
+@pytest.mark.parametrize("family", MET)
+def test_sublayers_are_found_and_skipped(family):
+    found = examine(family, tiny_architecture(family), plans=2)
+    found.streams = []
+    assert verdict(found) == "yes", found
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_without_a_single_stream_a_model_runs_unskipped_and_says_why(family):
+    found = examine(family, tiny_architecture(family))
+    assert REASONS[family] in found.reason
+    assert (found.sublayers, found.zero) == (0, "yes")
+
+
+def test_parallel_branches_are_told_apart_only_where_one_mixes_tokens():
+    prefill, _ = capture(tiny_architecture("gptj"))
+    assert [item.kind for item in find_residual_stream(prefill.gm).sublayers] == ["attention", "attention"]
+    assert straighten_stream(prefill.gm) > 0
+    stream = find_residual_stream(prefill.gm)
+    assert [item.kind for item in stream.sublayers] == ["attention", "ffn"] * 2
+    assert [item.stateful for item in stream.sublayers] == [True, False] * 2
+    for before, after in zip(stream.sublayers, stream.sublayers[1:], strict=False):
+        assert after.stream_in is before.stream_out
+        assert not set(before.nodes) & set(after.nodes)
+    experts, _ = capture(tiny_architecture("deepseek_v3"))
+    straighten_stream(experts.gm)
+    assert len(find_residual_stream(experts.gm).sublayers) == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "falcon"])
+def test_straightening_keeps_values_and_happens_once(family):
+    for captured in capture(tiny_architecture(family)):
+        straighten_stream(captured.gm)
+        assert straighten_stream(captured.gm) == 0
+        inputs = [value.clone() if isinstance(value, torch.Tensor) else value for value in captured.inputs]
+        for got, wanted in zip(captured.gm.forward(*inputs), captured.outputs, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+class _InPlace(nn.Module):
+    """A residual block that adds to its stream in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(128, 16), nn.Linear(16, 128)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x += functional.relu(layer(x))
+        return self.head(x)
+
+
+def test_adds_in_place_become_values_of_their_own():
+    prefill = capture(_InPlace().eval())[0]
+    assert straighten_stream(prefill.gm) == 3
+    assert len(find_residual_stream(prefill.gm).sublayers) == 3
+    torch.testing.assert_close(prefill.gm.forward(*prefill.inputs), prefill.outputs, rtol=0, atol=0)
+
+
+def test_a_plain_decoder_with_parallel_branches_needs_no_help():
+    stream = analyze(plain(parallel=True), ids=tokens())
+    assert [item.kind for item in stream.sublayers] == ["attention", "ffn"] * 2
+
+
+def test_a_broken_graph_is_not_a_silent_match_of_nothing():
+    prefill, _ = capture(tiny_architecture("llama"))
+    adds = [item.stream_out for item in find_residual_stream(prefill.gm).sublayers]
+    for add in adds:
+        add.target = torch.maximum
+    stream = find_residual_stream(prefill.gm)
+    assert not stream.sublayers
+    assert stream.problems == ("no add joins a value with a branch computed from it",)
+
+
+def test_regions_are_disjoint_and_lie_between_their_adds():
+    prefill, _ = capture(tiny_architecture("zamba"))
+    dependence = Dependence(prefill.gm, find_effects(prefill.gm))
+    chain = find_chain(prefill.gm, dependence)
+    taken: set[object] = set()
+    for link in chain.links:
+        for part in link.parts:
+            assert taken.isdisjoint(part.nodes)
+            taken.update(part.nodes)
+            assert all(dependence.depends(node, link.tree.stream) for node in part.nodes)
+            assert not any(dependence.reaches(link.tree.add, node) for node in part.nodes)
+
+
+def _code() -> Iterator[tuple[Path, str]]:
+    for folder in (ROOT / "adaskip_compile", Path(adaskip_passes.__path__[0])):
+        for path in folder.rglob("*.py"):
+            yield path, path.read_text()
+
+
+def test_no_model_type_or_class_is_named_in_the_code():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
+    # Words with a meaning of their own, and the names of texts in docstrings' examples.
+    ordinary = {"beam", "bart", "git", "opt", "ctrl", "flint", "fuyu"}
+    types = {family for family in names if family not in ordinary}
+    classes = set(names.values())
+    for path, text in _code():
+        strings = set(re.findall(r"""["']([\w-]+)["']""", text))
+        words = set(re.findall(r"\w+", text))
+        assert not strings & types, path
+        assert not words & classes, path
