@@ -136,9 +136,9 @@ def _entries_outside(
 
 def _links(gm: fx.GraphModule, trees: Sequence[AddTree], dependence: Dependence) -> list[Link]:
     regions = _regions(gm, trees, dependence)
-    parts = _parts(gm, [[(branch,) for branch in tree.branches] for tree in trees], regions, dependence)
+    parts = _parts(gm, trees, [[(branch,) for branch in tree.branches] for tree in trees], regions, dependence)
     if any(len(found) > 1 for found in parts):
-        parts = _parts(gm, [_grouped(found) for found in parts], regions, dependence)
+        parts = _parts(gm, trees, [_grouped(found) for found in parts], regions, dependence)
     return [
         Link(tree, tuple(found), tuple(region)) for tree, found, region in zip(trees, parts, regions, strict=True)
     ]
@@ -175,11 +175,15 @@ def _grouped(parts: Sequence[Part]) -> list[tuple[fx.Node, ...]]:
 
 def _parts(
     gm: fx.GraphModule,
+    trees: Sequence[AddTree],
     groups: Sequence[Sequence[tuple[fx.Node, ...]]],
     regions: Sequence[list[fx.Node]],
     dependence: Dependence,
 ) -> list[list[Part]]:
-    shares = [_shared_out(region, branches, dependence) for region, branches in zip(regions, groups, strict=True)]
+    shares = [
+        _shared_out(tree.add, region, branches, dependence)
+        for tree, region, branches in zip(trees, regions, groups, strict=True)
+    ]
     states = iter(find_state(gm, [share for found in shares for share in found], dependence.effects))
     return [
         [
@@ -191,9 +195,9 @@ def _parts(
 
 
 def _shared_out(
-    region: Sequence[fx.Node], groups: Sequence[tuple[fx.Node, ...]], dependence: Dependence
+    add: fx.Node, region: Sequence[fx.Node], groups: Sequence[tuple[fx.Node, ...]], dependence: Dependence
 ) -> list[tuple[fx.Node, ...]]:
-    """Share the nodes of a region out to the groups of branches that they feed.
+    """Share the nodes of the region before ``add`` out to the groups of branches that they feed.
 
     What feeds several (a norm before both) belongs to none. What feeds none, a cache entry that
     attention does not read back, goes with its inputs, unless a later part of the graph reads it: then
@@ -208,7 +212,10 @@ def _shared_out(
     for node in region:
         position = dependence.position[node]
         fed = [index for index, bits in enumerate(feeds) if bits >> position & 1]
-        if not fed and node not in aside:
+        if not fed and dependence.depends(add, node):
+            leaves = set(leaves_of(node))  # a sum inside the tree
+            fed = [index for index, branches in enumerate(groups) if leaves.issubset(branches)]
+        elif not fed and node not in aside:
             fed = [owner[source] for source in node.all_input_nodes if source in owner][:1]
         if len(fed) == 1:
             owner[node] = fed[0]
