@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types imports bench clean
+.PHONY: help setup demo test check lint types imports bench architectures clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ imports: $(STAMP)  ## Check that the passes never import the driver
 bench: $(STAMP)  ## Run the benches; what each number means is in bench/README.md
 	$(PIP) -e '.[bench]'
 	@for question in $(wildcard bench/[a-z]*.py); do echo "== $$question"; $(BIN)/python -m "bench.$$(basename $$question .py)" || exit 1; done
+
+architectures: $(STAMP)  ## Check every causal model type of transformers; writes bench/results/architectures.md
+	$(BIN)/python -m bench.architectures --workers $(WORKERS) $(ARGS)
 
 clean:  ## Remove the virtual environment and every cache in this folder
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

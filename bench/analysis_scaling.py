@@ -1,6 +1,6 @@
 """Does analysis stay linear in depth? Times analysis and rewriting of Llama-405B's shape on the meta device.
 
-    python -m bench.analysis_scaling [LAYERS ...]
+python -m bench.analysis_scaling [LAYERS ...]
 """
 
 from __future__ import annotations
@@ -73,7 +73,12 @@ def main() -> None:
     rows = [measure(int(layers)) for layers in sys.argv[1:] or (8, 32, 126)]
     for row in rows:
         total = row["analysis_s"] + row["rewriting_s"]
-        print({**{key: round(value, 2) for key, value in row.items()}, "ms_a_layer": round(1e3 * total / row["layers"], 1)})
+        print(
+            {
+                **{key: round(value, 2) for key, value in row.items()},
+                "ms_a_layer": round(1e3 * total / row["layers"], 1),
+            }
+        )
     RESULTS.mkdir(exist_ok=True)
     page = {"torch": torch.__version__, "shape": SIZES, "rows": rows}
     (RESULTS / "analysis_scaling.json").write_text(json.dumps(page, indent=2) + "\n")

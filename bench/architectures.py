@@ -4,7 +4,7 @@ Every causal language model type of the installed transformers is built tiny and
 the sublayers against what hooks on the eager model see, the logits with nothing skipped against eager, and those of
 random legal plans against the interpreter reference. Types run in batches, each in a process of its own.
 
-    python -m bench.architectures [--plans 3] [TYPE ...]
+    python -m bench.architectures [--plans 3] [--workers 2] [TYPE ...]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; all that decode text where none is given")
     parser.add_argument("--plans", type=int, default=3, help="random legal plans a type")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--batch", action="store_true", help="check the given types in this process, a JSON line each")
     arguments = parser.parse_args()
     if arguments.batch:
@@ -37,8 +39,10 @@ def main() -> None:
         return
     types = arguments.types or _causal_types()
     rows: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(types), BATCH):
-        rows.update(_run_batch(types[start : start + BATCH], arguments.plans))
+    batches = [types[start : start + BATCH] for start in range(0, len(types), BATCH)]
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for found in pool.map(lambda batch: _run_batch(batch, arguments.plans), batches):
+            rows.update(found)
     RESULTS.mkdir(exist_ok=True)
     text = table(rows)
     (RESULTS / "architectures.md").write_text(text)
@@ -56,9 +60,7 @@ def _run_batch(types: list[str], plans: int) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     while left := [family for family in types if family not in rows]:
         command = [sys.executable, "-m", "bench.architectures", "--batch", "--plans", str(plans), *left]
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as done:
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as done:
             for line in done.stdout or ():
                 if line.startswith("{"):
                     row = json.loads(line)
@@ -105,9 +107,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"{yes} of {len(rows)} model types: every sublayer found, and skipped as the reference says. "
-        f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}, CPU, fp32; "
-        "`make architectures` regenerates this page.",
+        (
+            f"{yes} of {len(rows)} model types: every sublayer found, and skipped as the reference says. "
+            f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}, CPU, fp32; "
+            "`make architectures` regenerates this page."
+        ),
         "",
         "A type with `no` runs, unskipped where no sublayer is named; its note says why.",
         "",
@@ -116,7 +120,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for family, row in sorted(rows.items()):
         cells = (family, row["verdict"], row.get("sublayers", 0), row.get("kinds", ""), "dynamic")
-        lines.append(f"| {' | '.join(map(str, cells))} | {row.get('zero', '')} | {row.get('skip', '')} | {_notes(row)} |")
+        lines.append(
+            f"| {' | '.join(map(str, cells))} | {row.get('zero', '')} | {row.get('skip', '')} | {_notes(row)} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from adaskip_compile.capture import constant_floats
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import Session
+from adaskip_passes.errors import AdaSkipError
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from tests.models import tokens
 from tests.reference import InterpreterReference
@@ -99,7 +100,9 @@ class _Forced:
         return result
 
 
-def logits(model: Any, call: Callable[..., Any] | None, *, cache: Any = None, batch: int = 1, length: int = 8) -> torch.Tensor:
+def logits(
+    model: Any, call: Callable[..., Any] | None, *, cache: Any = None, batch: int = 1, length: int = 8
+) -> torch.Tensor:
     """Return the logits ``(steps, batch, vocabulary)`` of one request of forced tokens; ``call`` in the model's place."""
     ids = tokens(batch, length)
     model._compiled_call_impl = call
@@ -141,7 +144,12 @@ def watched(model: nn.Module) -> Iterator[Expected]:
         handles.append(layer.register_forward_hook(_layer_hook(path, seen), with_kwargs=True))
         for name, part in layer.named_children():
             kind = part_kind(name)
-            if kind == "attention" and types[index : index + 1] in (["linear_attention"], ["conv"], ["recurrent"], ["mamba"]):
+            if kind == "attention" and types[index : index + 1] in (
+                ["linear_attention"],
+                ["conv"],
+                ["recurrent"],
+                ["mamba"],
+            ):
                 kind = "ssm"
             if kind:
                 handles.append(part.register_forward_hook(_part_hook(f"{path}.{name}", kind, seen)))
@@ -182,7 +190,9 @@ def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _layer_hook(path: str, seen: Expected) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         before = next((value for value in (*args, *kwargs.values()) if _is_stream(value)), None)
-        after = next((value for value in (result if isinstance(result, tuple) else (result,)) if _is_stream(value)), None)
+        after = next(
+            (value for value in (result if isinstance(result, tuple) else (result,)) if _is_stream(value)), None
+        )
         if before is not None and after is not None and path not in seen.before:
             seen.before[path], seen.after[path] = before.detach().clone(), after.detach().clone()
 
@@ -225,7 +235,9 @@ def count_kinds(kinds: Any) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(kinds).items()))
 
 
-def examine(family: str, model: Any, *, cache: Callable[[], Any] = lambda: None, plans: int = 3, batch: int = 1) -> Findings:
+def examine(
+    family: str, model: Any, *, cache: Callable[[], Any] = lambda: None, plans: int = 3, batch: int = 1
+) -> Findings:
     """Check everything of one model; problems are noted, not raised."""
     found = Findings(family)
     torch._dynamo.reset()
@@ -262,27 +274,35 @@ def examine(family: str, model: Any, *, cache: Callable[[], Any] = lambda: None,
     found.zero = "yes" if not _differ(driven, eager) else f"no: {_gap(driven, eager):.1e}"
     if first.problems:
         return found
+    failed = _failing_plans(switch, first, eager, plans, lambda call: logits(model, call, cache=cache(), batch=batch))
+    found.skip = "yes" if not failed else "no: " + "; ".join(failed)
+    if len(switch.graphs) != found.graphs:
+        found.notes.append(f"captured again: {len(switch.graphs)} graphs, were {found.graphs}")
+    return found
+
+
+def _failing_plans(
+    switch: Switch, stream: ResidualStream, eager: torch.Tensor, plans: int, run: Callable[[Any], torch.Tensor]
+) -> list[str]:
+    """Return, for each of some random legal plans that the driver gets wrong, what is wrong."""
     generator = torch.Generator().manual_seed(0)
     failed = []
     for _ in range(plans):
-        scales = draw_plan(first, generator)
+        scales = draw_plan(stream, generator)
         switch.scales = scales
-        wanted = logits(model, switch.compiled, cache=cache(), batch=batch)
+        wanted = run(switch.compiled)
         switch.scales = None
         switch.session.use(SkipPlan.from_scales(scales))
         try:
-            got = logits(model, switch.compiled, cache=cache(), batch=batch)
-        except Exception as error:
+            got = run(switch.compiled)
+        except AdaSkipError as error:
             failed.append(f"{sorted(scales)}: {type(error).__name__} {str(error)[:300]}")
             continue
         if _differ(got, wanted):
             failed.append(f"{sorted(scales)}: {_gap(got, wanted):.1e}")
         if not _differ(got, eager):
             failed.append(f"{sorted(scales)}: changes nothing")
-    found.skip = "yes" if not failed else "no: " + "; ".join(failed)
-    if len(switch.graphs) != found.graphs:
-        found.notes.append(f"captured again: {len(switch.graphs)} graphs, were {found.graphs}")
-    return found
+    return failed
 
 
 def verdict(found: Findings) -> str:

@@ -15,7 +15,9 @@ from tests.models import redraw
 
 # name -> size, for every name that a configuration has and does not leave at None.
 _SIZES: dict[str, int] = {
-    **dict.fromkeys("hidden_size n_embd d_model emb_dim embedding_size word_embed_proj_dim lru_width embedding_dim".split(), 64),
+    **dict.fromkeys(
+        "hidden_size n_embd d_model emb_dim embedding_size word_embed_proj_dim lru_width embedding_dim".split(), 64
+    ),
     **dict.fromkeys(
         "intermediate_size ffn_dim n_inner dff dim_ff d_inner decoder_ffn_dim ffn_hidden_size shared_expert_intermediate_size "
         "dense_intermediate_size shared_intermediate_size intermediate_size_mlp shared_experts_intermediate_size "
@@ -44,7 +46,9 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("index_head_dim".split(), 16),
     **dict.fromkeys("sliding_window attention_window_size local_attention".split(), 16),
     **dict.fromkeys("vocab_size vocab_size_per_layer_input".split(), 128),
-    **dict.fromkeys("max_position_embeddings n_positions n_ctx max_seq_len context_length max_sequence_length".split(), 256),
+    **dict.fromkeys(
+        "max_position_embeddings n_positions n_ctx max_seq_len context_length max_sequence_length".split(), 256
+    ),
     "first_k_dense_replace": 1,
     "type_vocab_size": 2,
 }
@@ -60,7 +64,12 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "big_bird": {"is_decoder": True, "attention_type": "original_full"},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "bloom": {"n_head": 4},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
@@ -68,8 +77,15 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 0, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 16, "laurel_rank": 8},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 0,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+    },
     "gemma3n": {},
     "gemma4_text": {"hidden_size_per_layer_input": 16},
     "gemma4_unified_text": {"hidden_size_per_layer_input": 16},
@@ -77,18 +93,41 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4, "num_dense_layers": 1},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        "num_hidden_layers": 4,
+        "num_dense_layers": 1,
+    },
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"ple_embed_dim": 64, "shared_expert_intermediate_size": 96,
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4},
+    "qwen4_exp_text": {
+        "ple_embed_dim": 64,
+        "shared_expert_intermediate_size": 96,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+    },
     "recurrent_gemma": {"num_hidden_layers": 4, "block_types": ["recurrent", "attention"]},
-    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "feed_forward_size": 96},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "local"],
+        "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [32, 32],
+        "feed_forward_size": 96,
+    },
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "n_mamba_heads": 2,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -20,6 +20,7 @@ from adaskip_passes.errors import UnknownSublayerError
 from adaskip_passes.stream_links import Link, Part, find_chain, is_decode, joined, straight_sums
 from adaskip_passes.sublayer_names import name_sublayers
 
+
 @dataclass(frozen=True)
 class Sublayer:
     """One sublayer of the stream: everything between two consecutive values of it.
@@ -93,7 +94,9 @@ class ResidualStream:
                 return sublayer
         near = difflib.get_close_matches(path, self.paths, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise UnknownSublayerError(f"no sublayer {path!r} in this graph{hint}; it has: {', '.join(self.paths) or 'none'}")
+        raise UnknownSublayerError(
+            f"no sublayer {path!r} in this graph{hint}; it has: {', '.join(self.paths) or 'none'}"
+        )
 
     def mapped(self, to: Callable[[fx.Node], fx.Node]) -> ResidualStream:
         """Return this stream over a copy of its graph; ``to`` gives each node's copy."""

@@ -81,9 +81,9 @@ def _sole_readers(owner: dict[fx.Node, int], effects: Effects) -> dict[fx.Node, 
     read, are none of a region's state.
     """
     readers: dict[fx.Node, set[int]] = {}
-    for node in owner:
+    for node, index in owner.items():
         for source in node.all_input_nodes:
-            readers.setdefault(effects.roots[source], set()).add(owner[node])
+            readers.setdefault(effects.roots[source], set()).add(index)
     return {
         root: next(iter(found))
         for root, found in readers.items()
@@ -92,7 +92,12 @@ def _sole_readers(owner: dict[fx.Node, int], effects: Effects) -> dict[fx.Node, 
 
 
 def _may_be_cache(value: torch.Tensor | None) -> bool:
-    return value is not None and not isinstance(value, torch.nn.Parameter) and value.dim() >= 3 and value.dtype != torch.bool
+    return (
+        value is not None
+        and not isinstance(value, torch.nn.Parameter)
+        and value.dim() >= 3
+        and value.dtype != torch.bool
+    )
 
 
 def find_counters(gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.Node, ...]:

@@ -72,15 +72,12 @@ def _longest_run(trees: Sequence[AddTree], dependence: Dependence) -> list[AddTr
     length: list[int] = []
     by_length: list[tuple[int, int]] = []
     for index, tree in enumerate(trees):
-        found = next(
-            (i for _, i in reversed(by_length) if dependence.reaches(trees[i].add, tree.stream)), None
-        )
+        found = next((i for _, i in reversed(by_length) if dependence.reaches(trees[i].add, tree.stream)), None)
         before.append(found)
         length.append(1 if found is None else length[found] + 1)
-        bisect.insort(by_length, (length[index], -index), key=lambda item: item)
-        by_length[bisect.bisect_left(by_length, (length[index], -index))] = (length[index], index)
-    run: list[AddTree] = []
+        bisect.insort(by_length, (length[index], index))
     last = max(range(len(trees)), key=length.__getitem__, default=None)
+    run: list[AddTree] = []
     while last is not None:
         run.append(trees[last])
         last = before[last]
@@ -139,9 +136,7 @@ def _links(gm: fx.GraphModule, trees: Sequence[AddTree], dependence: Dependence)
     parts = _parts(gm, trees, [[(branch,) for branch in tree.branches] for tree in trees], regions, dependence)
     if any(len(found) > 1 for found in parts):
         parts = _parts(gm, trees, [_grouped(found) for found in parts], regions, dependence)
-    return [
-        Link(tree, tuple(found), tuple(region)) for tree, found, region in zip(trees, parts, regions, strict=True)
-    ]
+    return [Link(tree, tuple(found), tuple(region)) for tree, found, region in zip(trees, parts, regions, strict=True)]
 
 
 def _regions(gm: fx.GraphModule, trees: Sequence[AddTree], dependence: Dependence) -> list[list[fx.Node]]:
@@ -227,7 +222,11 @@ def _read_later(region: Sequence[fx.Node], dependence: Dependence) -> set[fx.Nod
     inside = set(region)
     found: set[fx.Node] = set()
     for node in reversed(region):
-        if any(user in found or (user not in inside and dependence.depends(user, node)) for user in node.users if user.op != "output"):
+        if any(
+            user in found or (user not in inside and dependence.depends(user, node))
+            for user in node.users
+            if user.op != "output"
+        ):
             found.add(node)
     return found
 

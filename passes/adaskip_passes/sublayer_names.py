@@ -39,7 +39,9 @@ def name_sublayers(sublayers: Sequence[Sublayer], dependence: Dependence) -> tup
 def _weighted_paths(sublayer: Sublayer, effects: Effects) -> list[str]:
     """Return the module paths of the ops that read a matrix of weights; of all ops where none does."""
     pathed = [(node, path) for node in sublayer.nodes if (path := module_path(node))]
-    weighted = [path for node, path in pathed if any(_is_matrix(effects.roots[source]) for source in node.all_input_nodes)]
+    weighted = [
+        path for node, path in pathed if any(_is_matrix(effects.roots[source]) for source in node.all_input_nodes)
+    ]
     return weighted or [path for _, path in pathed]
 
 
