@@ -157,7 +157,7 @@ class Dispatcher:
     def _share_memory(self, request: Request, inputs: Sequence[Any]) -> None:
         """Let the preallocated cache of each hole share the memory of a kept sublayer's."""
         donors = {
-            (slot, inputs[index].dtype, inputs[index].device, inputs[index].shape, inputs[index].stride()): inputs[index]
+            _layout(slot, inputs[index]): inputs[index]
             for path, places in reversed(self._written.items())
             if path not in request.holes
             for slot, index in enumerate(places)
@@ -165,7 +165,7 @@ class Dispatcher:
         for path in request.holes & self._written.keys():
             for slot, index in enumerate(self._written[path]):
                 hole = inputs[index]
-                donor = donors.get((slot, hole.dtype, hole.device, hole.shape, hole.stride()))
+                donor = donors.get(_layout(slot, hole))
                 if donor is not None and donor.untyped_storage()._cdata != hole.untyped_storage()._cdata:
                     hole.set_(donor.detach())
 
@@ -235,12 +235,21 @@ class Dispatcher:
         return int(shape[0]), int(shape[1])
 
 
+def _layout(slot: int, tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what two cache tensors must agree in for one's memory to stand for the other's; ``slot`` tells keys from values."""
+    return (slot, tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+
+
 def _token_input(inputs: Sequence[fx.Node], stream: ResidualStream) -> int | None:
     """Return the position of the first input that has the batch and sequence dimensions of the stream."""
     wanted = fake_tensor(stream.sublayers[0].stream_in)
     assert wanted is not None
     for index, node in enumerate(inputs):
         value = fake_tensor(node)
-        if value is not None and value.dim() >= 2 and list(map(str, value.shape[:2])) == list(map(str, wanted.shape[:2])):
+        if (
+            value is not None
+            and value.dim() >= 2
+            and list(map(str, value.shape[:2])) == list(map(str, wanted.shape[:2]))
+        ):
             return index
     return None

@@ -63,8 +63,12 @@ def profile(
         CaptureError: The model has no residual stream, or is not captured as one graph.
     """
     prober = _Prober()
+
     # An own function object: its captures are not those of the user's compiled model.
-    compiled = torch.compile(lambda ids: model._call_impl(ids, **_cheap_arguments(model)), backend=prober, dynamic=True)
+    def forward(ids: torch.Tensor) -> Any:
+        return model._call_impl(ids, **_cheap_arguments(model))
+
+    compiled = torch.compile(forward, backend=prober, dynamic=True)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens: list[int] = []
     was_training = model.training

@@ -94,7 +94,9 @@ class RequestTable:
         self._last = threading.local()
         self.history: deque[Request] = deque(maxlen=history)
 
-    def start(self, plan: SkipPlan, *, scales: dict[str, float], holes: frozenset[str], learning: bool = False) -> Request:
+    def start(
+        self, plan: SkipPlan, *, scales: dict[str, float], holes: frozenset[str], learning: bool = False
+    ) -> Request:
         """Return a new request under ``plan``."""
         with self._lock:
             self._count += 1
@@ -169,7 +171,9 @@ class RequestTable:
                 scale_inputs={},
             )
             if not certain:
-                copied.extra, copied.window_rows, copied.window_left = {}, [], request.plan.window
+                copied.extra = {}
+                copied.window_rows = []
+                copied.window_left = request.plan.window
                 copied.notes.append("several requests fit this cache: the window began again")
             self.history.append(copied)
             return copied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_a_graph_without_a_residual_stream_runs_and_says_so(inner, caplog):
     assert reason in str(adaskip_compile.report(model))
 
 
-def made_for_another(tmp_path, kind: str):
+def made_for_another(tmp_path, kind: str) -> tuple[Any, str]:
     other = tiny("llama", num_hidden_layers=3, seed=1)
     profile = adaskip_compile.profile(other, [tokens(1, 9)[0]], progress=False)
     made = profile if kind == "profile" else adaskip_compile.plan(profile, skip=2)

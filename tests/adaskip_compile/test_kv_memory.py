@@ -18,6 +18,7 @@ from tests.reference import omit_sublayers, run_request
 LAYERS = 6
 SKIPPED = {"model.layers.0.self_attn": 0.95, "model.layers.3.self_attn": 1.03, "model.layers.4.self_attn": 0.9}
 OTHERS = {"model.layers.1.self_attn": 1.02, "model.layers.2.mlp": 0.97}
+NOTHING: dict[str, float] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +93,7 @@ def test_a_cache_holds_only_kept_attentions(llama, kind):
 
 def test_a_static_cache_is_used_again_under_another_plan(llama):
     cache = make_cache("static", llama)
-    for round_, scales in enumerate((SKIPPED, OTHERS, SKIPPED, {})):
+    for round_, scales in enumerate((SKIPPED, OTHERS, SKIPPED, NOTHING)):
         prompt, forced = tokens(1, 9 + round_, seed=round_), tokens(1, 6, seed=10 + round_)
         cache.reset()
         with Skipping(llama, scales):
@@ -175,7 +176,7 @@ def test_a_copied_cache_goes_its_own_way(llama, kind):
         cache = make_cache(kind, llama)
         run_request(llama, tokens(2, 9), tokens(2, 3, seed=1), cache=cache)
         twin = copy.deepcopy(cache)
-        logits = []
+        logits: list[torch.Tensor] = []
         for ids, other in zip(tokens(2, 4, seed=2).split(1, 1), tokens(2, 4, seed=3).split(1, 1), strict=True):
             logits += [step(llama, cache, ids), step(llama, twin, other)]
         return torch.stack(logits)

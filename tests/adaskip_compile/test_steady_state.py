@@ -119,7 +119,11 @@ def test_every_class_of_every_model_is_captured(llama):
 
 
 def test_requests_with_different_plans_take_turns(llama):
-    plans = [{"model.layers.0.self_attn": 0.95}, {"model.layers.2.self_attn": 1.05, "model.layers.1.mlp": 0.98}, {}]
+    plans: list[dict[str, float]] = [
+        {"model.layers.0.self_attn": 0.95},
+        {"model.layers.2.self_attn": 1.05, "model.layers.1.mlp": 0.98},
+        {},
+    ]
     prompts = [tokens(1, 9, seed=seed) for seed in range(3)]
     forced = tokens(1, 5, seed=9)
     caches = [make_cache("dynamic", llama) for _ in plans]
