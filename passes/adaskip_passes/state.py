@@ -73,7 +73,11 @@ def _from_outside(root: fx.Node) -> bool:
 
 
 def _owned_outputs(
-    index: int, returned: Sequence[fx.Node | None], owner: dict[fx.Node, int], writer: dict[fx.Node, int], effects: Effects
+    index: int,
+    returned: Sequence[fx.Node | None],
+    owner: dict[fx.Node, int],
+    writer: dict[fx.Node, int],
+    effects: Effects,
 ) -> Iterator[int]:
     for position, node in enumerate(returned):
         if node is None or fake_tensor(node) is None:
@@ -89,9 +93,9 @@ def _sole_readers(gm: fx.GraphModule, owner: dict[fx.Node, int], effects: Effect
     read, are none of a region's state.
     """
     readers: dict[fx.Node, set[int]] = {}
-    for node in owner:
+    for node, index in owner.items():
         for source in node.all_input_nodes:
-            readers.setdefault(effects.roots[source], set()).add(owner[node])
+            readers.setdefault(effects.roots[source], set()).add(index)
     return {
         root: next(iter(found))
         for root, found in readers.items()
@@ -100,7 +104,12 @@ def _sole_readers(gm: fx.GraphModule, owner: dict[fx.Node, int], effects: Effect
 
 
 def _may_be_cache(value: torch.Tensor | None) -> bool:
-    return value is not None and not isinstance(value, torch.nn.Parameter) and value.dim() >= 3 and value.dtype != torch.bool
+    return (
+        value is not None
+        and not isinstance(value, torch.nn.Parameter)
+        and value.dim() >= 3
+        and value.dtype != torch.bool
+    )
 
 
 def find_counters(gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.Node, ...]:
