@@ -64,12 +64,15 @@ def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
 
 
-def both(llama: Any, act: Callable[[], Any], scales: dict[str, float] = SKIPPED) -> tuple[Any, Any]:
-    """Return what ``act`` gives through the driver, and on the eager model that omits the same sublayers."""
-    with Skipping(llama, scales):
-        got = act()
-    with omit_sublayers(llama, scales):
-        return got, act()
+def both(llama: Any, act: Callable[[Callable[[], None]], Any]) -> tuple[Any, Any]:
+    """Return what ``act`` gives through the driver, and on the eager model that omits the same sublayers.
+
+    It is given a function to call in the middle of a request, which has the next request follow another plan.
+    """
+    with Skipping(llama, SKIPPED):
+        got = act(lambda: Skipping(llama, OTHERS).__enter__())
+    with omit_sublayers(llama, SKIPPED):
+        return got, act(lambda: None)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -113,9 +116,10 @@ def make_used(llama: Any) -> Any:
 
 
 def test_crop(llama):
-    def act() -> tuple[torch.Tensor, int, int]:
+    def act(switch_plan: Callable[[], None]) -> tuple[torch.Tensor, int, int]:
         cache = make_cache("dynamic", llama)
         run_request(llama, tokens(2, 9), tokens(2, 5, seed=1), cache=cache)
+        switch_plan()
         cache.crop(-2)
         length = int(cache.get_seq_length())
         logits = [step(llama, cache, ids) for ids in tokens(2, 4, seed=2).split(1, dim=1)]
@@ -129,7 +133,7 @@ def test_crop(llama):
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_beam_search(llama, kind):
-    def act() -> torch.Tensor:
+    def act(_: Callable[[], None]) -> torch.Tensor:
         ids = tokens(2, 9)
         cache = make_cache(kind, llama)
         return generate(llama, ids, torch.ones_like(ids), 12, num_beams=3, past_key_values=cache)
@@ -155,9 +159,10 @@ def test_rows_are_moved_mid_request(llama, kind, reshape):
         pytest.skip("a preallocated cache keeps its batch size")
     caches = []
 
-    def act() -> torch.Tensor:
+    def act(switch_plan: Callable[[], None]) -> torch.Tensor:
         cache = make_cache(kind, llama)
         run_request(llama, tokens(3, 9), tokens(3, 3, seed=1), cache=cache)
+        switch_plan()
         reshape(cache)
         caches.append(cache)
         rows = len(cache.layers[0].keys)
@@ -172,9 +177,10 @@ def test_rows_are_moved_mid_request(llama, kind, reshape):
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_copied_cache_goes_its_own_way(llama, kind):
-    def act() -> torch.Tensor:
+    def act(switch_plan: Callable[[], None]) -> torch.Tensor:
         cache = make_cache(kind, llama)
         run_request(llama, tokens(2, 9), tokens(2, 3, seed=1), cache=cache)
+        switch_plan()
         twin = copy.deepcopy(cache)
         logits: list[torch.Tensor] = []
         for ids, other in zip(tokens(2, 4, seed=2).split(1, 1), tokens(2, 4, seed=3).split(1, 1), strict=True):
