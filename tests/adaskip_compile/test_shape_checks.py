@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental import _config as config
 
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
@@ -29,7 +30,7 @@ def test_what_a_skipped_graph_returns_has_the_shapes_of_the_full_one(name):
 
 
 def test_caches_that_part_ways_are_noticed_at_run_time():
-    with torch.fx.experimental._config.patch(use_duck_shape=False):  # each layer's length is a symbol of its own
+    with config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # a symbol a layer
         decode = capture_all(plain(layers=2, cached=True))[-1]
     hole, kept = (find_residual_stream(decode.gm).by_path(f"blocks.{i}.attention") for i in (0, 1))
     check, outputs = skipped(decode, (hole.path,))
