@@ -82,18 +82,22 @@ def _compiled(model: Any, ids: torch.Tensor, arguments: argparse.Namespace, plan
 def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:
     """Return times in seconds and ratios to eager and to the compiled full model, each (median, least, greatest)."""
     row: dict[str, Any] = {"way": way, "kv_bytes": rounds[way][-1].cache_bytes}
-    for phase, read in (("prefill", lambda run: run.first), ("decode", lambda run: run.steady(2))):
-        times = [read(run) for run in rounds[way]]
+    for phase in ("prefill", "decode"):
+        times = [_seconds(run, phase) for run in rounds[way]]
         row[phase] = _numbers(times)
         for name, other in (("eager", EAGER), ("full", "0")):
-            ratios = [read(base) / time for base, time in zip(rounds[other], times, strict=True)]
+            ratios = [_seconds(base, phase) / time for base, time in zip(rounds[other], times, strict=True)]
             row[f"{phase}_vs_{name}"] = _numbers(ratios)
     return row
 
 
+def _seconds(run: Generation, phase: str) -> float:
+    return run.first if phase == "prefill" else run.steady(2)
+
+
 def _numbers(values: Sequence[float]) -> tuple[float, float, float]:
     spread = Spread.of(values)
-    return tuple(round(value, 5) for value in (spread.median, spread.low, spread.high))
+    return round(spread.median, 5), round(spread.low, 5), round(spread.high, 5)
 
 
 def _circumstances(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from adaskip_passes.sublayer_names import name_sublayers
 
 _ADDS = frozenset({"add", "add_", "iadd", "__add__", "__radd__"})
 _CASTS = frozenset("to float half bfloat16 type type_as _to_copy".split())
-_SAME_LAST_DIM = frozenset("view reshape flatten unsqueeze squeeze contiguous clone detach expand alias _unsafe_view".split())
+_SAME_LAST_DIM = frozenset(
+    "view reshape flatten unsqueeze squeeze contiguous clone detach expand alias _unsafe_view".split()
+)
 _DROPOUTS = frozenset({"dropout", "dropout_", "native_dropout"})
 _MULTIPLIERS = frozenset({"mul", "mul_", "imul", "div", "div_", "truediv", "itruediv"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "imatmul", "__matmul__"})
@@ -104,7 +106,9 @@ class ResidualStream:
                 return sublayer
         near = difflib.get_close_matches(path, self.paths, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise UnknownSublayerError(f"no sublayer {path!r} in this graph{hint}; it has: {', '.join(self.paths) or 'none'}")
+        raise UnknownSublayerError(
+            f"no sublayer {path!r} in this graph{hint}; it has: {', '.join(self.paths) or 'none'}"
+        )
 
     def mapped(self, to: Callable[[fx.Node], fx.Node]) -> ResidualStream:
         """Return this stream over a copy of its graph; ``to`` gives each node's copy."""

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from adaskip_passes.residual_stream import Sublayer
 
 
-def name_sublayers(
-    sublayers: Sequence[Sublayer], effects: Effects, dependence: Dependence
-) -> tuple[Sublayer, ...]:
+def name_sublayers(sublayers: Sequence[Sublayer], effects: Effects, dependence: Dependence) -> tuple[Sublayer, ...]:
     """Return the sublayers with unique paths, and with the paths that read their values beside the stream."""
     weighted = [_weighted_paths(sublayer, effects) for sublayer in sublayers]
     paths = [_common(found) or f"sublayer.{index}" for index, found in enumerate(weighted)]
@@ -41,7 +39,9 @@ def name_sublayers(
 def _weighted_paths(sublayer: Sublayer, effects: Effects) -> list[str]:
     """Return the module paths of the ops that read a matrix of weights; of all ops where none does."""
     pathed = [(node, path) for node in sublayer.nodes if (path := module_path(node))]
-    weighted = [path for node, path in pathed if any(_is_matrix(effects.roots[source]) for source in node.all_input_nodes)]
+    weighted = [
+        path for node, path in pathed if any(_is_matrix(effects.roots[source]) for source in node.all_input_nodes)
+    ]
     return weighted or [path for _, path in pathed]
 
 
