@@ -77,7 +77,7 @@ class Dispatcher:
         }
         self._cache_outputs = tuple(position for sublayer in stream.sublayers for position in sublayer.cache_outputs)
         self._written = {
-            sublayer.path: tuple(place[node] for node in sublayer.cache_inputs)
+            sublayer.path: self._cache_inputs[sublayer.path]
             for sublayer in stream.sublayers
             if sublayer.writes and sublayer.cache_inputs
         }

@@ -19,8 +19,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from adaskip_compile.plans import SkipPlan, extra_sublayers
 from adaskip_passes.errors import LegalityError
 
-Statistics = tuple[float, float, float]
-
 
 @dataclass(eq=False)
 class Request:

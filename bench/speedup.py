@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, _ = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
     ids = torch.randint(10, model.config.vocab_size, (1, arguments.context), generator=torch.manual_seed(0))
     ways = {EAGER: partial(_eager, model, ids, arguments.new_tokens)}
+    attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
     for count in (0, *arguments.skips):
-        ways[str(count)] = partial(_compiled, model, ids, arguments, _plan(model, count))
+        ways[str(count)] = partial(_compiled, model, ids, arguments, _plan(attentions, count))
     take_turns(ways, 1)  # captures and compiles; not timed
     rounds = take_turns(ways, arguments.rounds)
     rows = [_row(way, rounds) for way in ways]
@@ -64,8 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _plan(model: Any, count: int) -> SkipPlan:
-    attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
+def _plan(attentions: Sequence[str], count: int) -> SkipPlan:
     return SkipPlan.from_scales(dict.fromkeys(attentions[3 : 3 + count], 1.0)) if count else SkipPlan.none()
 
 
