@@ -31,7 +31,11 @@ def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
     if not example_inputs:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         example_inputs = {"input_ids": torch.ones(1, 8, dtype=torch.long, device=device)}
-    compiled = torch.compile(lambda inputs: model._call_impl(**inputs), backend=record, dynamic=True)
+
+    def forward(inputs: dict[str, Any]) -> Any:
+        return model._call_impl(**inputs)
+
+    compiled = torch.compile(forward, backend=record, dynamic=True)
     with torch.no_grad():
         compiled(example_inputs)
     if len(graphs) != 1:

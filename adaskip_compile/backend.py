@@ -52,13 +52,14 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
         UnknownSublayerError: The plan names a module that the model lacks.
     """
     checked = Options.from_mapping(options)
+    source = "this plan"
     if plan is not None and not isinstance(plan, SkipPlan):
-        plan = SkipPlan.load(plan)
+        source, plan = str(plan), SkipPlan.load(plan)
     if plan is not None:
         plan.check_paths(model)
     session = session_for(model, checked)
     if plan is not None:
-        session.use(plan)
+        session.use(plan, source=source)
     if session.compiled is None:
         make_room_for_graphs()
         session.compiled = constant_floats(

@@ -64,7 +64,7 @@ class Dispatcher:
 
     def __init__(self, session: Session, gm: fx.GraphModule, stream: ResidualStream) -> None:
         self.session, self.gm, self.stream = session, gm, stream
-        self.variants: dict[tuple[tuple[str, ...], tuple[str, ...]], Variant] = {}
+        self.variants: dict[tuple[object, ...], Variant] = {}
         self.lowering = Lowering(session.options.inner, session.options.regions)
         self.calls = 0
         self._lock = threading.Lock()
@@ -77,7 +77,7 @@ class Dispatcher:
         }
         self._cache_outputs = tuple(position for sublayer in stream.sublayers for position in sublayer.cache_outputs)
         self._written = {
-            sublayer.path: tuple(place[node] for node in sublayer.cache_inputs)
+            sublayer.path: self._cache_inputs[sublayer.path]
             for sublayer in stream.sublayers
             if sublayer.writes and sublayer.cache_inputs
         }
@@ -157,7 +157,7 @@ class Dispatcher:
     def _share_memory(self, request: Request, inputs: Sequence[Any]) -> None:
         """Let the preallocated cache of each hole share the memory of a kept sublayer's."""
         donors = {
-            (slot, inputs[index].dtype, inputs[index].device, inputs[index].shape, inputs[index].stride()): inputs[index]
+            _layout(slot, inputs[index]): inputs[index]
             for path, places in reversed(self._written.items())
             if path not in request.holes
             for slot, index in enumerate(places)
@@ -165,7 +165,7 @@ class Dispatcher:
         for path in request.holes & self._written.keys():
             for slot, index in enumerate(self._written[path]):
                 hole = inputs[index]
-                donor = donors.get((slot, hole.dtype, hole.device, hole.shape, hole.stride()))
+                donor = donors.get(_layout(slot, hole))
                 if donor is not None and donor.untyped_storage()._cdata != hole.untyped_storage()._cdata:
                     hole.set_(donor.detach())
 
@@ -189,18 +189,18 @@ class Dispatcher:
         return (request.scale_inputs[paths],)
 
     def _variant(self, skipped: tuple[str, ...], probed: tuple[str, ...]) -> Variant:
-        key = (skipped, probed)
+        # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
+        lowering = _EAGER if self.session.learning else self.lowering
+        key = (skipped, probed, lowering.inner)
         if key not in self.variants:
             with self._lock:
                 if key not in self.variants:
-                    self.variants[key] = self._specialise(skipped, probed)
+                    self.variants[key] = self._specialise(skipped, probed, lowering)
         return self.variants[key]
 
-    def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...]) -> Variant:
+    def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], lowering: Lowering) -> Variant:
         started = time.perf_counter()
         result = run_pipeline(self.gm, self.stream, passes_for(skipped, probed))
-        # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
-        lowering = _EAGER if self.session.learning else self.lowering
         run = lowering.lower(result.gm, result.stream)
         seconds = time.perf_counter() - started
         return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), result.history, seconds)
@@ -235,12 +235,21 @@ class Dispatcher:
         return int(shape[0]), int(shape[1])
 
 
+def _layout(slot: int, tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what two cache tensors must agree in for one's memory to stand for the other's; ``slot`` tells keys from values."""
+    return (slot, tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+
+
 def _token_input(inputs: Sequence[fx.Node], stream: ResidualStream) -> int | None:
     """Return the position of the first input that has the batch and sequence dimensions of the stream."""
     wanted = fake_tensor(stream.sublayers[0].stream_in)
     assert wanted is not None
     for index, node in enumerate(inputs):
         value = fake_tensor(node)
-        if value is not None and value.dim() >= 2 and list(map(str, value.shape[:2])) == list(map(str, wanted.shape[:2])):
+        if (
+            value is not None
+            and value.dim() >= 2
+            and list(map(str, value.shape[:2])) == list(map(str, wanted.shape[:2]))
+        ):
             return index
     return None

@@ -5,23 +5,28 @@ What is remembered is the profile: it holds whatever options the next process pl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.options import Options
-from adaskip_compile.plans import SkipPlan, plan_by_options
+from adaskip_compile.plans import SkipPlan, largest_skip, plan_by_options
 from adaskip_compile.profiles import Profile, SublayerProfile
-from adaskip_passes.errors import FileError, ForeignFileError
+from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.residual_stream import ResidualStream
 
 
 class Learner:
-    """Collects one row of statistics a sublayer and request, until there are ``options.learn`` of them."""
+    """Collects one row of statistics a sublayer and request, until there are ``options.learn`` of them.
 
-    def __init__(self, options: Options, identity: ModelIdentity | None) -> None:
-        self.options, self.identity = options, identity
+    A request is under way meanwhile: what goes wrong is no error, and ``note`` is told.
+    """
+
+    def __init__(self, options: Options, identity: ModelIdentity | None, note: Callable[[str], None]) -> None:
+        self.options, self.identity, self._note = options, identity, note
         self._rows: list[torch.Tensor] = []
         self._tokens: list[int] = []
 
@@ -57,12 +62,20 @@ class Learner:
             return None
         profile = make_profile(self.identity, stream, self._rows, self._tokens)
         if self.path is not None:
-            profile.save(self.path)
+            try:
+                profile.save(self.path)
+            except FileError as error:
+                self._note(f"what was learned is not kept for the next process: {error}")
         return profile
 
     def plan(self, profile: Profile) -> SkipPlan:
-        """Return the plan that the options ask for."""
-        return plan_by_options(profile, self.options)
+        """Return the plan that the options ask for; where that is more than this model allows, the most that it does."""
+        try:
+            return plan_by_options(profile, self.options)
+        except OptionError as error:
+            most = largest_skip(profile)
+            self._note(f"{error}; skips {most}")
+            return plan_by_options(profile, replace(self.options, skip=most, speedup=None))
 
 
 def make_profile(

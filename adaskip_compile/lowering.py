@@ -43,6 +43,7 @@ class Lowering:
         for node in wiring.graph.nodes:
             if node.op == "call_module":
                 region = wiring.get_submodule(node.target)
+                assert isinstance(region, fx.GraphModule)
                 key = outlined.keys.get(node.target)
                 node.op, node.target = "call_function", self._artifact(key, region)
         return fx.GraphModule({}, wiring.graph).forward

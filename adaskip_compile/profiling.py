@@ -26,19 +26,21 @@ class _Prober:
     def __init__(self) -> None:
         self.streams: list[ResidualStream] = []
         self.rows: list[torch.Tensor] = []
+        self.runs = 0
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         straighten_stream(gm)
         stream = find_residual_stream(gm)
         self.streams.append(stream)
-        if stream.problems:
-            return gm.forward
-        probed = run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
+        probed = gm if stream.problems else run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
 
         def run(*values: Any) -> Any:
-            *outputs, rows = probed.forward(*values)
-            self.rows.append(rows)
-            return tuple(outputs)
+            self.runs += 1
+            outputs = probed.forward(*values)
+            if stream.problems:
+                return outputs
+            self.rows.append(outputs[-1])
+            return tuple(outputs[:-1])
 
         return run
 
@@ -63,8 +65,12 @@ def profile(
         CaptureError: The model has no residual stream, or is not captured as one graph.
     """
     prober = _Prober()
+
     # An own function object: its captures are not those of the user's compiled model.
-    compiled = torch.compile(lambda ids: model._call_impl(ids, **_cheap_arguments(model)), backend=prober, dynamic=True)
+    def forward(ids: torch.Tensor) -> Any:
+        return model._call_impl(ids, **_cheap_arguments(model))
+
+    compiled = torch.compile(forward, backend=prober, dynamic=True)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens: list[int] = []
     was_training = model.training
@@ -100,7 +106,8 @@ def _show(ids: Iterator[torch.Tensor], total: int, progress: bool) -> Iterator[t
 
     columns = (TextColumn("profiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # On standard error: what is printed on standard output may be read by a program.
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("profiling", total=total)
         for count, item in enumerate(ids, 1):
             yield item
@@ -115,13 +122,13 @@ def _cheap_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def _require_one_graph(prober: _Prober, calls: int) -> None:
+    if prober.runs != calls:
+        raise CaptureError(
+            f"the model was captured in {prober.runs - calls + 1} pieces, and a profile needs one graph a forward; "
+            "TORCH_LOGS=graph_breaks shows where it breaks"
+        )
     for stream in prober.streams:
         if stream.problems:
             raise CaptureError(f"nothing to profile: {'; '.join(stream.problems)}")
-    if len(prober.rows) != calls:
-        raise CaptureError(
-            f"the model was captured in {len(prober.streams)} pieces, and a profile needs one graph a forward; "
-            "TORCH_LOGS=graph_breaks shows where it breaks"
-        )
     if len({stream.paths for stream in prober.streams}) > 1:
         raise CaptureError("the graphs of this model have different sublayers from one sample to the next")

@@ -127,7 +127,9 @@ def _request_report(request: Request) -> RequestReport:
 
 
 def _session_text(session: SessionReport) -> str:
-    lines = [f"{session.state}" + (f", {session.learned_requests} requests so far" if session.state == "learning" else "")]
+    lines = [
+        f"{session.state}" + (f", {session.learned_requests} requests so far" if session.state == "learning" else "")
+    ]
     for graph in session.graphs:
         variants = "; ".join(
             f"{variant.skipped} skipped, {variant.probed} probed, {variant.nodes} nodes, made in {variant.seconds:.1f} s"

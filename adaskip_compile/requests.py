@@ -19,8 +19,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from adaskip_compile.plans import SkipPlan, extra_sublayers
 from adaskip_passes.errors import LegalityError
 
-Statistics = tuple[float, float, float]
-
 
 @dataclass(eq=False)
 class Request:
@@ -94,12 +92,13 @@ class RequestTable:
         self._last = threading.local()
         self.history: deque[Request] = deque(maxlen=history)
 
-    def start(self, plan: SkipPlan, *, scales: dict[str, float], holes: frozenset[str], learning: bool = False) -> Request:
+    def start(
+        self, plan: SkipPlan, *, scales: dict[str, float], holes: frozenset[str], learning: bool = False
+    ) -> Request:
         """Return a new request under ``plan``."""
         with self._lock:
             self._count += 1
-            window = plan.window if plan.beta is not None else 0  # without a threshold there is nothing to choose
-            request = Request(self._count, plan, dict(scales), holes, learning, window_left=window)
+            request = Request(self._count, plan, dict(scales), holes, learning, window_left=_window(plan))
             self.history.append(request)
             self._drop_expired()
             return request
@@ -169,13 +168,20 @@ class RequestTable:
                 scale_inputs={},
             )
             if not certain:
-                copied.extra, copied.window_rows, copied.window_left = {}, [], request.plan.window
+                copied.extra = {}
+                copied.window_rows = []
+                copied.window_left = _window(request.plan)
                 copied.notes.append("several requests fit this cache: the window began again")
             self.history.append(copied)
             return copied
 
     def _drop_expired(self) -> None:
         self._by_storage = {key: entry for key, entry in self._by_storage.items() if not entry[0].expired()}
+
+
+def _window(plan: SkipPlan) -> int:
+    """Return for how many tokens to probe; without a threshold there is nothing to choose."""
+    return plan.window if plan.beta is not None else 0
 
 
 def _fits(request: Request, groups: Sequence[frozenset[str]]) -> bool:

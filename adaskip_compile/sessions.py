@@ -61,10 +61,10 @@ class Session:
         """Whether requests still run in full, probed, to learn what to skip."""
         return self.plan is None
 
-    def use(self, plan: SkipPlan) -> None:
+    def use(self, plan: SkipPlan, *, source: str = "this plan") -> None:
         """Let requests that start from now on follow ``plan``; running ones keep theirs. No graph is captured again."""
         if self.identity is not None:
-            plan.check(self.identity)
+            plan.check(self.identity, source=source)
         with self._lock:
             self.plan, self.learner = plan, None
 
@@ -81,7 +81,9 @@ class Session:
             if profile is not None:
                 self.plan = self.learner.plan(profile)
                 self.learner = None
-                self.note(f"learned from {profile.samples} requests: new requests skip {len(self.plan.paths)} sublayers")
+                self.note(
+                    f"learned from {profile.samples} requests: new requests skip {len(self.plan.paths)} sublayers"
+                )
 
     def note(self, text: str) -> None:
         """Record something that the user should know, once, and log it."""
@@ -117,7 +119,7 @@ class Session:
         return torch._dynamo.lookup_backend(self.options.inner)(gm, inputs)
 
     def _learner(self) -> Learner:
-        learner = Learner(self.options, self.identity)
+        learner = Learner(self.options, self.identity, self.note)
         known = learner.remembered()
         if known is not None:
             self.plan = learner.plan(known)

@@ -1,0 +1,1 @@
+"""Benches: one file a question; see README.md in this folder."""

@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, _ = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
     ids = torch.randint(10, model.config.vocab_size, (1, arguments.context), generator=torch.manual_seed(0))
     ways = {EAGER: partial(_eager, model, ids, arguments.new_tokens)}
+    attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
     for count in (0, *arguments.skips):
-        ways[str(count)] = partial(_compiled, model, ids, arguments, _plan(model, count))
+        ways[str(count)] = partial(_compiled, model, ids, arguments, _plan(attentions, count))
     take_turns(ways, 1)  # captures and compiles; not timed
     rounds = take_turns(ways, arguments.rounds)
     rows = [_row(way, rounds) for way in ways]
@@ -64,8 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _plan(model: Any, count: int) -> SkipPlan:
-    attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
+def _plan(attentions: Sequence[str], count: int) -> SkipPlan:
     return SkipPlan.from_scales(dict.fromkeys(attentions[3 : 3 + count], 1.0)) if count else SkipPlan.none()
 
 
@@ -82,18 +82,22 @@ def _compiled(model: Any, ids: torch.Tensor, arguments: argparse.Namespace, plan
 def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:
     """Return times in seconds and ratios to eager and to the compiled full model, each (median, least, greatest)."""
     row: dict[str, Any] = {"way": way, "kv_bytes": rounds[way][-1].cache_bytes}
-    for phase, read in (("prefill", lambda run: run.first), ("decode", lambda run: run.steady(2))):
-        times = [read(run) for run in rounds[way]]
+    for phase in ("prefill", "decode"):
+        times = [_seconds(run, phase) for run in rounds[way]]
         row[phase] = _numbers(times)
         for name, other in (("eager", EAGER), ("full", "0")):
-            ratios = [read(base) / time for base, time in zip(rounds[other], times, strict=True)]
+            ratios = [_seconds(base, phase) / time for base, time in zip(rounds[other], times, strict=True)]
             row[f"{phase}_vs_{name}"] = _numbers(ratios)
     return row
 
 
+def _seconds(run: Generation, phase: str) -> float:
+    return run.first if phase == "prefill" else run.steady(2)
+
+
 def _numbers(values: Sequence[float]) -> tuple[float, float, float]:
     spread = Spread.of(values)
-    return tuple(round(value, 5) for value in (spread.median, spread.low, spread.high))
+    return round(spread.median, 5), round(spread.low, 5), round(spread.high, 5)
 
 
 def _circumstances(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -90,7 +90,10 @@ def tokens(batch: int = 1, length: int = 8, *, vocabulary: int = 128, seed: int 
 
 @dataclass(frozen=True)
 class PlainShape:
-    """What a :class:`PlainDecoder` looks like; sizes are elements."""
+    """What a :class:`PlainDecoder` looks like; sizes are elements.
+
+    ``norms`` is where norms stand, see :class:`PlainBlock`; ``multiplier`` what every branch is multiplied by.
+    """
 
     layers: int = 2
     width: int = 64
@@ -99,6 +102,11 @@ class PlainShape:
     vocabulary: int = 128
     parallel: bool = False
     cached: bool = False
+    kv_heads: int = 4
+    norms: str = "pre"
+    multiplier: float = 1.0
+    tied: bool = False
+    experts: int = 0
 
 
 class PlainAttention(nn.Module):
@@ -106,38 +114,71 @@ class PlainAttention(nn.Module):
 
     def __init__(self, shape: PlainShape) -> None:
         super().__init__()
-        self.heads = shape.heads
-        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.heads, self.kv_heads, self.size = shape.heads, shape.kv_heads, shape.width // shape.heads
+        self.qkv = nn.Linear(shape.width, (shape.heads + 2 * shape.kv_heads) * self.size)
         self.out = nn.Linear(shape.width, shape.width)
 
     def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None):
         batch, length, width = x.shape
-        q, k, v = (
-            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
-            for part in self.qkv(x).split(width, dim=-1)
-        )
+        heads = self.qkv(x).view(batch, length, -1, self.size).transpose(1, 2)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        mixed = self.attend(q, k, v, past is None)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width)), (k, v)
 
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        grouped = self.kv_heads < self.heads
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
-class PlainBlock(nn.Module):
-    """A pre-norm block, its attention and FFN one after the other or side by side."""
+
+class PlainExperts(nn.Module):
+    """A mixture of FFNs, each of which all tokens run through, weighted by a router."""
 
     def __init__(self, shape: PlainShape) -> None:
         super().__init__()
-        self.parallel = shape.parallel
+        self.router = nn.Linear(shape.width, shape.experts)
+        self.experts = nn.ModuleList(_ffn(shape) for _ in range(shape.experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.router(x).softmax(-1)
+        outputs = torch.stack([expert(x) for expert in self.experts], -1)
+        return (outputs * weights.unsqueeze(-2)).sum(-1)
+
+
+def _ffn(shape: PlainShape) -> nn.Module:
+    return nn.Sequential(nn.Linear(shape.width, shape.inner), nn.GELU(), nn.Linear(shape.inner, shape.width))
+
+
+class PlainBlock(nn.Module):
+    """A block whose attention and FFN stand one after the other or side by side, with norms where ``norms`` says.
+
+    ``"pre"`` norms what a branch reads, ``"post"`` the sum after it, ``"sandwich"`` what it reads and
+    what it gives.
+    """
+
+    def __init__(self, shape: PlainShape) -> None:
+        super().__init__()
+        self.shape = shape
         self.norm1, self.norm2 = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
+        if shape.norms == "sandwich":
+            self.norm3, self.norm4 = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
         self.attention = PlainAttention(shape)
-        self.ffn = nn.Sequential(nn.Linear(shape.width, shape.inner), nn.GELU(), nn.Linear(shape.inner, shape.width))
+        self.ffn = PlainExperts(shape) if shape.experts else _ffn(shape)
 
     def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None):
-        mixed, present = self.attention(self.norm1(x), past)
-        if self.parallel:
-            return x + mixed + self.ffn(self.norm2(x)), present
-        x = x + mixed
-        return x + self.ffn(self.norm2(x)), present
+        norms, by = self.shape.norms, self.shape.multiplier
+        mixed, present = self.attention(x if norms == "post" else self.norm1(x), past)
+        if norms == "sandwich":
+            mixed = self.norm3(mixed)
+        if self.shape.parallel:
+            return x + by * mixed + by * self.ffn(self.norm2(x)), present
+        x = x + by * mixed
+        if norms == "post":
+            x = self.norm1(x)
+            return self.norm2(x + by * self.ffn(x)), present
+        fed = self.ffn(self.norm2(x))
+        return x + by * (self.norm4(fed) if norms == "sandwich" else fed), present
 
 
 class PlainDecoder(nn.Module):
@@ -155,6 +196,8 @@ class PlainDecoder(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        if shape.tied:
+            self.head.weight = self.embed.weight
 
     def forward(self, ids: torch.Tensor, past: list | None = None):
         start = 0 if past is None else past[0][0].shape[2]
@@ -297,3 +340,8 @@ def _call_twice(call: Callable[..., Any], ids: torch.Tensor) -> None:
         return
     for _ in range(3):
         result = call(ids[:, :1], result[1])
+
+
+def weights(*shape: int) -> nn.Parameter:
+    """Return a random matrix of weights for a function that is captured on its own: only a model's own are weights."""
+    return nn.Parameter(torch.randn(*shape), requires_grad=False)

@@ -11,24 +11,26 @@ views. Ops that return a view only sometimes (``reshape``, ``contiguous``, ``to`
 
 from __future__ import annotations
 
-import operator
+import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from adaskip_passes.graph import fake_tensor
+from adaskip_passes.graph import fake_value
 
 _VIEWS = frozenset(
-    "alias as_strided chunk contiguous detach diagonal expand expand_as flatten getitem movedim moveaxis "
-    "narrow permute ravel reshape reshape_as select slice split squeeze swapaxes swapdims t tensor_split to "
-    "transpose type_as unbind unflatten unfold unsqueeze view view_as _unsafe_view float half bfloat16 double type".split()
+    "alias as_strided broadcast_to chunk contiguous detach diagonal expand expand_as flatten getattr _get_data_attr "
+    "getitem __getitem__ movedim moveaxis narrow permute positive ravel real imag reshape reshape_as select slice split "
+    "split_with_sizes squeeze swapaxes swapdims t tensor_split to transpose type_as unbind unflatten unfold unsqueeze "
+    "view view_as view_as_real view_as_complex _unsafe_view float half bfloat16 double type".split()
 )
-_VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+    "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul ilshift irshift".split()
 )
+_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE_OPERATORS)
 _CHECKS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range"})
 # They open and close what the nodes between them run under.
 _SCOPES = frozenset(
@@ -57,7 +59,10 @@ class Write:
 
 @dataclass(frozen=True)
 class Effects:
-    """The writes of a graph in order, its alias roots, and the nodes that check or open and close a scope instead of computing."""
+    """The writes of a graph in order, its alias roots, and the nodes whose effect is neither a value nor a write.
+
+    ``checks`` holds those: they check a value, open and close a scope, or draw random numbers.
+    """
 
     writes: tuple[Write, ...]
     roots: dict[fx.Node, fx.Node]
@@ -76,57 +81,86 @@ class Effects:
 
 
 def find_effects(gm: fx.GraphModule) -> Effects:
-    """Find the in-place writes, alias classes and checks of ``gm``. Never mutates it."""
+    """Find the in-place writes, alias classes and other effects of ``gm``. Never mutates it."""
     roots: dict[fx.Node, fx.Node] = {}
     writes: list[Write] = []
     checks: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        base = _aliased_input(node)
+        written = list(_written_inputs(node))
+        base = written[0] if written else _viewed_input(node)
         roots[node] = node if base is None else roots[base]
-        writes.extend(Write(node, roots[target]) for target in _written_inputs(node))
-        if node.op == "call_function" and op_name(node) in _CHECKS | _SCOPES:
+        writes.extend(Write(node, roots[target]) for target in written)
+        if node.op == "call_function" and not written and (op_name(node) in _CHECKS | _SCOPES or node.is_impure()):
             checks.add(node)
     return Effects(tuple(writes), roots, frozenset(checks))
 
 
-def _aliased_input(node: fx.Node) -> fx.Node | None:
-    """Return the input whose memory the value of ``node`` may share, or None."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+def _viewed_input(node: fx.Node) -> fx.Node | None:
+    """Return the input whose memory the value of ``node`` may share though ``node`` does not write, or None."""
+    if node.op not in ("call_function", "call_method") or op_name(node) not in _VIEWS:
         return None
-    if node.target is getattr and node.args[1] in _VIEW_ATTRIBUTES:
-        return node.args[0]
-    if op_name(node) in _VIEWS or next(_written_inputs(node), None) is node.args[0]:
-        return node.args[0]
-    return None
+    return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
 
 
 def _written_inputs(node: fx.Node) -> Iterator[fx.Node]:
     if node.op not in ("call_function", "call_method"):
         return
-    if isinstance(node.target, torch._ops.OpOverload):
-        yield from _written_by_schema(node)
+    schema = _mutable_schema(node.target)
+    if schema is not None:
+        yield from _written_by_schema(node, schema)
         return
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        yield node.kwargs["out"]
-    if _writes_first_argument(node) and isinstance(node.args[0], fx.Node):
-        yield node.args[0]
+    yield from _nodes_in(node.kwargs.get("out"))
+    if _writes_first_argument(node):
+        yield from _nodes_in(node.args[0])
+
+
+def _nodes_in(value: object) -> Iterator[fx.Node]:
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, fx.Node):
+            yield item
 
 
 def _writes_first_argument(node: fx.Node) -> bool:
-    if not node.args:
+    if not node.args or not any(_may_be_tensor(source) for source in _nodes_in(node.args[0])):
         return False
-    if node.target is operator.setitem or node.target in _IN_PLACE_OPERATORS:
-        return fake_tensor(node.args[0]) is not None
     name = op_name(node)
-    return name.endswith("_") and not name.endswith("__") and fake_tensor(node.args[0]) is not None
+    if getattr(node.target, "__module__", None) == "_operator":
+        return name in _IN_PLACE_OPERATORS  # not operator.and_, which only looks like a write
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS or _asked_in_place(node)
 
 
-def _written_by_schema(node: fx.Node) -> Iterator[fx.Node]:
-    schema = node.target._schema  # type: ignore[union-attr]
+def _may_be_tensor(node: fx.Node) -> bool:
+    value = fake_value(node)
+    return value is None or isinstance(value, torch.Tensor)
+
+
+def _asked_in_place(node: fx.Node) -> bool:
+    """Tell whether the call says ``inplace=True``, as activations and dropout may."""
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    position = _place_of_inplace(node.target)
+    return position is not None and position < len(node.args) and bool(node.args[position])
+
+
+@functools.cache
+def _place_of_inplace(target: object) -> int | None:
+    if not inspect.isfunction(target):
+        return None
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _mutable_schema(target: object) -> torch.FunctionSchema | None:
+    """Return the schema by which ``target`` writes its arguments; None where it has none or writes nothing."""
+    overloads = [target]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+    schemas = [overload._schema for overload in overloads if isinstance(overload, torch._ops.OpOverload)]
+    return next((schema for schema in schemas if schema.is_mutable), None)
+
+
+def _written_by_schema(node: fx.Node, schema: torch.FunctionSchema) -> Iterator[fx.Node]:
     for index, formal in enumerate(schema.arguments):
         if formal.alias_info is None or not formal.alias_info.is_write:
             continue
-        actual = node.args[index] if index < len(node.args) else node.kwargs.get(formal.name)
-        for value in actual if isinstance(actual, (list, tuple)) else [actual]:
-            if isinstance(value, fx.Node):
-                yield value
+        yield from _nodes_in(node.args[index] if index < len(node.args) else node.kwargs.get(formal.name))

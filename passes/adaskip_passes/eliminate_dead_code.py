@@ -20,14 +20,21 @@ class EliminateDeadCode:
     ``torch.fx``'s own dead-code elimination takes ``index_copy_`` for pure and would lose the cache.
 
     >>> import torch
+    >>> from adaskip_passes.textual import print_graph
     >>> def f(cache, x):
-    ...     scratch = torch.zeros(3)
+    ...     scratch = torch.zeros_like(x)
     ...     scratch.add_(x)
     ...     cache.copy_(x)
     ...     return x + 1
     >>> gm = fx.symbolic_trace(f)
     >>> EliminateDeadCode().apply(gm, ResidualStream(())).matched
-    0
+    2
+    >>> print(print_graph(gm))
+    %cache = placeholder
+    %x = placeholder
+    %copy_ = .copy_(%cache, %x)
+    %add = operator.add(%x, 1)
+    output(%add)
     """
 
     name: ClassVar[str] = "eliminate-dead-code"

@@ -16,6 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # The key in ``node.meta`` that tells nodes added by passes from those that were captured.
 ADDED_BY = "adaskip_added_by"
+# The key that marks what stood between the ends of a sublayer when it was skipped. What survives dead-code
+# elimination is bookkeeping, such as the count of cached tokens.
+LEFT_BY = "adaskip_left_by"
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -64,7 +67,9 @@ def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Nod
     with graph.inserting_after(last):
         node = graph.placeholder(name)
     mode = fake_mode(graph)
-    node.meta["example_value"] = mode.from_tensor(example, static_shapes=True) if isinstance(mode, FakeTensorMode) else example
+    node.meta["example_value"] = (
+        mode.from_tensor(example, static_shapes=True) if isinstance(mode, FakeTensorMode) else example
+    )
     return node
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.passes.split_module import split_module
 
-from adaskip_passes.graph import ADDED_BY, fake_value
+from adaskip_passes.graph import ADDED_BY, LEFT_BY, fake_value
 from adaskip_passes.residual_stream import ResidualStream
 
 
@@ -34,9 +34,14 @@ def outline_regions(gm: fx.GraphModule, stream: ResidualStream) -> OutlinedGraph
     ``gm`` is left as it is. Weights, cache tensors and scales become inputs of their regions.
     """
     parts = dict(_partition(gm, stream))
-    outlined = split_module(gm, None, lambda node: parts[node][0], keep_original_order=True)
+    outlined = split_module(gm, gm, lambda node: parts[node][0], keep_original_order=True)
+    _sort_outputs(outlined)
     compiled = {f"submod_{number}" for number, heavy in parts.values() if heavy}
-    keys = {name: region_key(region) for name, region in outlined.named_children() if name in compiled}
+    keys = {
+        name: region_key(region)
+        for name, region in outlined.named_children()
+        if name in compiled and isinstance(region, fx.GraphModule)
+    }
     return OutlinedGraph(outlined, keys)
 
 
@@ -48,7 +53,7 @@ def _partition(gm: fx.GraphModule, stream: ResidualStream) -> Iterator[tuple[fx.
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        heavy = node.meta.get(ADDED_BY) is None
+        heavy = ADDED_BY not in node.meta and LEFT_BY not in node.meta
         if heavy != was_heavy or node is first:
             number, was_heavy = number + 1, heavy
         yield node, (number, heavy)
@@ -61,6 +66,27 @@ def _start_of_first_sublayer(gm: fx.GraphModule, stream: ResidualStream) -> fx.N
     return next(node for node in gm.graph.nodes if node in inside or node is stream.sublayers[0].stream_out)
 
 
+def _sort_outputs(wiring: fx.GraphModule) -> None:
+    """Have each region return its values in the order in which it computes them.
+
+    ``split_module`` returns them in the order in which they are first used, which differs from one skip
+    set to the next.
+    """
+    for node in wiring.graph.nodes:
+        region = wiring.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(region, fx.GraphModule) or not isinstance(
+            values := region.graph.output_node().args[0], tuple
+        ):
+            continue
+        position = {inner: index for index, inner in enumerate(region.graph.nodes)}
+        order = sorted(range(len(values)), key=lambda index: position[values[index]])
+        region.graph.output_node().args = (tuple(values[index] for index in order),)
+        region.recompile()
+        for user in tuple(node.users):
+            user.args = (node, order.index(user.args[1]))
+    wiring.recompile()
+
+
 def region_key(region: fx.GraphModule) -> str:
     """Return a text that two regions of one capture share exactly when one's compiled code serves the other.
 
@@ -71,7 +97,7 @@ def region_key(region: fx.GraphModule) -> str:
     symbols: dict[str, str] = {}
     lines = []
     for node in region.graph.nodes:
-        args = fx.node.map_arg((node.args, node.kwargs), lambda source: _Reference(number[source]))
+        args = fx.node.map_arg((node.args, node.kwargs), lambda source: _Reference(number[source]))  # type: ignore[arg-type]
         target = "" if node.op in ("placeholder", "output") else _target_text(node.target)
         number[node] = len(number)
         lines.append(f"{node.op} {target} {args} : {_value_text(fake_value(node), symbols)}")
@@ -103,6 +129,8 @@ def _value_text(value: Any, symbols: dict[str, str]) -> str:
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return f"{type(value).__name__} {value}"
     expression = value.node.expr
+    if expression.is_Integer:
+        return f"int {expression}"  # a symbol that has been found to be a constant
     renamed = {}
     for symbol in sorted(expression.free_symbols, key=lambda symbol: (symbol.name not in symbols, symbol.name)):
         if symbol.name not in symbols:

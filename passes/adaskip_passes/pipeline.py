@@ -8,6 +8,7 @@ graph. Analyses never mutate; passes never search.
 
 from __future__ import annotations
 
+import ast
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -77,10 +78,12 @@ def run_pipeline(
     """Apply ``passes`` in order to a copy of ``gm``; ``gm`` itself stays as it is.
 
     ``instruments`` are called after each pass has been verified. :class:`VerificationError` names the
-    pass that broke the graph.
+    pass that broke the graph, or the capture where it came broken.
     """
     gm, images = copy_graph(gm)
-    stream = stream.mapped(images.__getitem__)
+    # Of a graph that was rewritten before, the stream still names nodes that have been erased.
+    stream = stream.mapped(lambda node: images.get(node, node))
+    verify(gm, Contract.of(gm, stream), stream, after="capture")
     history = []
     for item in passes:
         started, before = time.perf_counter(), len(gm.graph.nodes)
@@ -100,36 +103,28 @@ def run_pipeline(
 
 def pass_text(item: Pass) -> str:
     """Return the text of a pass: ``skip-sublayers{paths=('model.layers.0.mlp',)}``."""
-    options = " ".join(f"{option.name}={getattr(item, option.name)!r}" for option in fields(item))  # type: ignore[arg-type]
+    options = ", ".join(f"{option.name}={getattr(item, option.name)!r}" for option in fields(item))  # type: ignore[arg-type]
     return f"{item.name}{{{options}}}"
 
 
 def parse_pass(text: str, known: Sequence[type[Any]]) -> Pass:
-    """Return the pass that :func:`pass_text` printed; ``known`` are the classes to look among."""
-    import ast
+    """Return the pass that :func:`pass_text` printed; ``known`` are the classes to look among.
 
+    :class:`PassError` where none of them has the name, or the options are none that it takes.
+    """
     name, _, rest = text.partition("{")
     for kind in known:
         if kind.name == name and rest.endswith("}"):
-            call = ast.parse(f"f({', '.join(_split_options(rest[:-1]))})", mode="eval").body
-            assert isinstance(call, ast.Call)
-            return kind(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords})
+            try:
+                return kind(**_read_options(rest[:-1]))
+            except (SyntaxError, TypeError, ValueError) as error:
+                raise PassError(f"cannot read the options of {text!r}: {error}") from error
     raise PassError(f"no pass reads {text!r}; there are: {', '.join(kind.name for kind in known)}")
 
 
-def _split_options(text: str) -> list[str]:
-    """Split ``a=(1, 2) b='x'`` at the spaces outside brackets and quotes."""
-    parts, depth, quote, start = [], 0, "", 0
-    for index, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif character == " " and depth == 0:
-            parts.append(text[start:index])
-            start = index + 1
-    return [*parts, text[start:]] if text else []
+def _read_options(text: str) -> dict[str, Any]:
+    """Read ``a=(1, 2), b='x'``; values are literals, and nothing is ever run."""
+    call = ast.parse(f"options({text})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+        raise ValueError("options have names: paths=('model.layers.0.mlp',)")
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}

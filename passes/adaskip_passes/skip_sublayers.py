@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import add_placeholder, call, fake_tensor, size_hint
+from adaskip_passes.graph import LEFT_BY, add_placeholder, call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.state import output_values
@@ -39,8 +39,8 @@ class SkipSublayers:
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Skip ``paths``; those that the stream has already skipped are left as they are.
 
-        :class:`UnknownSublayerError` where the stream has no such sublayer; :class:`PassError` where a
-        sublayer that is kept reads the values of one that is to go.
+        :class:`UnknownSublayerError` where the stream has no such sublayer; :class:`PassError` where one is
+        probed, or a sublayer that is kept reads the values of one that is to go.
         """
         chosen = [stream.by_path(path) for path in self.paths if path not in stream.skipped]
         if not chosen:
@@ -48,6 +48,8 @@ class SkipSublayers:
         gone = {*stream.skipped, *self.paths}
         for sublayer in chosen:
             _require_unshared(sublayer, gone)
+            if sublayer.path in stream.probed:
+                raise PassError(f"cannot skip {sublayer.path}: it is probed; probe only sublayers that stay")
         scales = _scales_input(gm, len(stream.sublayers))
         skipped = tuple(path for path in stream.paths if path in gone)
         _borrow_cache_outputs(gm, stream, gone)
@@ -55,6 +57,7 @@ class SkipSublayers:
         for sublayer in chosen:
             # The stream before may be the end of a sublayer that has just been replaced.
             current = sublayer.mapped(lambda node: replaced.get(node, node))
+            _mark_left_over(gm.graph, current)
             replaced[sublayer.stream_out] = _bypass(gm.graph, current, scales)
         stream = stream.mapped(lambda node: replaced.get(node, node))
         return PassResult(replace(stream, skipped=skipped), True, len(chosen))
@@ -85,7 +88,7 @@ def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: fx.Node) -> fx.Node:
         assert wanted is not None
         assert got is not None
         if got.dim() != wanted.dim():
-            scaled = call(graph, "reshape_as", scaled, _shape_of(b))
+            scaled = call(graph, "reshape_as", scaled, _operand_beside(sublayer))
         if got.dtype != wanted.dtype:
             scaled = call(graph, "to", scaled, wanted.dtype)
     scaled.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **scaled.meta}
@@ -97,9 +100,21 @@ def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: fx.Node) -> fx.Node:
     return scaled
 
 
-def _shape_of(b: fx.Node) -> fx.Node:
-    """Return a value of the shape of ``b`` that outlives it: the operand on the stream's side."""
-    return b.args[0]  # type: ignore[return-value]
+def _mark_left_over(graph: fx.Graph, sublayer: Sublayer) -> None:
+    """Mark what stands between the stream before ``sublayer`` and its residual add, whether it belongs to it or not."""
+    starts = {*sublayer.nodes, sublayer.stream_in} if sublayer.index else set(sublayer.nodes)
+    started = False
+    for node in graph.nodes:
+        if node is sublayer.stream_out:
+            return
+        if started and node.op != "placeholder":
+            node.meta[LEFT_BY] = sublayer.path
+        started = started or node in starts
+
+
+def _operand_beside(sublayer: Sublayer) -> fx.Node:
+    """Return the operand of the residual add that is not the branch: it has the shape of b, and outlives it."""
+    return next(operand for operand in sublayer.stream_out.all_input_nodes if operand is not sublayer.branch)
 
 
 def _borrow_cache_outputs(gm: fx.GraphModule, stream: ResidualStream, gone: set[str]) -> None:

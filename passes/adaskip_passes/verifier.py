@@ -7,6 +7,7 @@ one), and no write to memory that outlives the call is lost, except those of ski
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from adaskip_passes.state import output_values
 
 @dataclass(frozen=True)
 class Contract:
-    """What a pass must not change: input names, output types, and writes by name."""
+    """What a pass must not change: input names, output types, and the names of nodes that write."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -33,7 +34,7 @@ class Contract:
         return cls(
             tuple(node.name for node in gm.graph.nodes if node.op == "placeholder"),
             tuple(_type(node) for node in output_values(gm)),
-            _lasting_writes(gm) - _writes_of_skipped(stream),
+            _lasting_writes(gm) - _writes_of_skipped(stream) - _adds(stream),
         )
 
 
@@ -43,10 +44,10 @@ def verify(gm: fx.GraphModule, contract: Contract, stream: ResidualStream, *, af
         raise VerificationError(f"after {after}: {problem}")
 
 
-def _problems(gm: fx.GraphModule, contract: Contract, stream: ResidualStream):
+def _problems(gm: fx.GraphModule, contract: Contract, stream: ResidualStream) -> Iterator[str]:
     try:
         gm.graph.lint()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - lint raises whatever it trips over
         yield f"the graph does not lint: {error}"
         return
     for node in gm.graph.nodes:
@@ -60,16 +61,21 @@ def _problems(gm: fx.GraphModule, contract: Contract, stream: ResidualStream):
     for position, (was, now) in enumerate(zip(contract.outputs, outputs, strict=False)):
         if was != now:
             yield f"output {position} was {was} and is now {now}"
-    if len(outputs) < len(contract.outputs):
-        yield "outputs were removed"
+    if not 0 <= len(outputs) - len(contract.outputs) <= 1:
+        yield f"there were {len(contract.outputs)} outputs and are now {len(outputs)}; a pass may append one"
     lost = contract.writes - _lasting_writes(gm) - _writes_of_skipped(stream)
     if lost:
-        yield f"writes to the caller's memory were lost: {', '.join(sorted(lost))}"
+        yield f"writes to memory that outlives the call were lost: {', '.join(sorted(lost))}"
 
 
 def _lasting_writes(gm: fx.GraphModule) -> frozenset[str]:
+    """Return the writes to what the caller passed in or gets back."""
+    effects = find_effects(gm)
+    returned = {effects.roots[node] for node in output_values(gm) if node is not None}
     return frozenset(
-        write.node.name for write in find_effects(gm).writes if write.root.op in ("placeholder", "get_attr")
+        write.node.name
+        for write in effects.writes
+        if write.root.op in ("placeholder", "get_attr") or write.root in returned
     )
 
 
@@ -77,6 +83,11 @@ def _writes_of_skipped(stream: ResidualStream) -> frozenset[str]:
     return frozenset(
         node.name for sublayer in stream.sublayers if sublayer.path in stream.skipped for node in sublayer.writes
     )
+
+
+def _adds(stream: ResidualStream) -> frozenset[str]:
+    """Return the names of the residual adds: written in place (``x += branch``) they are still values that passes replace."""
+    return frozenset(sublayer.stream_out.name for sublayer in stream.sublayers)
 
 
 def _type(node: fx.Node | None) -> str:

@@ -31,7 +31,8 @@ def through_wrapper(model: Any, ids: Any, mask: Any, cache: Any, options: dict) 
 def through_compile_config(model: Any, ids: Any, mask: Any, cache: Any, options: dict) -> torch.Tensor:
     from transformers import CompileConfig
 
-    config = CompileConfig(backend="adaskip", mode=None, options=options)  # torch takes a mode or options
+    config = CompileConfig(backend="adaskip", options=options)
+    config.mode = None  # type: ignore[assignment]  # torch takes a mode or options, and here a mode is the default
     config._compile_all_devices = True
     return generate(model, ids, mask, STEPS, past_key_values=cache, compile_config=config)
 
@@ -46,7 +47,7 @@ WAY_NAMES = [f"{way.__name__.removeprefix('through_')}-{kind}" for way, kind in 
 every_way = pytest.mark.parametrize(("way", "kind"), WAYS, ids=WAY_NAMES)
 
 
-EAGER: dict[tuple[int, int, int], torch.Tensor] = {}
+EAGER: dict[tuple[int, ...], torch.Tensor] = {}
 
 
 def eager_tokens(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -54,20 +54,20 @@ output({'first': %reduce, 'rest': (%x,)})""",
         self.assertExpectedInline(
             "\n".join(body[-16:]),
             """\
-%v_1: f32[1, 4, s2 + 1, 16] = torch.cat([%past.0.1, %v], dim=2)  # blocks.0.attention
-%mixed: f32[1, 4, 1, 16] = nn.scaled_dot_product_attention(%q, %k_1, %v_1, is_causal=False)  # blocks.0.attention
-%transpose_3: f32[1, 1, 4, 16] = .transpose(%mixed, 1, 2)  # blocks.0.attention
-%reshape: f32[1, 1, 64] = .reshape(%transpose_3, 1, 1, 64)  # blocks.0.attention
+%reshape: f32[1, 1, 64] = .reshape(%transpose_1, 1, 1, 64)  # blocks.0.attention
 %mixed_1: f32[1, 1, 64] = nn.linear(%reshape, %blocks.0.attention.out.weight, %blocks.0.attention.out.bias)  # blocks.0.attention.out
-%x_1: f32[1, 1, 64] = operator.add(%x, %mixed_1)  # blocks.0
-%item_3: float(1e-05) = .item(%blocks.0.norm2.eps)  # blocks.0.norm2
-%layer_norm_1: f32[1, 1, 64] = nn.functional.layer_norm(%x_1, (64,), %blocks.0.norm2.weight, %blocks.0.norm2.bias, %item_3)  # blocks.0.norm2
+%item_3: float(f2) = .item(%blocks.0.shape.multiplier)  # blocks.0
+%mul: f32[1, 1, 64] = operator.mul(%item_3, %mixed_1)  # blocks.0
+%x_1: f32[1, 1, 64] = operator.add(%x, %mul)  # blocks.0
+%item_4: float(1e-05) = .item(%blocks.0.norm2.eps)  # blocks.0.norm2
+%layer_norm_1: f32[1, 1, 64] = nn.functional.layer_norm(%x_1, (64,), %blocks.0.norm2.weight, %blocks.0.norm2.bias, %item_4)  # blocks.0.norm2
 %input_1: f32[1, 1, 96] = nn.linear(%layer_norm_1, %blocks.0.ffn.0.weight, %blocks.0.ffn.0.bias)  # blocks.0.ffn.0
 %input_2: f32[1, 1, 96] = nn.gelu(%input_1, approximate='none')  # blocks.0.ffn.1
 %input_3: f32[1, 1, 64] = nn.linear(%input_2, %blocks.0.ffn.2.weight, %blocks.0.ffn.2.bias)  # blocks.0.ffn.2
-%x_2: f32[1, 1, 64] = operator.add(%x_1, %input_3)  # blocks.0
-%item_4: float(1e-05) = .item(%norm.eps)  # norm
-%layer_norm_2: f32[1, 1, 64] = nn.functional.layer_norm(%x_2, (64,), %norm.weight, %norm.bias, %item_4)  # norm
+%mul_1: f32[1, 1, 64] = operator.mul(%item_3, %input_3)  # blocks.0
+%x_2: f32[1, 1, 64] = operator.add(%x_1, %mul_1)  # blocks.0
+%item_5: float(1e-05) = .item(%norm.eps)  # norm
+%layer_norm_2: f32[1, 1, 64] = nn.functional.layer_norm(%x_2, (64,), %norm.weight, %norm.bias, %item_5)  # norm
 %logits: f32[1, 1, 128] = nn.linear(%layer_norm_2, %head.weight, None)  # head
 output(%logits, %k_1, %v_1)""",
         )

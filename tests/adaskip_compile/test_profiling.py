@@ -1,0 +1,108 @@
+"""Offline profiles against hooks on the eager model, and what cannot be profiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import adaskip_compile
+from adaskip_compile import CaptureError, ProfileError, SkipPlan
+from adaskip_compile.identity import identify
+from tests.models import plain, tiny, tokens
+from tests.reference import hook_statistics
+from tests.tiny_checkpoints import byte_tokenizer
+
+COLUMNS = ("similarity", "scale_token", "scale_frobenius")
+SAMPLES = [tokens(1, 9)[0], tokens(1, 23, seed=1)[0], tokens(2, 12, seed=2)]
+
+
+@pytest.fixture
+def llama():
+    return tiny("llama", num_hidden_layers=3)
+
+
+def test_a_profile_is_what_hooks_measure(llama):
+    profile = adaskip_compile.profile(llama, SAMPLES, progress=False)
+    with hook_statistics(llama) as calls, torch.no_grad():
+        for sample in SAMPLES:
+            llama(sample if sample.dim() == 2 else sample[None])
+    assert [sublayer.path for sublayer in profile.sublayers] == [
+        f"model.layers.{layer}.{part}" for layer in range(3) for part in ("self_attn", "mlp")
+    ]
+    for sublayer in profile.sublayers:
+        attention = sublayer.path.endswith("self_attn")
+        assert (sublayer.kind, sublayer.stateful) == (("attention", True) if attention else ("ffn", False))
+        assert sublayer.tokens == (9, 23, 24)
+        for name in COLUMNS:
+            wanted = [getattr(call[sublayer.path], name) for call in calls]
+            assert getattr(sublayer, name) == pytest.approx(wanted, abs=1e-5)
+    profile.check(identify(llama))
+
+
+def test_profiling_leaves_the_model_as_it_was(llama):
+    adaskip_compile.compile(llama, SkipPlan.none(), inner="eager")
+    compiled = llama._compiled_call_impl
+    llama.train()
+    before = adaskip_compile.profile(llama, SAMPLES[:1], progress=False)
+    assert llama.training
+    assert llama._compiled_call_impl is compiled
+    assert not adaskip_compile.report(llama).requests
+    llama.eval()
+    assert adaskip_compile.profile(llama, SAMPLES[:1], progress=False) == before
+
+
+def test_texts_are_tokenized_and_at_most_the_asked_number_is_read():
+    tokenizer = byte_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer))
+    texts = iter(["some text", "another one", "and a third"])
+    profile = adaskip_compile.profile(model, texts, tokenizer=tokenizer, max_samples=2, progress=False)
+    assert profile.sublayers[0].tokens == (9, 11)
+    assert next(texts) == "and a third"
+
+
+def test_a_decoder_of_no_library(llama):
+    profile = adaskip_compile.profile(plain(), [tokens(1, 9)[0]], progress=False)
+    assert {sublayer.kind for sublayer in profile.sublayers} == {"attention", "ffn"}
+
+
+def test_no_bar_where_nobody_watches(llama, capfd):
+    adaskip_compile.profile(llama, SAMPLES[:2])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_profiled_is_refused(llama):
+    with pytest.raises(ProfileError, match="sample 0 is text: pass tokenizer=, or token ids"):
+        adaskip_compile.profile(llama, ["text"], progress=False)
+    with pytest.raises(ProfileError, match="sample 1 has 1 tokens; prefill needs at least 2"):
+        adaskip_compile.profile(llama, [tokens(1, 9)[0], tokens(1, 1)[0]], progress=False)
+    with pytest.raises(ProfileError, match="no samples to profile on"):
+        adaskip_compile.profile(llama, [], progress=False)
+    llama.train()
+    with pytest.raises(ProfileError):
+        adaskip_compile.profile(llama, [], progress=False)
+    assert llama.training
+
+
+def test_a_model_without_a_residual_stream_is_refused():
+    model = nn.Sequential(nn.Embedding(128, 16), nn.Linear(16, 128)).eval()
+    with pytest.raises(CaptureError, match="nothing to profile: "):
+        adaskip_compile.profile(model, SAMPLES[:1], progress=False)
+
+
+class Broken(nn.Module):
+    """A decoder whose forward Dynamo cannot capture as one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = plain()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.decoder(ids)
+        torch._dynamo.graph_break()
+        return logits * 2
+
+
+def test_a_model_in_pieces_is_refused():
+    with pytest.raises(CaptureError, match="captured in 2 pieces"):
+        adaskip_compile.profile(Broken().eval(), SAMPLES[:1], progress=False)
