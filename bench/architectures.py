@@ -119,7 +119,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family, row in sorted(rows.items()):
-        cells = (family, row["verdict"], row.get("sublayers", 0), row.get("kinds", ""), "dynamic")
+        cells = (family, row["verdict"], row.get("sublayers", 0), row.get("kinds", ""), row.get("caches", ""))
         lines.append(
             f"| {' | '.join(map(str, cells))} | {row.get('zero', '')} | {row.get('skip', '')} | {_notes(row)} |"
         )

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch import fx, nn
 
 from adaskip_compile.capture import constant_floats
@@ -220,6 +222,7 @@ class Findings:
     sublayers: int = 0
     kinds: str = ""
     expected: str = ""
+    caches: str = ""
     graphs: int = 0
     stream: str = ""
     zero: str = ""
@@ -235,10 +238,43 @@ def count_kinds(kinds: Any) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(kinds).items()))
 
 
-def examine(
-    family: str, model: Any, *, cache: Callable[[], Any] = lambda: None, plans: int = 3, batch: int = 1
-) -> Findings:
-    """Check everything of one model; problems are noted, not raised."""
+def examine(family: str, model: Any, *, plans: int = 3, batch: int = 1) -> Findings:
+    """Check everything of one model, with the cache that it makes itself and, where eager can, with a static one.
+
+    Problems are noted, not raised.
+    """
+    found = _examine(family, model, lambda: None, plans, batch)
+    found.caches = "own"
+    if found.reason or not _takes_static_cache(model, batch):
+        return found
+    static = _examine(family, model, lambda: _static_cache(model), plans, batch)
+    found.caches = "own, static"
+    for name in ("zero", "skip", "stream"):
+        if getattr(static, name) != "yes":
+            setattr(found, name, f"no: with a static cache: {getattr(static, name)[4:] or static.reason}")
+    found.notes += [f"static cache: {note}" for note in static.notes]
+    if static.paths != found.paths:
+        found.notes.append("the caches differ in sublayers")
+    return found
+
+
+def _static_cache(model: Any) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=16)
+
+
+def _takes_static_cache(model: Any, batch: int) -> bool:
+    """Tell whether the eager model fills a static cache: some types know no such cache, others do not read it."""
+    try:
+        cache = _static_cache(model)
+        logits(model, None, cache=cache, batch=batch)
+        return int(cache.get_seq_length()) > 0
+    except Exception:  # whatever a model raises that was not written for it
+        return False
+
+
+def _examine(family: str, model: Any, cache: Callable[[], Any], plans: int, batch: int) -> Findings:
     found = Findings(family)
     torch._dynamo.reset()
     with watched(model) as seen:
@@ -285,10 +321,18 @@ def _failing_plans(
     switch: Switch, stream: ResidualStream, eager: torch.Tensor, plans: int, run: Callable[[Any], torch.Tensor]
 ) -> list[str]:
     """Return, for each of some random legal plans that the driver gets wrong, what is wrong."""
-    generator = torch.Generator().manual_seed(0)
-    failed = []
-    for _ in range(plans):
-        scales = draw_plan(stream, generator)
+    failed: list[str] = []
+
+    @settings(
+        max_examples=plans,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(legal_plans(stream))
+    def try_plan(scales: dict[str, float]) -> None:
         switch.scales = scales
         wanted = run(switch.compiled)
         switch.scales = None
@@ -297,11 +341,13 @@ def _failing_plans(
             got = run(switch.compiled)
         except AdaSkipError as error:
             failed.append(f"{sorted(scales)}: {type(error).__name__} {str(error)[:300]}")
-            continue
+            return
         if _differ(got, wanted):
             failed.append(f"{sorted(scales)}: {_gap(got, wanted):.1e}")
         if not _differ(got, eager):
             failed.append(f"{sorted(scales)}: changes nothing")
+
+    try_plan()
     return failed
 
 
@@ -311,19 +357,18 @@ def verdict(found: Findings) -> str:
     return "yes" if held else "no"
 
 
-def draw_plan(stream: ResidualStream, generator: torch.Generator) -> dict[str, float]:
-    """Draw a legal plan: at least one stateful and one stateless sublayer skipped where there are, one attention kept."""
-    groups = [[item for item in stream.sublayers if item.stateful == stateful] for stateful in (True, False)]
+@st.composite
+def legal_plans(draw: st.DrawFn, stream: ResidualStream) -> dict[str, float]:
+    """Draw path -> scale: at least one stateful and one stateless sublayer where there are, and one of each kept."""
     chosen: list[str] = []
-    for group in groups:
+    for stateful in (True, False):
+        group = [item.path for item in stream.sublayers if item.stateful == stateful]
         if group:
-            limit = max(1, len(group) - 1)
-            number = int(torch.randint(1, limit + 1, (), generator=generator))
-            order = torch.randperm(len(group), generator=generator).tolist()
-            chosen += [group[index].path for index in order[:number]]
-    extra = [reader for path in chosen for reader in stream.by_path(path).shared_with if reader in stream.paths]
-    every = {*chosen, *extra}
-    return {path: 0.8 + 0.4 * float(torch.rand((), generator=generator)) for path in stream.paths if path in every}
+            most = max(1, len(group) - 1)
+            chosen += draw(st.lists(st.sampled_from(group), min_size=1, max_size=most, unique=True))
+    readers = [reader for path in chosen for reader in stream.by_path(path).shared_with if reader in stream.paths]
+    every = {*chosen, *readers}
+    return {path: draw(st.floats(0.8, 1.2)) for path in stream.paths if path in every}
 
 
 def _equal(one: torch.Tensor, other: Any) -> bool:
