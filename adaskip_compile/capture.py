@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ def captured_module() -> nn.Module | None:
     owner = frame.f_locals.get("self") if frame is not None else None
     owner = getattr(owner, "_orig_mod", owner)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def graph_break(gm: fx.GraphModule) -> str | None:
+    """Return why and where capture stopped behind ``gm``, or None where it holds the rest of the forward."""
+    stop = getattr(gm, "compile_subgraph_reason", None)
+    if stop is None or not stop.graph_break:
+        return None
+    frame = stop.user_stack[-1] if stop.user_stack else None
+    place = f" ({Path(frame.filename).name}:{frame.lineno})" if frame is not None else ""
+    return stop.reason.strip().splitlines()[0] + place
 
 
 def constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,13 +56,14 @@ class Request:
         """Whether all memory of its cache is gone: it has ended, or its cache has moved."""
         return all(storage.expired() for storage in self.storages)
 
-    def check(self, skipped: frozenset[str]) -> None:
+    def check(self, skipped: frozenset[str], *, because: str = "") -> None:
         """Raise :class:`LegalityError` if running all but ``skipped`` would run a stateful sublayer that has a hole."""
         back = sorted(self.holes - skipped)
         if back:
             raise LegalityError(
                 f"request {self.number}: {', '.join(back)} was skipped earlier in this request and has no cache entries "
                 "for those tokens, so it cannot run again; keep it skipped, or start a new request with a new cache"
+                + (f" ({because})" if because else "")
             )
 
     def record_window(self, rows: torch.Tensor, paths: tuple[str, ...]) -> None:

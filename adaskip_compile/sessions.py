@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture import captured_module, graph_break
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.identity import ModelIdentity, identify
 from adaskip_compile.learning import Learner
@@ -103,20 +104,40 @@ class Session:
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
             return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
         straighten_stream(gm)
-        stream = find_residual_stream(gm)
+        stream = find_residual_stream(gm).below(self._path_of(captured_module()))
         if stream.problems:
-            return self._refuse(gm, inputs, f"no residual stream: {'; '.join(stream.problems)}; runs unskipped")
-        dispatcher = Dispatcher(self, gm, stream)
+            stop = graph_break(gm)
+            why = f"capture broke the forward in pieces: {stop}" if stop else "; ".join(stream.problems)
+            return self._refuse(gm, inputs, f"no residual stream: {why}; runs unskipped")
         with self._lock:
+            if self.graphs and self.graphs[0].stream.paths != stream.paths:
+                missing = sorted({*self.graphs[0].stream.paths} ^ {*stream.paths})
+                return self._refuse(
+                    gm, inputs, f"a graph has other sublayers than the first one ({missing[0]}); it runs unskipped"
+                )
+            dispatcher = Dispatcher(self, gm, stream)
             self.graphs.append(dispatcher)
         return dispatcher
+
+    def _path_of(self, captured: nn.Module | None) -> str:
+        """Return where in the model the module lies whose forward was captured; a graph break leaves inner ones on their own."""
+        modules = self.module.named_modules() if self.module is not None else ()
+        return next((path for path, module in modules if module is captured), "")
 
     def _refuse(self, gm: fx.GraphModule, inputs: list[Any], reason: str) -> Callable[..., Any]:
         self.note(reason)
         self.unskipped.append(reason)
-        if self.options.inner == "eager":
-            return gm.forward
-        return torch._dynamo.lookup_backend(self.options.inner)(gm, inputs)
+        run = gm.forward
+        if self.options.inner != "eager":
+            run = torch._dynamo.lookup_backend(self.options.inner)(gm, inputs)
+
+        def unskipped(*values: Any) -> Any:
+            request = self.requests.find([value for value in values if isinstance(value, torch.Tensor)])
+            if request is not None:
+                request.check(frozenset(), because=reason)
+            return run(*values)
+
+        return unskipped
 
     def _learner(self) -> Learner:
         learner = Learner(self.options, self.identity, self.note)
@@ -139,7 +160,9 @@ def session_for(module: nn.Module | None, options: Options) -> Session:
     if module is None:
         return Session(None, options)
     with _LOCK:
-        sessions = _SESSIONS.setdefault(module, [])
+        # A graph break leaves a module inside a model on its own: it is still that model's.
+        whole = (known for known in _SESSIONS if any(part is module for part in known.modules()))
+        sessions = _SESSIONS.setdefault(next(whole, module), [])
     for session in sessions:
         if session.options == options:
             return session

@@ -1,5 +1,6 @@
 """Architectures in CI: at least one for every structural rule. ``make architectures`` runs them all."""
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +10,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import adaskip_compile
 import adaskip_passes
 from adaskip_compile.analysis import analyze
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.sessions import sessions_of
 from adaskip_passes.dependence import Dependence
 from adaskip_passes.effects import find_effects
+from adaskip_passes.errors import LegalityError
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.straighten_stream import straighten_stream
 from adaskip_passes.stream_links import find_chain
 from tests.architecture_checks import examine, verdict
 from tests.architectures import tiny_architecture
-from tests.models import capture, plain, tokens
+from tests.models import PlainAttention, PlainDecoder, capture, plain, redraw, tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,6 +126,104 @@ def test_a_plain_decoder_with_parallel_branches_needs_no_help():
     assert [item.kind for item in stream.sublayers] == ["attention", "ffn"] * 2
 
 
+@torch.library.custom_op("adaskip_tests::mix_heads", mutates_args=())
+def mix_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+@mix_heads.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+class _CustomAttention(PlainAttention):
+    def attend(self, q, k, v, causal):
+        return mix_heads(q, k, v, causal)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_decoder_that_nobody_has_seen_is_skipped_as_the_reference_says(custom):
+    model = plain(layers=3, cached=True)
+    if custom:
+        for block in model.blocks:
+            block.attention = redraw(_CustomAttention(model.shape), seed=0)
+    reference = copy.deepcopy(model)
+    reference.blocks[1].forward = lambda x, past: (x * 0.9 * 1.1, None)
+    wanted = request(reference)
+    plan = SkipPlan.from_scales({"blocks.1.attention": 0.9, "blocks.1.ffn": 1.1})
+    compiled = adaskip_compile.compile(model, plan, inner="eager")
+    torch.testing.assert_close(request(compiled), wanted, rtol=1e-4, atol=1e-4)
+    for stream in (graph.stream for session in sessions_of(compiled) for graph in session.graphs):
+        assert [(item.kind, item.stateful) for item in stream.sublayers] == [("attention", True), ("ffn", False)] * 3
+
+
+class _BreaksInDecode(PlainDecoder):
+    """Its decode is captured in pieces, its prefill whole."""
+
+    def forward(self, ids: torch.Tensor, past: list | None = None):
+        if past is not None:
+            torch._dynamo.graph_break()
+        return super().forward(ids, past)
+
+
+class _BreaksAmongLayers(nn.Module):
+    """A block after which decode is captured in pieces."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None):
+        x, present = self.block(x, past)
+        if past is not None:
+            torch._dynamo.graph_break()
+        return x, present
+
+
+def test_a_part_of_the_model_captured_on_its_own_keeps_its_place():
+    model = _BreaksInDecode(plain(cached=True).shape).eval()
+    model = redraw(model, seed=0)
+    reference = copy.deepcopy(model)
+    reference.blocks[1].forward = lambda x, past: (x * 0.9, None)
+    plan = SkipPlan.from_scales({"blocks.1.attention": 0.9, "blocks.1.ffn": 1.0})
+    compiled = adaskip_compile.compile(model, plan, inner="eager")
+    torch.testing.assert_close(request(compiled), request(reference), rtol=1e-4, atol=1e-4)
+
+
+def in_pieces():
+    torch._dynamo.reset()  # it never captures a forward again whose layers it once gave up in a loop
+    model = plain(layers=3, cached=True)
+    model.blocks[0] = _BreaksAmongLayers(model.blocks[0])
+    return model
+
+
+def test_a_forward_in_pieces_runs_unskipped_and_says_so():
+    model = in_pieces()
+    wanted = request(model)
+    compiled = adaskip_compile.compile(model, SkipPlan.none(), inner="eager")
+    torch.testing.assert_close(request(compiled), wanted, rtol=1e-4, atol=1e-4)
+    assert "runs unskipped" in str(adaskip_compile.report(compiled))
+
+
+def test_a_forward_in_pieces_never_reads_a_hole():
+    compiled = adaskip_compile.compile(in_pieces(), SkipPlan.from_scales({"blocks.1.attention": 0.9}), inner="eager")
+    with pytest.raises(
+        LegalityError, match=r"blocks\.1\.attention was skipped earlier.*other sublayers than the first"
+    ):
+        request(compiled)
+
+
+def request(model):
+    """Return the logits of a prompt and four more tokens."""
+    with torch.no_grad():
+        logits, past = model(tokens(1, 9))
+        found = [logits[:, -1]]
+        for step in range(4):
+            logits, past = model(tokens(1, 1, seed=step + 1), past)
+            found.append(logits[:, -1])
+    return torch.stack(found)
+
+
 def test_a_broken_graph_is_not_a_silent_match_of_nothing():
     prefill, _ = capture(tiny_architecture("llama"))
     adds = [item.stream_out for item in find_residual_stream(prefill.gm).sublayers]
@@ -151,12 +254,12 @@ def _code() -> Iterator[tuple[Path, str]]:
 
 
 def test_no_model_type_or_class_is_named_in_the_code():
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     # Words with a meaning of their own, and the names of texts in docstrings' examples.
     ordinary = {"beam", "bart", "git", "opt", "ctrl", "flint", "fuyu"}
-    types = {family for family in names if family not in ordinary}
-    classes = set(names.values())
+    types = {family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in ordinary}
+    classes = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for path, text in _code():
         strings = set(re.findall(r"""["']([\w-]+)["']""", text))
         words = set(re.findall(r"\w+", text))

@@ -20,6 +20,9 @@ _SHAPE_ONLY = frozenset(
     "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like rand_like size numel dim".split()
 )
 
+# Of their second argument they read the shape or the dtype alone.
+_LIKE_ANOTHER = frozenset({"expand_as", "reshape_as", "type_as", "view_as"})
+
 
 class Dependence:
     """For each node of a graph, the set of nodes that its value depends on."""
@@ -43,7 +46,7 @@ class Dependence:
         if op_name(node) in _SHAPE_ONLY:
             return 0
         bits = 0
-        for source in node.all_input_nodes:
+        for source in node.all_input_nodes[:1] if op_name(node) in _LIKE_ANOTHER else node.all_input_nodes:
             if carries_tensor(fake_value(source)):
                 bits |= self.with_self(source) | written.get(effects.roots[source], 0)
         return bits

@@ -7,7 +7,7 @@ they lie in no region and survive a skip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,11 +46,11 @@ def find_state(gm: fx.GraphModule, regions: Sequence[tuple[fx.Node, ...]], effec
         for write in effects.writes
         if write.node in owner and (_from_outside(write.root) or write.root in returned_roots)
     }
-    writer = {root: owner[node] for node, root in outlives.items()}
+    writer = _only(outlives, owner)
     reader = _sole_readers(owner, effects)
     inputs: list[list[fx.Node]] = [[] for _ in regions]
     for node in gm.graph.find_nodes(op="placeholder"):
-        for index in {writer.get(node), reader.get(node)} - {None}:
+        for index in {found[node] for found in (writer, reader) if node in found}:
             inputs[index].append(node)
     outputs: list[list[int]] = [[] for _ in regions]
     for position, value in enumerate(returned):
@@ -62,6 +62,14 @@ def find_state(gm: fx.GraphModule, regions: Sequence[tuple[fx.Node, ...]], effec
         State(tuple(node for node in region if node in outlives), tuple(inputs[index]), tuple(outputs[index]))
         for index, region in enumerate(regions)
     ]
+
+
+def _only(writes: Mapping[fx.Node, fx.Node], owner: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Map each root to the region that writes it; memory that several write, each a part of it, is none's own."""
+    owners: dict[fx.Node, set[int]] = {}
+    for node, root in writes.items():
+        owners.setdefault(root, set()).add(owner[node])
+    return {root: next(iter(found)) for root, found in owners.items() if len(found) == 1}
 
 
 def output_values(gm: fx.GraphModule) -> Iterator[fx.Node | None]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -70,7 +71,7 @@ def _is_idle_dropout(node: fx.Node) -> bool:
     if op_name(node) != "dropout" or node.op != "call_function" or not node.args:
         return False
     rest = dict(zip(("p", "training", "inplace"), node.args[1:], strict=False)) | node.kwargs
-    return rest.get("training", True) is False or rest.get("p", 0.5) == 0.0
+    return rest.get("training", True) is False or rest.get("p") in (0, 0.0)
 
 
 def _out_of_place(gm: fx.GraphModule) -> int:
@@ -93,7 +94,7 @@ def _like_a_stream(node: fx.Node, root: fx.Node) -> bool:
     value = fake_tensor(node)
     if value is None or value.dim() not in (2, 3) or root.op in ("placeholder", "get_attr"):
         return False
-    operands = [fake_value(item) if isinstance(item, fx.Node) else item for item in node.args[:2]]
+    operands: list[Any] = [fake_value(item) if isinstance(item, fx.Node) else item for item in node.args[:2]]
     return value.is_floating_point() and torch.result_type(*operands) == value.dtype
 
 
@@ -108,7 +109,7 @@ def _add_in_turn(graph: fx.Graph, link: Link) -> None:
         with graph.inserting_after(latest) if contributed in order else graph.inserting_before(add):
             total = _captured(call(graph, torch.add, total, contributed))
         order[total], latest = order[latest], total
-    add.op, add.target, add.kwargs = "call_function", torch.add, {}
+    add.op, add.target, add.kwargs = "call_function", torch.add, dict[str, Any]()
     add.args = (total, _sum(graph, add, link.parts[-1].branches))
     for node in inner:
         graph.erase_node(node)
@@ -130,7 +131,7 @@ def _captured(node: fx.Node) -> fx.Node:
 
 def _inner_adds(add: fx.Node) -> list[fx.Node]:
     """Return the adds of the tree below ``add``, each before its operands."""
-    found = []
+    found: list[fx.Node] = []
     for operand in add.args[:2]:
         assert isinstance(operand, fx.Node)
         if list(leaves_of(operand)) != [operand]:

@@ -8,10 +8,10 @@ one: ``x + attention + ffn`` has two parts, ``x + routed experts + shared expert
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from adaskip_passes.add_trees import AddTree, find_add_trees, find_weighted, is_add, leaves_of
@@ -19,6 +19,7 @@ from adaskip_passes.dependence import Dependence
 from adaskip_passes.effects import op_name
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.state import State, find_state, output_values
+from adaskip_passes.stream_problems import entries_outside, stream_problems
 
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "imatmul", "__matmul__"})
 _ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention"})
@@ -58,11 +59,12 @@ def find_chain(gm: fx.GraphModule, dependence: Dependence) -> Chain:
     weighted = find_weighted(gm)
     candidates = find_add_trees(gm, dependence, weighted)
     trees = _longest_run(candidates, dependence)
-    problems = _problems(candidates, trees, dependence) or _side_problems(trees, dependence, weighted)
+    problems = tuple(stream_problems(gm, candidates, trees, dependence, weighted))
     if problems:
         return Chain((), tuple(trees), problems)
     links = tuple(_links(gm, trees, dependence))
-    problems = _entries_outside(gm, links, dependence, weighted)
+    inside = {node for link in links for node in link.region}
+    problems = tuple(entries_outside(gm, inside, trees[-1].add, dependence, weighted))
     return Chain(() if problems else links, tuple(trees), problems)
 
 
@@ -82,53 +84,6 @@ def _longest_run(trees: Sequence[AddTree], dependence: Dependence) -> list[AddTr
         run.append(trees[last])
         last = before[last]
     return run[::-1]
-
-
-def _problems(candidates: Sequence[AddTree], chain: Sequence[AddTree], dependence: Dependence) -> tuple[str, ...]:
-    if not chain:
-        return ("no add joins a value with a branch computed from it",)
-    members = {tree.add for tree in chain}
-    beside = [
-        tree.add.name
-        for tree in candidates
-        if tree.add not in members and dependence.depends(tree.add, chain[0].stream)
-    ]
-    if beside:
-        return (f"several streams: {len(beside)} residual adds lie beside the longest chain, {beside[0]} first",)
-    return ()
-
-
-def _side_problems(trees: Sequence[AddTree], dependence: Dependence, weighted: Sequence[fx.Node]) -> tuple[str, ...]:
-    """Tell where weights stand between one add and the next stream: a norm may, a matrix makes several streams of one."""
-    matrices = dependence.bits(weighted)
-    mixed = [
-        after.stream.name
-        for before, after in itertools.pairwise(trees)
-        if after.stream is not before.add and dependence.any_between(before.add, after.stream, matrices)
-    ]
-    if mixed:
-        return (f"several streams: {len(mixed)} values of the stream are mixed by weights beside it, {mixed[0]} first",)
-    return ()
-
-
-def _entries_outside(
-    gm: fx.GraphModule, links: Sequence[Link], dependence: Dependence, weighted: Sequence[fx.Node]
-) -> tuple[str, ...]:
-    """Tell which cache entries no sublayer computes, as where the model runs its layers several times over."""
-    last, matrices = links[-1].tree.add, dependence.bits(weighted)
-    inside = {node for link in links for node in link.region}
-    entries = [
-        node.name
-        for node in output_values(gm)
-        if node is not None
-        and node not in inside
-        and len(getattr(fake_tensor(node), "shape", ())) >= 3
-        and not dependence.reaches(last, node)
-        and dependence.last_before(node, matrices) is not None
-    ]
-    if entries:
-        return (f"several streams: {len(entries)} cache entries are computed outside the stream, {entries[0]} first",)
-    return ()
 
 
 def _links(gm: fx.GraphModule, trees: Sequence[AddTree], dependence: Dependence) -> list[Link]:
@@ -179,10 +134,11 @@ def _parts(
         _shared_out(tree.add, region, branches, dependence)
         for tree, region, branches in zip(trees, regions, groups, strict=True)
     ]
+    returned = tuple(output_values(gm))
     states = iter(find_state(gm, [share for found in shares for share in found], dependence.effects))
     return [
         [
-            Part(branches, share, state, _kind(share, state.exists, dependence))
+            Part(branches, share, state, _kind(share, state, returned, dependence))
             for branches, share, state in zip(tree_groups, found, states, strict=False)
         ]
         for tree_groups, found in zip(groups, shares, strict=True)
@@ -231,10 +187,19 @@ def _read_later(region: Sequence[fx.Node], dependence: Dependence) -> set[fx.Nod
     return found
 
 
-def _kind(region: tuple[fx.Node, ...], stateful: bool, dependence: Dependence) -> str:
+def _kind(region: tuple[fx.Node, ...], state: State, returned: Sequence[fx.Node | None], dependence: Dependence) -> str:
     if _attends(region, set(region), dependence):
         return "attention"
-    return "ssm" if stateful else "ffn"
+    if not state.exists:
+        return "ffn"
+    kept = [*state.inputs, *(returned[position] for position in state.outputs)]
+    return "attention" if any(_grows(node) for node in kept) else "ssm"
+
+
+def _grows(node: fx.Node | None) -> bool:
+    """Tell whether what a region keeps has an entry a token, as keys and values do, whatever op reads them."""
+    value = fake_tensor(node)
+    return value is not None and any(isinstance(size, torch.SymInt) for size in value.shape[1:])
 
 
 def _attends(region: tuple[fx.Node, ...], inside: set[fx.Node], dependence: Dependence) -> bool:
