@@ -9,6 +9,7 @@ from torch import fx
 
 from adaskip_compile.capture import example_inputs
 from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.one_row_products import spell_out_one_row_products
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.residual_stream import ResidualStream
 
@@ -59,6 +60,7 @@ class Lowering:
         from torch._inductor import standalone_compile
 
         self.compiled += 1
+        spell_out_one_row_products(gm)
         _pin_layout(gm)
         return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
 
