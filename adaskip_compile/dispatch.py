@@ -66,6 +66,7 @@ class Dispatcher:
         self.session, self.gm, self.stream = session, gm, stream
         self.variants: dict[tuple[object, ...], Variant] = {}
         self.lowering = Lowering(session.options.inner, session.options.regions)
+        self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}
         self.calls = 0
         self._lock = threading.Lock()
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -200,8 +201,10 @@ class Dispatcher:
 
     def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], lowering: Lowering) -> Variant:
         started = time.perf_counter()
-        result = run_pipeline(self.gm, self.stream, passes_for(skipped, probed))
-        run = lowering.lower(result.gm, result.stream)
+        if lowering not in self._prepared:
+            self._prepared[lowering] = lowering.prepare(self.gm, self.stream)
+        result = run_pipeline(*self._prepared[lowering], passes_for(skipped, probed))
+        run = lowering.lower(result.gm)
         seconds = time.perf_counter() - started
         return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), result.history, seconds)
 

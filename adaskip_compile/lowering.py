@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from adaskip_compile.capture import example_inputs
-from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.graph import call, copy_graph, fake_tensor
 from adaskip_passes.one_row_products import spell_out_one_row_products
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.residual_stream import ResidualStream
@@ -17,11 +17,11 @@ Runnable = Callable[..., Any]
 
 
 class Lowering:
-    """Compiles the variants of one captured graph, and keeps what they can share.
+    """Compiles the variants of one captured graph, and keeps what they share.
 
-    ``inner`` is ``"inductor"`` or ``"eager"``. With ``regions="shared"`` a graph is cut at the residual
-    adds and each distinct region is compiled once, whatever variant it occurs in, so that a new skip
-    set is mostly new wiring; with ``"whole"`` each variant is compiled as one graph.
+    ``inner`` is ``"inductor"`` or ``"eager"``. With ``regions="shared"`` the graph is cut into regions,
+    passes run on the wiring between them, and each distinct region is compiled once, so that another
+    skip set compiles nothing; with ``"whole"`` each variant is compiled as one graph.
 
     Variants are made long after Dynamo's capture has ended, so everything needed is read from the fake
     values that the graph carries. Regions are shared among the variants of one capture alone: their
@@ -30,31 +30,35 @@ class Lowering:
 
     def __init__(self, inner: str, regions: str) -> None:
         self.inner, self.regions = inner, regions
-        self.artifacts: dict[str, Runnable] = {}
         self.compiled = 0
+        self._keys: dict[str, str] = {}
+        self._artifacts: dict[str, Runnable] = {}
 
-    def lower(self, gm: fx.GraphModule, stream: ResidualStream) -> Runnable:
+    def prepare(self, gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.GraphModule, ResidualStream]:
+        """Return the graph that passes shall rewrite for :meth:`lower`, and its stream."""
+        if self.inner == "eager" or self.regions == "whole":
+            return gm, stream
+        outlined = outline_regions(gm, stream)
+        self._keys = outlined.keys
+        return outlined.gm, outlined.stream
+
+    def lower(self, gm: fx.GraphModule) -> Runnable:
         """Return a callable that computes what ``gm`` computes; call it with the inputs of ``gm`` in order."""
         if self.inner == "eager":
             return gm.forward
         if self.regions == "whole":
             return self._compile(gm)
-        outlined = outline_regions(gm, stream)
-        wiring = outlined.gm
-        for node in wiring.graph.nodes:
-            if node.op == "call_module":
-                region = wiring.get_submodule(node.target)
-                assert isinstance(region, fx.GraphModule)
-                key = outlined.keys.get(node.target)
-                node.op, node.target = "call_function", self._artifact(key, region)
-        return fx.GraphModule({}, wiring.graph).forward
+        graph = copy_graph(gm)[0].graph
+        for node in graph.find_nodes(op="call_module"):
+            region = gm.get_submodule(str(node.target))
+            assert isinstance(region, fx.GraphModule)
+            node.op, node.target = "call_function", self._artifact(self._keys[str(node.target)], region)
+        return fx.GraphModule({}, graph).forward
 
-    def _artifact(self, key: str | None, region: fx.GraphModule) -> Runnable:
-        if key is None:
-            return _named(region.forward)
-        if key not in self.artifacts:
-            self.artifacts[key] = _named(self._compile(region))
-        return self.artifacts[key]
+    def _artifact(self, key: str, region: fx.GraphModule) -> Runnable:
+        if key not in self._artifacts:
+            self._artifacts[key] = _named(self._compile(region))
+        return self._artifacts[key]
 
     def _compile(self, gm: fx.GraphModule) -> Runnable:
         from torch._inductor import standalone_compile

@@ -103,6 +103,8 @@ def _viewed_input(node: fx.Node) -> fx.Node | None:
 
 
 def _written_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    if node.op == "call_module":
+        yield from _written_by_region(node)
     if node.op not in ("call_function", "call_method"):
         return
     schema = _mutable_schema(node.target)
@@ -112,6 +114,17 @@ def _written_inputs(node: fx.Node) -> Iterator[fx.Node]:
     yield from _nodes_in(node.kwargs.get("out"))
     if _writes_first_argument(node):
         yield from _nodes_in(node.args[0])
+
+
+def _written_by_region(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the arguments that the region which ``node`` calls writes to."""
+    module = node.graph.owning_module
+    region = module.get_submodule(str(node.target)) if module is not None else None
+    if not isinstance(region, fx.GraphModule):
+        return
+    places = {inner: place for place, inner in enumerate(region.graph.find_nodes(op="placeholder"))}
+    roots = dict.fromkeys(write.root for write in find_effects(region).writes if write.root in places)
+    yield from (node.all_input_nodes[places[root]] for root in roots)
 
 
 def _nodes_in(value: object) -> Iterator[fx.Node]:

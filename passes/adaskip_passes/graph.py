@@ -16,9 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # The key in ``node.meta`` that tells nodes added by passes from those that were captured.
 ADDED_BY = "adaskip_added_by"
-# The key that marks what stood between the ends of a sublayer when it was skipped. What survives dead-code
-# elimination is bookkeeping, such as the count of cached tokens.
-LEFT_BY = "adaskip_left_by"
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -1,90 +1,214 @@
-"""Cut a graph into a chain of regions, so that equal sublayers can share one compiled artifact."""
+"""Cut a graph into a chain of regions, so that equal sublayers can share one compiled artifact.
+
+The wiring that is left calls one region a sublayer, and one for what stands before, between and after
+them. It is a graph with a residual stream of its own, two orders of magnitude smaller than what it was
+cut from: passes run on it as they do on the whole, so that another skip set is a matter of milliseconds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.fx.passes.split_module import split_module
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from adaskip_passes.graph import ADDED_BY, LEFT_BY, fake_value
-from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.effects import find_effects, op_name
+from adaskip_passes.errors import PassError
+from adaskip_passes.graph import fake_tensor, fake_value
+from adaskip_passes.residual_stream import ResidualStream, Sublayer
+
+_OPENING = frozenset({"_vmap_increment_nesting", "_enter_autocast", "_enter_inference_mode"})
+_CLOSING = frozenset({"_vmap_decrement_nesting", "_exit_autocast", "_exit_inference_mode"})
 
 
 @dataclass(frozen=True)
 class OutlinedGraph:
     """A graph cut into regions.
 
-    ``gm`` calls one submodule a region, in the order of the original graph. ``keys`` maps the name of
-    each region worth compiling to a text that is equal for regions that compute the same: same ops,
-    shapes, strides, symbols, dtypes and devices. Names not in it hold a few views or scalings.
+    ``gm`` calls one submodule a region, and has the inputs and outputs of the original graph; ``stream``
+    is its residual stream. ``keys`` maps the name of each region to a text that is equal for regions that
+    compute the same: same ops, shapes, strides, symbols, dtypes and devices.
     """
 
     gm: fx.GraphModule
+    stream: ResidualStream
     keys: dict[str, str]
 
 
 def outline_regions(gm: fx.GraphModule, stream: ResidualStream) -> OutlinedGraph:
-    """Cut ``gm`` after each residual add of ``stream``, and around skipped sublayers and probes.
+    """Cut ``gm`` at the sublayers of ``stream``; ``gm`` is left as it is.
 
-    ``gm`` is left as it is. Weights, cache tensors and scales become inputs of their regions.
+    Weights, cache tensors and symbolic sizes become inputs of their regions. Nodes that belong to no
+    sublayer go to the region before the sublayers that read them. :class:`PassError` where memory is written
+    in an order that this would change.
     """
-    parts = dict(_partition(gm, stream))
-    outlined = split_module(gm, gm, lambda node: parts[node][0], keep_original_order=True)
-    _sort_outputs(outlined)
-    compiled = {f"submod_{number}" for number, heavy in parts.values() if heavy}
-    keys = {
-        name: region_key(region)
-        for name, region in outlined.named_children()
-        if name in compiled and isinstance(region, fx.GraphModule)
-    }
-    return OutlinedGraph(outlined, keys)
+    parts = _parts(gm, stream)
+    nodes: dict[int, list[fx.Node]] = {}
+    for node, part in parts.items():
+        nodes.setdefault(part, []).append(node)
+    wiring = _Wiring(gm)
+    for part in sorted(nodes):
+        if part % 2 or any(_computes(node) for node in nodes[part]):
+            wiring.call_region(nodes[part])
+        else:
+            wiring.keep(nodes[part])
+    return wiring.finished(stream)
 
 
-def _partition(gm: fx.GraphModule, stream: ResidualStream) -> Iterator[tuple[fx.Node, tuple[int, bool]]]:
-    """Yield each computing node with the number of its part, and whether the part is worth compiling."""
-    ends = {sublayer.stream_out for sublayer in stream.kept}
-    first = _start_of_first_sublayer(gm, stream)
-    number, was_heavy = 0, True
+def _computes(node: fx.Node) -> bool:
+    """Tell whether a node is worth compiling: it makes floats, not sizes and positions."""
+    value = fake_tensor(node)
+    return value is not None and value.is_floating_point()
+
+
+def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
+    """Return the part of each computing node: ``2k + 1`` for sublayer k, even numbers for what stands between.
+
+    Reads and writes of one memory keep their order.
+    """
+    effects = find_effects(gm)
+    fixed = _in_scopes(gm, {node: 2 * one.index + 1 for one in stream.sublayers for node in one.nodes})
+    parts: dict[fx.Node, int] = {}
+    read: dict[fx.Node, int] = {}
+    written: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
+        if node.op in ("placeholder", "get_attr", "output"):
             continue
-        heavy = ADDED_BY not in node.meta and LEFT_BY not in node.meta
-        if heavy != was_heavy or node is first:
-            number, was_heavy = number + 1, heavy
-        yield node, (number, heavy)
-        if node in ends:
-            number += 1
+        roots = {effects.roots[source] for source in node.all_input_nodes}
+        changed = effects.written_by(node)
+        before = [parts.get(source, 0) for source in node.all_input_nodes]
+        before += [written.get(root, 0) for root in roots] + [read.get(root, 0) for root in changed]
+        earliest = max(before, default=0)
+        # A size that is read off a value inside a sublayer is needed there.
+        rounded = earliest + earliest % 2 if fake_tensor(node) is not None else earliest
+        parts[node] = fixed.get(node, rounded)
+        if parts[node] < earliest:
+            raise PassError(f"cannot cut the graph at its sublayers: {node.name} must run later than its sublayer does")
+        for root in roots:
+            read[root] = max(read.get(root, 0), parts[node])
+        for root in changed:
+            written[root] = max(written.get(root, 0), parts[node])
+    return parts
 
 
-def _start_of_first_sublayer(gm: fx.GraphModule, stream: ResidualStream) -> fx.Node:
-    inside = set(stream.sublayers[0].nodes)
-    return next(node for node in gm.graph.nodes if node in inside or node is stream.sublayers[0].stream_out)
+def _in_scopes(gm: fx.GraphModule, fixed: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Return ``fixed`` with all nodes of a scope (vmap, autocast) in the part of the sublayer that opened it."""
+    depth, inside = 0, list[fx.Node]()
+    scoped = dict(fixed)
+    for node in gm.graph.nodes:
+        name = op_name(node) if node.op == "call_function" else ""
+        depth += name in _OPENING
+        if depth:
+            inside.append(node)
+        depth -= name in _CLOSING
+        if inside and not depth:
+            parts = {fixed[one] for one in inside if one in fixed}
+            if len(parts) > 1:
+                raise PassError(f"cannot cut the graph at its sublayers: {inside[0].name} opens a scope around several")
+            scoped.update(dict.fromkeys(inside, parts.pop() if parts else 0))
+            inside = []
+    return scoped
 
 
-def _sort_outputs(wiring: fx.GraphModule) -> None:
-    """Have each region return its values in the order in which it computes them.
+class _Wiring:
+    """The graph that calls the regions, while it is made."""
 
-    ``split_module`` returns them in the order in which they are first used, which differs from one skip
-    set to the next.
-    """
-    for node in wiring.graph.nodes:
-        region = wiring.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(region, fx.GraphModule) or not isinstance(
-            values := region.graph.output_node().args[0], tuple
-        ):
-            continue
-        position = {inner: index for index, inner in enumerate(region.graph.nodes)}
-        order = sorted(range(len(values)), key=lambda index: position[values[index]])
-        region.graph.output_node().args = (tuple(values[index] for index in order),)
-        region.recompile()
-        for user in tuple(node.users):
-            user.args = (node, order.index(user.args[1]))
-    wiring.recompile()
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.source, self.graph = gm, fx.Graph()
+        self.modules: dict[str, fx.GraphModule] = {}
+        self.images: dict[fx.Node, fx.Node] = {}
+        self.calls: dict[fx.Node, fx.Node] = {}
+        self.symbols: dict[sympy.Symbol, fx.Node] = {}
+        for node in gm.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self._copy(node)
+                value = fake_value(node)
+                if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+                    self.symbols.setdefault(value.node.expr, node)
+
+    def _copy(self, node: fx.Node) -> None:
+        image = self.graph.node_copy(node, self.images.__getitem__)
+        image.name = node.name
+        if hasattr(node, "_dynamo_source"):
+            image._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+        self.images[node] = image
+
+    def keep(self, nodes: Sequence[fx.Node]) -> None:
+        """Have the wiring run ``nodes`` itself."""
+        for node in nodes:
+            self._copy(node)
+
+    def call_region(self, nodes: Sequence[fx.Node]) -> None:
+        """Make a region of ``nodes`` and call it; its outputs are the values that are read outside of it."""
+        members = set(nodes)
+        outputs = [node for node in nodes if any(user not in members for user in node.users)]
+        read = [source for node in nodes for source in node.all_input_nodes if source not in members]
+        inputs = list(dict.fromkeys([*read, *self._symbols_of(read)]))
+        name = f"region_{len(self.modules)}"
+        self.modules[name] = _region(self.source, nodes, inputs, outputs)
+        region = self.graph.create_node(
+            "call_module", name, tuple(self.images[source] for source in inputs), name=f"{name}_values"
+        )
+        region.meta["example_value"] = tuple(fake_value(node) for node in outputs)
+        for node in nodes:
+            self.calls[node] = region
+        for place, node in enumerate(outputs):
+            image = self.graph.create_node("call_function", operator.getitem, (region, place), name=node.name)
+            image.meta = dict(node.meta)
+            self.images[node] = image
+
+    def _symbols_of(self, inputs: Sequence[fx.Node]) -> Iterator[fx.Node]:
+        """Yield the inputs that give the symbols in the shapes of ``inputs``, as inner compilers want them."""
+        for node in inputs:
+            value = fake_tensor(node)
+            if value is not None:
+                found = free_symbols([*value.shape, *value.stride(), value.storage_offset()])
+                yield from (self.symbols[one] for one in sorted(found, key=str) if one in self.symbols)
+
+    def finished(self, stream: ResidualStream) -> OutlinedGraph:
+        """Return the outlined graph; ``stream`` is that of the source."""
+        output = self.source.graph.output_node()
+        self.graph.output(fx.node.map_arg(output.args[0], self.images.__getitem__))
+        holder = torch.nn.Module()
+        for name, region in self.modules.items():
+            holder.add_module(name, region)
+        for node in self.source.graph.find_nodes(op="get_attr"):
+            setattr(holder, node.target, getattr(self.source, node.target))
+        gm = fx.GraphModule(holder, self.graph)
+        outlined = replace(stream, sublayers=tuple(map(self._outlined, stream.sublayers)))
+        return OutlinedGraph(gm, outlined, {name: region_key(region) for name, region in self.modules.items()})
+
+    def _outlined(self, sublayer: Sublayer) -> Sublayer:
+        call = self.calls[sublayer.stream_out]
+        end = self.images[sublayer.stream_out]
+        return replace(
+            sublayer,
+            stream_in=self.images[sublayer.stream_in],
+            stream_out=end,
+            branch=call,
+            nodes=(call, end),
+            writes=(call,) if sublayer.writes else (),
+            cache_inputs=tuple(self.images[node] for node in sublayer.cache_inputs),
+        )
+
+
+def _region(
+    source: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    images: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        images[node] = graph.placeholder(node.name)
+        images[node].meta = dict(node.meta)
+    for node in nodes:
+        images[node] = graph.node_copy(node, images.__getitem__)
+    graph.output(tuple(images[node] for node in outputs))
+    return fx.GraphModule(source, graph)
 
 
 def region_key(region: fx.GraphModule) -> str:

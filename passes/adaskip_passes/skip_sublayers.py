@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import LEFT_BY, add_placeholder, call, fake_tensor, size_hint
+from adaskip_passes.graph import add_placeholder, call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.state import output_values
@@ -57,8 +57,7 @@ class SkipSublayers:
         for sublayer in chosen:
             # The stream before may be the end of a sublayer that has just been replaced.
             current = sublayer.mapped(lambda node: replaced.get(node, node))
-            _mark_left_over(gm.graph, current)
-            replaced[sublayer.stream_out] = _bypass(gm.graph, current, scales)
+            replaced[sublayer.stream_out] = _bypass(gm.graph, current, scales, stream.sublayers[0].stream_in)
         stream = stream.mapped(lambda node: replaced.get(node, node))
         return PassResult(replace(stream, skipped=skipped), True, len(chosen))
 
@@ -79,42 +78,29 @@ def _scales_input(gm: fx.GraphModule, count: int) -> fx.Node:
     return add_placeholder(gm.graph, SCALES_INPUT, torch.ones(count, dtype=torch.float32, device=device))
 
 
-def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: fx.Node) -> fx.Node:
-    """Put ``scale * a`` in the place of b, erase b and the sublayer's writes, and return it."""
+def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: fx.Node, first: fx.Node) -> fx.Node:
+    """Put ``scale * a`` in the place of b, erase b and the sublayer's writes, and return it; ``first`` begins the stream."""
     a, b = sublayer.stream_in, sublayer.stream_out
     with graph.inserting_before(b):
         scaled = call(graph, torch.mul, a, call(graph, "select", scales, 0, sublayer.index))
         wanted, got = fake_tensor(b), fake_tensor(scaled)
         assert wanted is not None
         assert got is not None
-        if got.dim() != wanted.dim():
-            scaled = call(graph, "reshape_as", scaled, _operand_beside(sublayer))
+        if got.dim() > wanted.dim():
+            scaled = call(graph, "flatten", scaled, 0, got.dim() - wanted.dim())
+        elif got.dim() < wanted.dim():
+            scaled = call(graph, "reshape_as", scaled, first)
         if got.dtype != wanted.dtype:
             scaled = call(graph, "to", scaled, wanted.dtype)
     scaled.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **scaled.meta}
     b.replace_all_uses_with(scaled)
     for node in reversed(sublayer.writes):
+        if node.op == "call_module" and any(graph.output_node() in value.users for value in node.users):
+            raise PassError(f"cannot skip {sublayer.path}: it writes memory and returns what it wrote")
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
     graph.erase_node(b)
     return scaled
-
-
-def _mark_left_over(graph: fx.Graph, sublayer: Sublayer) -> None:
-    """Mark what stands between the stream before ``sublayer`` and its residual add, whether it belongs to it or not."""
-    starts = {*sublayer.nodes, sublayer.stream_in} if sublayer.index else set(sublayer.nodes)
-    started = False
-    for node in graph.nodes:
-        if node is sublayer.stream_out:
-            return
-        if started and node.op != "placeholder":
-            node.meta[LEFT_BY] = sublayer.path
-        started = started or node in starts
-
-
-def _operand_beside(sublayer: Sublayer) -> fx.Node:
-    """Return the operand of the residual add that is not the branch: it has the shape of b, and outlives it."""
-    return next(operand for operand in sublayer.stream_out.all_input_nodes if operand is not sublayer.branch)
 
 
 def _borrow_cache_outputs(gm: fx.GraphModule, stream: ResidualStream, gone: set[str]) -> None:
