@@ -24,8 +24,9 @@ _SAME_LAST_DIM = frozenset(
     "view reshape flatten unsqueeze squeeze contiguous clone detach expand alias _unsafe_view".split()
 )
 _DROPOUTS = frozenset({"dropout", "dropout_", "native_dropout"})
-# Those that work in place are none of them: what they leave is another value in the same memory.
-_MULTIPLIERS = frozenset({"mul", "div", "truediv"})
+# By a number, or a number a channel. Those that work in place are none of them: what they leave is another value
+# in the same memory.
+_SCALINGS = frozenset({"mul", "div", "truediv", "add", "sub"})
 
 
 @dataclass(frozen=True)
@@ -124,19 +125,19 @@ def peelings(node: fx.Node) -> Iterator[fx.Node]:
 
 def _peeled_once(node: fx.Node) -> fx.Node | None:
     if node.op not in ("call_function", "call_method") or not node.args or fake_tensor(node.args[0]) is None:
-        return _multiplied(node)
+        return _scaled(node)
     name, inner = op_name(node), node.args[0]
     assert isinstance(inner, fx.Node)
     if name in _CASTS or name in _DROPOUTS:
         return inner
     if name in _SAME_LAST_DIM and _last_dim(inner) == _last_dim(node):
         return inner
-    return _multiplied(node)
+    return _scaled(node)
 
 
-def _multiplied(node: fx.Node) -> fx.Node | None:
-    """Return the tensor that ``node`` multiplies by a number or by a 0-d or 1-d tensor, or None."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in _MULTIPLIERS or len(node.args) < 2:
+def _scaled(node: fx.Node) -> fx.Node | None:
+    """Return the tensor that ``node`` scales or shifts by a number or by a 0-d or 1-d tensor, or None."""
+    if node.op not in ("call_function", "call_method") or op_name(node) not in _SCALINGS or len(node.args) < 2:
         return None
     tensors = [operand for operand in node.args[:2] if _rank(operand) >= 2]
     return tensors[0] if len(tensors) == 1 and isinstance(tensors[0], fx.Node) else None
