@@ -8,9 +8,10 @@ from typing import Any
 from torch import fx
 
 from adaskip_compile.capture import example_inputs
-from adaskip_passes.graph import call, copy_graph, fake_tensor
+from adaskip_compile.program import Program
+from adaskip_passes.graph import call, fake_tensor
 from adaskip_passes.one_row_products import spell_out_one_row_products
-from adaskip_passes.outline_regions import outline_regions
+from adaskip_passes.outline_regions import Region, outline_regions
 from adaskip_passes.residual_stream import ResidualStream
 
 Runnable = Callable[..., Any]
@@ -31,7 +32,6 @@ class Lowering:
     def __init__(self, inner: str, regions: str) -> None:
         self.inner, self.regions = inner, regions
         self.compiled = 0
-        self._keys: dict[str, str] = {}
         self._artifacts: dict[str, Runnable] = {}
 
     def prepare(self, gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.GraphModule, ResidualStream]:
@@ -39,7 +39,6 @@ class Lowering:
         if self.inner == "eager" or self.regions == "whole":
             return gm, stream
         outlined = outline_regions(gm, stream)
-        self._keys = outlined.keys
         return outlined.gm, outlined.stream
 
     def lower(self, gm: fx.GraphModule) -> Runnable:
@@ -48,17 +47,13 @@ class Lowering:
             return gm.forward
         if self.regions == "whole":
             return self._compile(gm)
-        graph = copy_graph(gm)[0].graph
-        for node in graph.find_nodes(op="call_module"):
-            region = gm.get_submodule(str(node.target))
-            assert isinstance(region, fx.GraphModule)
-            node.op, node.target = "call_function", self._artifact(self._keys[str(node.target)], region)
-        return fx.GraphModule({}, graph).forward
+        regions = [node.target for node in gm.graph.nodes if isinstance(node.target, Region)]
+        return Program(gm, {region: self._artifact(region) for region in regions})
 
-    def _artifact(self, key: str, region: fx.GraphModule) -> Runnable:
-        if key not in self._artifacts:
-            self._artifacts[key] = _named(self._compile(region))
-        return self._artifacts[key]
+    def _artifact(self, region: Region) -> Runnable:
+        if region.key not in self._artifacts:
+            self._artifacts[region.key] = self._compile(region.gm)
+        return self._artifacts[region.key]
 
     def _compile(self, gm: fx.GraphModule) -> Runnable:
         from torch._inductor import standalone_compile
@@ -67,15 +62,6 @@ class Lowering:
         spell_out_one_row_products(gm)
         _pin_layout(gm)
         return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
-
-
-def _named(function: Runnable) -> Runnable:
-    """Wrap ``function`` so that generated code can call it by a name."""
-
-    def region(*inputs: Any) -> Any:
-        return function(*inputs)
-
-    return region
 
 
 def _pin_layout(gm: fx.GraphModule) -> None:

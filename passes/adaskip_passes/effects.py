@@ -86,13 +86,20 @@ def find_effects(gm: fx.GraphModule) -> Effects:
     writes: list[Write] = []
     checks: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            roots[node] = node
+            continue
         written = list(_written_inputs(node))
         base = written[0] if written else _viewed_input(node)
         roots[node] = node if base is None else roots[base]
         writes.extend(Write(node, roots[target]) for target in written)
-        if node.op == "call_function" and not written and (op_name(node) in _CHECKS | _SCOPES or node.is_impure()):
+        if node.op == "call_function" and not written and base is None and _acts(node):
             checks.add(node)
     return Effects(tuple(writes), roots, frozenset(checks))
+
+
+def _acts(node: fx.Node) -> bool:
+    return not hasattr(node.target, "written_inputs") and (op_name(node) in _CHECKS | _SCOPES or node.is_impure())
 
 
 def _viewed_input(node: fx.Node) -> fx.Node | None:
@@ -103,9 +110,11 @@ def _viewed_input(node: fx.Node) -> fx.Node | None:
 
 
 def _written_inputs(node: fx.Node) -> Iterator[fx.Node]:
-    if node.op == "call_module":
-        yield from _written_by_region(node)
     if node.op not in ("call_function", "call_method"):
+        return
+    region_writes = getattr(node.target, "written_inputs", None)  # of a region that was outlined
+    if region_writes is not None:
+        yield from (node.args[place] for place in region_writes)
         return
     schema = _mutable_schema(node.target)
     if schema is not None:
@@ -114,17 +123,6 @@ def _written_inputs(node: fx.Node) -> Iterator[fx.Node]:
     yield from _nodes_in(node.kwargs.get("out"))
     if _writes_first_argument(node):
         yield from _nodes_in(node.args[0])
-
-
-def _written_by_region(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the arguments that the region which ``node`` calls writes to."""
-    module = node.graph.owning_module
-    region = module.get_submodule(str(node.target)) if module is not None else None
-    if not isinstance(region, fx.GraphModule):
-        return
-    places = {inner: place for place, inner in enumerate(region.graph.find_nodes(op="placeholder"))}
-    roots = dict.fromkeys(write.root for write in find_effects(region).writes if write.root in places)
-    yield from (node.all_input_nodes[places[root]] for root in roots)
 
 
 def _nodes_in(value: object) -> Iterator[fx.Node]:

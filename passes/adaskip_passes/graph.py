@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 # The key in ``node.meta`` that tells nodes added by passes from those that were captured.
 ADDED_BY = "adaskip_added_by"
@@ -33,19 +34,25 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def call(graph: fx.Graph, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+def call(
+    graph: fx.Graph, target: Callable[..., Any] | str, *args: Any, like: torch.Tensor | None = None, **kwargs: Any
+) -> fx.Node:
     """Append a call to ``graph`` at its insertion point, with the fake value that it yields.
 
     ``target`` is a function, or the name of a tensor method. Fake tensors run the op under their own
-    fake mode, so symbolic sizes propagate as they do in a capture.
+    fake mode, so symbolic sizes propagate as they do in a capture; where ``like`` is given, it is the fake
+    value, and the millisecond that running the op takes is saved.
     """
     op = "call_method" if isinstance(target, str) else "call_function"
     node = graph.create_node(op, target, args, kwargs)
+    node.meta[ADDED_BY] = "adaskip"
+    if like is not None:
+        node.meta["example_value"] = like
+        return node
     with torch.no_grad(), fake_mode(graph):
         fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), fake_value)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         node.meta["example_value"] = function(*fake_args, **fake_kwargs)
-    node.meta[ADDED_BY] = "adaskip"
     return node
 
 
@@ -80,7 +87,15 @@ def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
         images[node] = copied
         if hasattr(node, "_dynamo_source"):
             copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
-    return fx.GraphModule(gm, graph), images
+    return graph_module(gm, graph), images
+
+
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph module of ``graph``, which takes from ``root`` what its nodes name.
+
+    Its Python code is made when it first runs: most graphs that passes make are only read.
+    """
+    return _LazyGraphModule(root, graph)
 
 
 def size_hint(size: Any) -> int:

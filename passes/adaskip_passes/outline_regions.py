@@ -19,25 +19,42 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaskip_passes.effects import find_effects, op_name
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import fake_tensor, fake_value
+from adaskip_passes.graph import fake_tensor, fake_value, graph_module
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 
 _OPENING = frozenset({"_vmap_increment_nesting", "_enter_autocast", "_enter_inference_mode"})
 _CLOSING = frozenset({"_vmap_decrement_nesting", "_exit_autocast", "_exit_inference_mode"})
 
 
+class Region:
+    """One region: a function of what it reads, which the wiring calls.
+
+    ``key`` is a text that is equal for regions that compute the same: same ops, shapes, strides, symbols,
+    dtypes and devices. ``written_inputs`` are the positions of the inputs that it writes to.
+    """
+
+    def __init__(self, name: str, gm: fx.GraphModule) -> None:
+        self.__name__, self.gm, self.key = name, gm, region_key(gm)
+        places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        roots = dict.fromkeys(write.root for write in find_effects(gm).writes)
+        self.written_inputs = tuple(places[root] for root in roots if root in places)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run the region node by node."""
+        return self.gm.forward(*inputs)
+
+
 @dataclass(frozen=True)
 class OutlinedGraph:
     """A graph cut into regions.
 
-    ``gm`` calls one submodule a region, and has the inputs and outputs of the original graph; ``stream``
-    is its residual stream. ``keys`` maps the name of each region to a text that is equal for regions that
-    compute the same: same ops, shapes, strides, symbols, dtypes and devices.
+    ``gm``, the wiring, calls each of ``regions``, and has the inputs and outputs of the original graph;
+    ``stream`` is its residual stream.
     """
 
     gm: fx.GraphModule
     stream: ResidualStream
-    keys: dict[str, str]
+    regions: tuple[Region, ...]
 
 
 def outline_regions(gm: fx.GraphModule, stream: ResidualStream) -> OutlinedGraph:
@@ -120,7 +137,7 @@ class _Wiring:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.source, self.graph = gm, fx.Graph()
-        self.modules: dict[str, fx.GraphModule] = {}
+        self.regions: list[Region] = []
         self.images: dict[fx.Node, fx.Node] = {}
         self.calls: dict[fx.Node, fx.Node] = {}
         self.symbols: dict[sympy.Symbol, fx.Node] = {}
@@ -149,16 +166,14 @@ class _Wiring:
         outputs = [node for node in nodes if any(user not in members for user in node.users)]
         read = [source for node in nodes for source in node.all_input_nodes if source not in members]
         inputs = list(dict.fromkeys([*read, *self._symbols_of(read)]))
-        name = f"region_{len(self.modules)}"
-        self.modules[name] = _region(self.source, nodes, inputs, outputs)
-        region = self.graph.create_node(
-            "call_module", name, tuple(self.images[source] for source in inputs), name=f"{name}_values"
-        )
-        region.meta["example_value"] = tuple(fake_value(node) for node in outputs)
+        region = Region(f"region_{len(self.regions)}", _extracted(self.source, nodes, inputs, outputs))
+        self.regions.append(region)
+        call = self.graph.call_function(region, tuple(self.images[source] for source in inputs))
+        call.meta["example_value"] = tuple(fake_value(node) for node in outputs)
         for node in nodes:
-            self.calls[node] = region
+            self.calls[node] = call
         for place, node in enumerate(outputs):
-            image = self.graph.create_node("call_function", operator.getitem, (region, place), name=node.name)
+            image = self.graph.create_node("call_function", operator.getitem, (call, place), name=node.name)
             image.meta = dict(node.meta)
             self.images[node] = image
 
@@ -174,14 +189,8 @@ class _Wiring:
         """Return the outlined graph; ``stream`` is that of the source."""
         output = self.source.graph.output_node()
         self.graph.output(fx.node.map_arg(output.args[0], self.images.__getitem__))
-        holder = torch.nn.Module()
-        for name, region in self.modules.items():
-            holder.add_module(name, region)
-        for node in self.source.graph.find_nodes(op="get_attr"):
-            setattr(holder, node.target, getattr(self.source, node.target))
-        gm = fx.GraphModule(holder, self.graph)
         outlined = replace(stream, sublayers=tuple(map(self._outlined, stream.sublayers)))
-        return OutlinedGraph(gm, outlined, {name: region_key(region) for name, region in self.modules.items()})
+        return OutlinedGraph(graph_module(self.source, self.graph), outlined, tuple(self.regions))
 
     def _outlined(self, sublayer: Sublayer) -> Sublayer:
         call = self.calls[sublayer.stream_out]
@@ -197,7 +206,7 @@ class _Wiring:
         )
 
 
-def _region(
+def _extracted(
     source: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
     graph = fx.Graph()
@@ -208,7 +217,7 @@ def _region(
     for node in nodes:
         images[node] = graph.node_copy(node, images.__getitem__)
     graph.output(tuple(images[node] for node in outputs))
-    return fx.GraphModule(source, graph)
+    return graph_module(source, graph)
 
 
 def region_key(region: fx.GraphModule) -> str:

@@ -83,14 +83,15 @@ def run_pipeline(
     gm, images = copy_graph(gm)
     # Of a graph that was rewritten before, the stream still names nodes that have been erased.
     stream = stream.mapped(lambda node: images.get(node, node))
-    verify(gm, Contract.of(gm, stream), stream, after="capture")
+    contract = Contract.of(gm, stream)
+    verify(gm, contract, stream, after="capture")
     history = []
     for item in passes:
         started, before = time.perf_counter(), len(gm.graph.nodes)
-        contract = Contract.of(gm, stream)
         result = item.apply(gm, stream)
         stream = result.stream
         verify(gm, contract, stream, after=pass_text(item))
+        contract = Contract.of(gm, stream)
         gm.recompile()
         seconds = time.perf_counter() - started
         history.append(

@@ -50,7 +50,7 @@ class SkipSublayers:
             _require_unshared(sublayer, gone)
             if sublayer.path in stream.probed:
                 raise PassError(f"cannot skip {sublayer.path}: it is probed; probe only sublayers that stay")
-        scales = _scales_input(gm, len(stream.sublayers))
+        scales = _Scales(gm, len(stream.sublayers))
         skipped = tuple(path for path in stream.paths if path in gone)
         _borrow_cache_outputs(gm, stream, gone)
         replaced: dict[fx.Node, fx.Node] = {}
@@ -70,22 +70,34 @@ def _require_unshared(sublayer: Sublayer, gone: set[str]) -> None:
         )
 
 
-def _scales_input(gm: fx.GraphModule, count: int) -> fx.Node:
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and node.name == SCALES_INPUT:
-            return node
-    device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
-    return add_placeholder(gm.graph, SCALES_INPUT, torch.ones(count, dtype=torch.float32, device=device))
+class _Scales:
+    """The input that the scales come in through, and the fake value of one of them."""
+
+    def __init__(self, gm: fx.GraphModule, count: int) -> None:
+        known = [node for node in gm.graph.find_nodes(op="placeholder") if node.name == SCALES_INPUT]
+        self.graph, self.input = gm.graph, known[0] if known else self._added(gm, count)
+        self.one: torch.Tensor | None = None
+
+    def _added(self, gm: fx.GraphModule, count: int) -> fx.Node:
+        device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
+        return add_placeholder(gm.graph, SCALES_INPUT, torch.ones(count, dtype=torch.float32, device=device))
+
+    def of(self, index: int) -> fx.Node:
+        """Read the scale of one sublayer, ``f32[]``."""
+        scale = call(self.graph, "select", self.input, 0, index, like=self.one)
+        self.one = fake_tensor(scale)
+        return scale
 
 
-def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: fx.Node, first: fx.Node) -> fx.Node:
+def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: _Scales, first: fx.Node) -> fx.Node:
     """Put ``scale * a`` in the place of b, erase b and the sublayer's writes, and return it; ``first`` begins the stream."""
     a, b = sublayer.stream_in, sublayer.stream_out
+    wanted, got = fake_tensor(b), fake_tensor(a)
+    assert wanted is not None
+    assert got is not None
     with graph.inserting_before(b):
-        scaled = call(graph, torch.mul, a, call(graph, "select", scales, 0, sublayer.index))
-        wanted, got = fake_tensor(b), fake_tensor(scaled)
-        assert wanted is not None
-        assert got is not None
+        # A scale of no dimensions changes neither shape nor dtype.
+        scaled = call(graph, torch.mul, a, scales.of(sublayer.index), like=got)
         if got.dim() > wanted.dim():
             scaled = call(graph, "flatten", scaled, 0, got.dim() - wanted.dim())
         elif got.dim() < wanted.dim():
@@ -95,7 +107,7 @@ def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: fx.Node, first: fx.Node
     scaled.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **scaled.meta}
     b.replace_all_uses_with(scaled)
     for node in reversed(sublayer.writes):
-        if node.op == "call_module" and any(graph.output_node() in value.users for value in node.users):
+        if hasattr(node.target, "written_inputs") and any(graph.output_node() in value.users for value in node.users):
             raise PassError(f"cannot skip {sublayer.path}: it writes memory and returns what it wrote")
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
@@ -118,7 +130,7 @@ def _borrow_cache_outputs(gm: fx.GraphModule, stream: ResidualStream, gone: set[
                 donors.setdefault(kind, values[position])  # type: ignore[arg-type]
     with gm.graph.inserting_before(output):
         for position, kind in borrowers:
-            values[position] = call(gm.graph, "detach", donors[kind])
+            values[position] = call(gm.graph, "detach", donors[kind], like=fake_tensor(donors[kind]))
     results = tuple(output.args[0][i] if value is None else value for i, value in enumerate(values))  # type: ignore[index]
     output.args = (results,)
 

@@ -1,0 +1,108 @@
+"""Run the wiring of a variant: a list of calls over numbered slots, so that a new skip set generates no code."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaskip_passes.outline_regions import Region
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Call ``function`` with the values in the slots ``arguments``; keep its result, or items of it; forget ``done``."""
+
+    function: Callable[..., Any]
+    arguments: tuple[int, ...]
+    result: int | None
+    items: tuple[tuple[int, int], ...]  # (place in the result, slot)
+    done: tuple[int, ...]
+
+
+class Program:
+    """Computes what a wiring computes, with the same inputs in order; ``compiled`` gives the code of each region."""
+
+    def __init__(self, gm: fx.GraphModule, compiled: Mapping[Region, Callable[..., Any]]) -> None:
+        self._slots: dict[fx.Node, int] = {}
+        for node in gm.graph.nodes:
+            if node.op != "output":
+                self._slots[node] = len(self._slots)
+        self._held = [(self._slots[node], _attribute(gm, node)) for node in gm.graph.find_nodes(op="get_attr")]
+        last_user = {source: node for node in gm.graph.nodes for source in node.all_input_nodes}
+        done: dict[fx.Node, list[int]] = {}
+        for source, user in last_user.items():
+            done.setdefault(user, []).append(self._slots[source])
+        self._steps = [
+            self._step(node, compiled, tuple(done.get(node, ())))
+            for node in gm.graph.nodes
+            if node.op in ("call_function", "call_method") and not _is_item_of_region(node)
+        ]
+        self._results = tuple(
+            (self._slots[value], None) if isinstance(value, fx.Node) else (None, value)
+            for value in gm.graph.output_node().args[0]  # type: ignore[union-attr]
+        )
+        self._size = len(self._slots)
+
+    def _step(
+        self, node: fx.Node, compiled: Mapping[Region, Callable[..., Any]], done: tuple[int, ...]
+    ) -> _Step:
+        if isinstance(node.target, Region):
+            items = tuple((int(user.args[1]), self._slots[user]) for user in node.users)  # type: ignore[arg-type]
+            return _Step(compiled[node.target], self._of(node.args), None, items, done)
+        function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        if not all(isinstance(value, fx.Node) for value in node.args) or node.kwargs:
+            return _Step(_with_constants(function, node), self._of(node.all_input_nodes), self._slots[node], (), done)
+        return _Step(function, self._of(node.args), self._slots[node], (), done)
+
+    def _of(self, nodes: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(self._slots[node] for node in nodes)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run all steps; values are forgotten as soon as no later step reads them."""
+        values = [*inputs, *[None] * (self._size - len(inputs))]
+        for slot, value in self._held:
+            values[slot] = value
+        for step in self._steps:
+            result = step.function(*[values[slot] for slot in step.arguments])
+            if step.result is not None:
+                values[step.result] = result
+            for place, slot in step.items:
+                values[slot] = result[place]
+            for slot in step.done:
+                values[slot] = None
+        return tuple(constant if slot is None else values[slot] for slot, constant in self._results)
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(gm)
+
+
+def _is_item_of_region(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and isinstance(source.target, Region)
+
+
+def _with_constants(function: Callable[..., Any], node: fx.Node) -> Callable[..., Any]:
+    """Return a function of the nodes that ``node`` reads, in order; its other arguments are constants."""
+    places = {source: place for place, source in enumerate(node.all_input_nodes)}
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _Place(places[source]))  # type: ignore[arg-type,return-value]
+
+    def call(*values: Any) -> Any:
+        def fill(item: Any) -> Any:
+            return values[item.number] if isinstance(item, _Place) else item
+
+        return function(*fx.node.map_aggregate(args, fill), **fx.node.map_aggregate(kwargs, fill))
+
+    return call
+
+
+class _Place:
+    """Stands for an argument that is only known when the call is made."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
