@@ -104,7 +104,14 @@ class Dispatcher:
         outputs = variant.run(*inputs, *self._scales(request, skipped, paths, inputs))
         request.seconds[phase] += time.perf_counter() - started
         variant.shapes.check(inputs, outputs)
+        if phase == "prefill":
+            self.session.prepare_decode(request)
         return self._finish(request, phase, variant, inputs, outputs)
+
+    def prepare(self, request: Request) -> None:
+        """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
+        paths = tuple(path for path in self.stream.paths if path in request.skipped)
+        self._variant(paths, self._probes(request, self._phase(request), request.skipped))
 
     def _phase(self, request: Request) -> str:
         if self.stream.phase == "prefill":
@@ -204,6 +211,8 @@ class Dispatcher:
         started = time.perf_counter()
         if lowering not in self._prepared:
             self._prepared[lowering] = lowering.prepare(self.gm, self.stream)
+            if lowering.uncut:
+                self.session.note(f"{lowering.uncut}; each skip set compiles it as a whole")
         result = run_pipeline(*self._prepared[lowering], passes_for(skipped, probed))
         run = lowering.lower(result.gm)
         seconds = time.perf_counter() - started

@@ -9,6 +9,7 @@ from torch import fx
 
 from adaskip_compile.capture import example_inputs
 from adaskip_compile.program import Program
+from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_tensor
 from adaskip_passes.one_row_products import spell_out_one_row_products
 from adaskip_passes.outline_regions import Region, outline_regions
@@ -22,7 +23,8 @@ class Lowering:
 
     ``inner`` is ``"inductor"`` or ``"eager"``. With ``regions="shared"`` the graph is cut into regions,
     passes run on the wiring between them, and each distinct region is compiled once, so that another
-    skip set compiles nothing; with ``"whole"`` each variant is compiled as one graph.
+    skip set compiles nothing; with ``"whole"`` each variant is compiled as one graph. ``uncut`` says why a
+    graph could not be cut: it is then compiled as a whole.
 
     Variants are made long after Dynamo's capture has ended, so everything needed is read from the fake
     values that the graph carries. Regions are shared among the variants of one capture alone: their
@@ -32,19 +34,22 @@ class Lowering:
     def __init__(self, inner: str, regions: str) -> None:
         self.inner, self.regions = inner, regions
         self.compiled = 0
+        self.uncut = ""
         self._artifacts: dict[str, Runnable] = {}
 
     def prepare(self, gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.GraphModule, ResidualStream]:
         """Return the graph that passes shall rewrite for :meth:`lower`, and its stream."""
-        if self.inner == "eager" or self.regions == "whole":
+        if self.regions == "whole":
             return gm, stream
-        outlined = outline_regions(gm, stream)
+        try:
+            outlined = outline_regions(gm, stream)
+        except PassError as error:
+            self.regions, self.uncut = "whole", str(error)
+            return gm, stream
         return outlined.gm, outlined.stream
 
     def lower(self, gm: fx.GraphModule) -> Runnable:
         """Return a callable that computes what ``gm`` computes; call it with the inputs of ``gm`` in order."""
-        if self.inner == "eager":
-            return gm.forward
         if self.regions == "whole":
             return self._compile(gm)
         regions = [node.target for node in gm.graph.nodes if isinstance(node.target, Region)]
@@ -56,6 +61,8 @@ class Lowering:
         return self._artifacts[region.key]
 
     def _compile(self, gm: fx.GraphModule) -> Runnable:
+        if self.inner == "eager":
+            return gm.forward
         from torch._inductor import standalone_compile
 
         self.compiled += 1

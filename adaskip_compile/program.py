@@ -48,9 +48,7 @@ class Program:
         )
         self._size = len(self._slots)
 
-    def _step(
-        self, node: fx.Node, compiled: Mapping[Region, Callable[..., Any]], done: tuple[int, ...]
-    ) -> _Step:
+    def _step(self, node: fx.Node, compiled: Mapping[Region, Callable[..., Any]], done: tuple[int, ...]) -> _Step:
         if isinstance(node.target, Region):
             items = tuple((int(user.args[1]), self._slots[user]) for user in node.users)  # type: ignore[arg-type]
             return _Step(compiled[node.target], self._of(node.args), None, items, done)

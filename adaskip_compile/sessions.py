@@ -22,7 +22,7 @@ from adaskip_compile.identity import ModelIdentity, identify
 from adaskip_compile.learning import Learner
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan, resolve_plan
-from adaskip_compile.requests import RequestTable
+from adaskip_compile.requests import Request, RequestTable
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.straighten_stream import straighten_stream
 
@@ -92,6 +92,12 @@ class Session:
             if text not in self.notes:
                 self.notes.append(text)
                 log.warning("adaskip: %s", text)
+
+    def prepare_decode(self, request: Request) -> None:
+        """Have the decode graphs that are there specialised for ``request``, while its prefill is waited for anyway."""
+        for graph in tuple(self.graphs):
+            if graph.stream.phase == "decode":
+                graph.prepare(request)
 
     def why_unskipped(self) -> str | None:
         """Return why a call must run in full right now, or None."""

@@ -314,6 +314,7 @@ def _examine(family: str, model: Any, cache: Callable[[], Any], plans: int, batc
         found.notes.append(f"captured graphs differ from eager by {_gap(plain, eager):.1e}")
     driven = logits(model, switch.compiled, cache=cache(), batch=batch)
     found.zero = "yes" if not _differ(driven, eager) else f"no: {_gap(driven, eager):.1e}"
+    found.notes += [note for note in switch.session.notes if "as a whole" in note]
     if first.problems:
         return found
     failed = _failing_plans(switch, first, eager, plans, lambda call: logits(model, call, cache=cache(), batch=batch))

@@ -16,7 +16,7 @@ from adaskip_passes.effects import Effects, op_name
 from adaskip_passes.graph import fake_value
 
 # Their result has the shape or dtype of a tensor, and nothing of its values.
-_SHAPE_ONLY = frozenset(
+SHAPE_ONLY = frozenset(
     "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like rand_like size numel dim".split()
 )
 
@@ -43,7 +43,7 @@ class Dependence:
                 written[root] = written.get(root, 0) | bits | (1 << self.position[node])
 
     def _inherited(self, node: fx.Node, effects: Effects, written: dict[fx.Node, int]) -> int:
-        if op_name(node) in _SHAPE_ONLY:
+        if op_name(node) in SHAPE_ONLY:
             return 0
         bits = 0
         for source in node.all_input_nodes[:1] if op_name(node) in _LIKE_ANOTHER else node.all_input_nodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from adaskip_passes.effects import find_effects
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import call
+from adaskip_passes.graph import call, fake_tensor
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream
 
@@ -55,23 +55,71 @@ def _rows(gm: fx.GraphModule, stream: ResidualStream, paths: tuple[str, ...]) ->
     sublayers = [stream.by_path(path) for path in paths]
     ends = dict.fromkeys(node for sublayer in sublayers for node in (sublayer.stream_in, sublayer.stream_out))
     values = _kept_values(gm, ends)
+    pairs = [(values[sublayer.stream_in], values[sublayer.stream_out]) for sublayer in sublayers]
     with graph.inserting_before(graph.output_node()):
-        # Over (tokens, d_model), whatever shape each end of the sublayer has.
-        wide = {node: call(graph, "flatten", call(graph, "float", value), 0, -2) for node, value in values.items()}
-        # The stream after one sublayer is the stream before the next: its norm is taken once.
-        squares = {node: call(graph, "sum", call(graph, "square", value), -1) for node, value in wide.items()}
-        inverse = {
-            node: call(graph, "rsqrt", call(graph, "clamp_min", square, _TINY)) for node, square in squares.items()
-        }
-        cells = []
-        for a, b in ((sublayer.stream_in, sublayer.stream_out) for sublayer in sublayers):
-            dot = call(graph, "sum", call(graph, torch.mul, wide[a], wide[b]), -1)
-            cosine = call(graph, torch.mul, call(graph, torch.mul, dot, inverse[a]), inverse[b])
-            ratio = call(graph, torch.mul, call(graph, "sqrt", squares[b]), inverse[a])
-            total_a, total_b = call(graph, "sum", squares[a]), call(graph, "sum", squares[b])
-            frobenius = call(graph, "sqrt", call(graph, torch.div, total_b, call(graph, "clamp_min", total_a, _TINY)))
-            cells.extend([call(graph, "mean", cosine), call(graph, "mean", ratio), frobenius])
-        return call(graph, "view", call(graph, torch.stack, cells), len(paths), len(STATISTICS))
+        at_once = stream.phase == "decode" and len({_layout(value) for value in values.values()}) == 1
+        return _statistics(graph, *(_sums_at_once if at_once else _sums_in_turn)(graph, pairs))
+
+
+def _layout(node: fx.Node) -> tuple[object, ...]:
+    value = fake_tensor(node)
+    assert value is not None
+    return (value.dtype, *map(str, value.shape))
+
+
+def _sums_at_once(graph: fx.Graph, pairs: Sequence[tuple[fx.Node, fx.Node]]) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Return the products a.b, a.a and b.b of each token, ``f32[pairs, tokens]``, from copies side by side.
+
+    For single tokens: a dozen calls in all, where one by one they would be as many for each sublayer.
+    """
+    befores, afters = (
+        call(graph, "float", call(graph, torch.stack, ends)) for ends in map(list, zip(*pairs, strict=True))
+    )
+    products = [
+        call(graph, "sum", product, -1)
+        for product in (
+            call(graph, torch.mul, befores, afters),
+            call(graph, "square", befores),
+            call(graph, "square", afters),
+        )
+    ]
+    dot, before, after = (call(graph, "flatten", product, 1) for product in products)
+    return dot, before, after
+
+
+def _sums_in_turn(graph: fx.Graph, pairs: Sequence[tuple[fx.Node, fx.Node]]) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Return the same as :func:`_sums_at_once` without a copy of the stream, which may be long."""
+    # Over (tokens, d_model), whatever shape each end of the sublayer has.
+    ends = dict.fromkeys(node for pair in pairs for node in pair)
+    wide = {node: call(graph, "flatten", call(graph, "float", node), 0, -2) for node in ends}
+    # The stream after one sublayer is the stream before the next: its norm is taken once.
+    squares = {node: call(graph, "sum", call(graph, "square", value), -1) for node, value in wide.items()}
+    dots = [call(graph, "sum", call(graph, torch.mul, wide[a], wide[b]), -1) for a, b in pairs]
+    return (
+        call(graph, torch.stack, dots),
+        call(graph, torch.stack, [squares[a] for a, _ in pairs]),
+        call(graph, torch.stack, [squares[b] for _, b in pairs]),
+    )
+
+
+def _statistics(graph: fx.Graph, dot: fx.Node, before: fx.Node, after: fx.Node) -> fx.Node:
+    """Return ``f32[pairs, 3]`` from the products of each token."""
+    safe = call(graph, "clamp_min", before, _TINY)
+    inverse = call(graph, "rsqrt", safe)
+    cosine = call(
+        graph,
+        torch.mul,
+        call(graph, torch.mul, dot, inverse),
+        call(graph, "rsqrt", call(graph, "clamp_min", after, _TINY)),
+    )
+    ratio = call(graph, torch.mul, call(graph, "sqrt", after), inverse)
+    totals = [call(graph, "sum", squares, -1) for squares in (after, safe)]
+    columns = [
+        call(graph, "mean", cosine, -1),
+        call(graph, "mean", ratio, -1),
+        call(graph, "sqrt", call(graph, torch.div, *totals)),
+    ]
+    return call(graph, torch.stack, columns, -1)
 
 
 def _kept_values(gm: fx.GraphModule, ends: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from adaskip_passes.dependence import SHAPE_ONLY
 from adaskip_passes.effects import find_effects, op_name
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import fake_tensor, fake_value, graph_module
@@ -93,6 +94,7 @@ def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
     parts: dict[fx.Node, int] = {}
     read: dict[fx.Node, int] = {}
     written: dict[fx.Node, int] = {}
+    shaped: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
@@ -101,9 +103,10 @@ def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
         before = [parts.get(source, 0) for source in node.all_input_nodes]
         before += [written.get(root, 0) for root in roots] + [read.get(root, 0) for root in changed]
         earliest = max(before, default=0)
-        # A size that is read off a value inside a sublayer is needed there.
-        rounded = earliest + earliest % 2 if fake_tensor(node) is not None else earliest
-        parts[node] = fixed.get(node, rounded)
+        # What has the size of a value inside a sublayer, and nothing of its values, is needed there.
+        if node not in fixed and _sizes_only(node, parts, shaped):
+            shaped.add(node)
+        parts[node] = fixed.get(node, earliest if node in shaped else earliest + earliest % 2)
         if parts[node] < earliest:
             raise PassError(f"cannot cut the graph at its sublayers: {node.name} must run later than its sublayer does")
         for root in roots:
@@ -111,6 +114,12 @@ def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
         for root in changed:
             written[root] = max(written.get(root, 0), parts[node])
     return parts
+
+
+def _sizes_only(node: fx.Node, parts: dict[fx.Node, int], shaped: set[fx.Node]) -> bool:
+    if fake_tensor(node) is None or op_name(node) in SHAPE_ONLY:
+        return True
+    return all(source in shaped or not parts.get(source, 0) for source in node.all_input_nodes)
 
 
 def _in_scopes(gm: fx.GraphModule, fixed: dict[fx.Node, int]) -> dict[fx.Node, int]:
@@ -128,7 +137,7 @@ def _in_scopes(gm: fx.GraphModule, fixed: dict[fx.Node, int]) -> dict[fx.Node, i
             if len(parts) > 1:
                 raise PassError(f"cannot cut the graph at its sublayers: {inside[0].name} opens a scope around several")
             scoped.update(dict.fromkeys(inside, parts.pop() if parts else 0))
-            inside = []
+            inside = list[fx.Node]()
     return scoped
 
 

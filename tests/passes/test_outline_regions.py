@@ -1,16 +1,18 @@
+import functools
+
 import pytest
 import torch
 from torch import fx
 
-from adaskip_passes.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.insert_probes import InsertProbes
-from adaskip_passes.outline_regions import outline_regions, region_key
+from adaskip_passes.outline_regions import Region, outline_regions, region_key
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.textual import print_graph
 from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
+from tests.models import weights
 
 GRAPHS = [
     ("llama", "dynamic"),
@@ -21,24 +23,21 @@ GRAPHS = [
 ]
 
 
-def specialise(captured, skipped=(), probed=()):
-    passes = (InsertProbes(tuple(probed)), SkipSublayers(tuple(skipped)), EliminateDeadCode())
-    return run_pipeline(captured.gm, stream_of(captured.gm), passes)
+def passes_for(skipped=(), probed=()):
+    return InsertProbes(tuple(probed)), SkipSublayers(tuple(skipped)), EliminateDeadCode()
 
 
-def outline(captured, skipped=()):
-    result = specialise(captured, skipped)
-    return outline_regions(result.gm, result.stream)
-
-
-def regions(outlined):
-    return [(name, part) for name, part in outlined.gm.named_children() if isinstance(part, fx.GraphModule)]
+@functools.cache
+def outlined(gm):
+    return outline_regions(gm, stream_of(gm))
 
 
 @pytest.mark.parametrize(("name", "cache"), GRAPHS)
-def test_the_wiring_computes_what_the_graph_computes(name, cache):
+def test_passes_on_the_wiring_do_what_they_do_on_the_graph(name, cache):
     for captured in shared_captures(name, cache):
-        stream = stream_of(captured.gm)
+        stream, text = stream_of(captured.gm), print_graph(captured.gm)
+        wiring = outlined(captured.gm)
+        assert print_graph(captured.gm) == text
         for skipped, probed in (
             ((), ()),
             ((), stream.paths),
@@ -46,48 +45,56 @@ def test_the_wiring_computes_what_the_graph_computes(name, cache):
             (stream.paths[2:4], stream.paths[-1:]),
             (stream.paths, ()),
         ):
-            result = specialise(captured, skipped, probed)
-            text = print_graph(result.gm)
-            outlined = outline_regions(result.gm, result.stream)
-            assert print_graph(result.gm) == text
+            passes = passes_for(skipped, probed)
+            whole, cut = run_pipeline(captured.gm, stream, passes), run_pipeline(wiring.gm, wiring.stream, passes)
             scales = [scales_input(stream, dict.fromkeys(skipped, 0.9))] if skipped else []
-            got, wanted = run(outlined.gm, captured, *scales), run(result.gm, captured, *scales)
+            got, wanted = run(cut.gm.forward, captured, *scales), run(whole.gm.forward, captured, *scales)
             torch.testing.assert_close(got.outputs, wanted.outputs, rtol=0, atol=0, equal_nan=True)
             torch.testing.assert_close(got.inputs, wanted.inputs, rtol=0, atol=0)
-            assert all(node.op in ("placeholder", "output", "call_module") or op_name(node) == "getitem"
-                       for node in outlined.gm.graph.nodes)  # fmt: skip
+            assert (cut.stream.paths, cut.stream.skipped) == (whole.stream.paths, whole.stream.skipped)
+            assert sum(isinstance(node.target, Region) for node in cut.gm.graph.nodes) <= len(stream.paths) + 2
 
 
 @pytest.mark.parametrize(("name", "count"), [("llama", 8), ("qwen3_moe", 6), ("plain", 14)])
 def test_equal_layers_have_equal_keys(name, count):
     for captured in shared_captures(name):
-        keys = list(outline(captured).keys.values())
+        keys = [region.key for region in outlined(captured.gm).regions]
         assert len(keys) == count
-        assert len(set(keys)) <= 5
-        assert len(set(keys[3:-1:2])) == len(set(keys[4:-1:2])) == 1
-        assert len({keys[0], keys[1], keys[2], keys[-1]}) == 4
+        assert len(set(keys)) == 4  # before, attention, ffn, behind
+        assert len(set(keys[1:-1:2])) == len(set(keys[2:-1:2])) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "cache"),
-    [("llama", "dynamic"), ("llama", "static"), ("gpt2", "dynamic"), ("plain", "dynamic")],
-)
-def test_skipping_needs_no_region_that_the_full_graph_lacks(name, cache):
-    for captured in shared_captures(name, cache):
-        known, paths = set(outline(captured).keys.values()), stream_of(captured.gm).paths
+def test_a_skipped_sublayer_costs_no_region():
+    for captured in (*shared_captures("llama"), *shared_captures("llama", "static")):
+        wiring, paths = outlined(captured.gm), stream_of(captured.gm).paths
         for skipped in (*((path,) for path in paths), paths[:2], paths[1:3], paths[-3:]):
-            if name == "gpt2" and paths[0] in skipped:
-                continue  # its embedding's dropout lies in the first attention's region
-            outlined = outline(captured, skipped)
-            assert set(outlined.keys.values()) <= known, skipped
-            assert len(outlined.keys) == len(paths) + 2 - len(skipped)
+            result = run_pipeline(wiring.gm, wiring.stream, passes_for(skipped))
+            called = [node.target for node in result.gm.graph.nodes if isinstance(node.target, Region)]
+            assert len(called) == len(paths) + 2 - len(skipped)
+            assert set(called) <= set(wiring.regions)
 
 
-def test_probes_need_no_new_region():
-    for captured in shared_captures("llama"):
-        known, paths = set(outline(captured).keys.values()), stream_of(captured.gm).paths
-        result = specialise(captured, paths[:1], paths[1::2])
-        assert set(outline_regions(result.gm, result.stream).keys.values()) <= known
+def test_regions_tell_what_they_write():
+    _, decode, _ = shared_captures("llama", "static")
+    wiring = outlined(decode.gm)
+    stream = wiring.stream
+    assert [len(one.writes) for one in stream.sublayers] == [1, 0] * 3
+    assert sum(len(region.written_inputs) for region in wiring.regions) == 2 * 3 + 3  # keys and values; token counts
+
+
+def test_reads_and_writes_of_one_memory_keep_their_order():
+    def function(x, w, count):
+        x = x + torch.relu(x @ w) * count
+        count.add_(1)
+        x = x + torch.relu(x @ w) * count
+        count.mul_(2)
+        return (x + torch.tanh(x @ w) * count,)
+
+    inputs = (torch.randn(2, 3, 8), weights(8, 8), torch.ones(()))
+    gm = first_graph(function, *inputs)
+    wiring = outline_regions(gm, find_residual_stream(gm))
+    got = wiring.gm.forward(*(value.clone() for value in inputs))
+    torch.testing.assert_close(got, function(*(value.clone() for value in inputs)), rtol=0, atol=0)
 
 
 def key_of(function, *inputs):
@@ -157,26 +164,13 @@ def test_symbols_count_by_which_are_equal():
 
 def test_regions_return_values_in_the_order_in_which_they_compute_them():
     for captured in shared_captures("llama", "static"):
-        outlined = outline(captured, stream_of(captured.gm).paths[:1])
-        for _, region in regions(outlined):
-            values = region.graph.output_node().args[0]
-            if isinstance(values, tuple):
-                places = {node: index for index, node in enumerate(region.graph.nodes)}
-                assert sorted(values, key=places.__getitem__) == list(values)
-
-
-def test_bookkeeping_of_skipped_sublayers_is_not_compiled():
-    _, decode, _ = shared_captures("llama", "static")
-    stream = stream_of(decode.gm)
-    outlined = outline(decode, [one.path for one in stream.sublayers if one.kind == "attention"])
-    counting = [
-        name for name, region in regions(outlined) if any(op_name(node) == "add_" for node in region.graph.nodes)
-    ]
-    assert len(counting) == 3
-    assert not set(counting) & outlined.keys.keys()
+        for region in outlined(captured.gm).regions:
+            places = {node: index for index, node in enumerate(region.gm.graph.nodes)}
+            values = region.gm.graph.output_node().args[0]
+            assert sorted(values, key=places.__getitem__) == list(values)
 
 
 def test_a_stream_is_found_again_in_the_specialised_graph():
     prefill = shared_captures("llama")[0]
-    result = specialise(prefill, ["model.layers.1.mlp"])
+    result = run_pipeline(prefill.gm, stream_of(prefill.gm), passes_for(["model.layers.1.mlp"]))
     assert find_residual_stream(result.gm).paths == tuple(one.path for one in result.stream.kept)
