@@ -21,6 +21,7 @@ from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.errors import PassError, VerificationError
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import Pass, PassRecord, run_pipeline
@@ -213,7 +214,14 @@ class Dispatcher:
             self._prepared[lowering] = lowering.prepare(self.gm, self.stream)
             if lowering.uncut:
                 self.session.note(f"{lowering.uncut}; each skip set compiles it as a whole")
-        result = run_pipeline(*self._prepared[lowering], passes_for(skipped, probed))
+        passes = passes_for(skipped, probed)
+        try:
+            result = run_pipeline(*self._prepared[lowering], passes)
+        except VerificationError:
+            raise
+        except PassError:
+            # A region cannot go that still gives a skipped cache entry its shape; a part of it can.
+            result, lowering = run_pipeline(self.gm, self.stream, passes), Lowering(lowering.inner, "whole")
         run = lowering.lower(result.gm)
         seconds = time.perf_counter() - started
         return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), result.history, seconds)

@@ -28,10 +28,9 @@ class Program:
     """Computes what a wiring computes, with the same inputs in order; ``compiled`` gives the code of each region."""
 
     def __init__(self, gm: fx.GraphModule, compiled: Mapping[Region, Callable[..., Any]]) -> None:
-        self._slots: dict[fx.Node, int] = {}
-        for node in gm.graph.nodes:
-            if node.op != "output":
-                self._slots[node] = len(self._slots)
+        inputs = gm.graph.find_nodes(op="placeholder")  # they come first; other nodes may lie between them
+        others = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+        self._slots = {node: slot for slot, node in enumerate([*inputs, *others])}
         self._held = [(self._slots[node], _attribute(gm, node)) for node in gm.graph.find_nodes(op="get_attr")]
         last_user = {source: node for node in gm.graph.nodes for source in node.all_input_nodes}
         done: dict[fx.Node, list[int]] = {}

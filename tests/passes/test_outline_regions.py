@@ -167,6 +167,7 @@ def test_regions_return_values_in_the_order_in_which_they_compute_them():
         for region in outlined(captured.gm).regions:
             places = {node: index for index, node in enumerate(region.gm.graph.nodes)}
             values = region.gm.graph.output_node().args[0]
+            assert isinstance(values, tuple)
             assert sorted(values, key=places.__getitem__) == list(values)
 
 
