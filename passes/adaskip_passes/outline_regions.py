@@ -91,6 +91,7 @@ def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
     """
     effects = find_effects(gm)
     fixed = _in_scopes(gm, {node: 2 * one.index + 1 for one in stream.sublayers for node in one.nodes})
+    ends = {one.stream_out for one in stream.sublayers}
     parts: dict[fx.Node, int] = {}
     read: dict[fx.Node, int] = {}
     written: dict[fx.Node, int] = {}
@@ -100,7 +101,7 @@ def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
             continue
         roots = {effects.roots[source] for source in node.all_input_nodes}
         changed = effects.written_by(node)
-        before = [parts.get(source, 0) for source in node.all_input_nodes]
+        before = [parts.get(source, 0) + (source in ends) for source in node.all_input_nodes]
         before += [written.get(root, 0) for root in roots] + [read.get(root, 0) for root in changed]
         earliest = max(before, default=0)
         # What has the size of a value inside a sublayer, and nothing of its values, is needed there.
