@@ -114,17 +114,16 @@ def _require_transformers_model(model: nn.Module) -> None:
 
 @contextmanager
 def _native_experts(model: Any) -> Iterator[None]:
-    """Have the model compute its experts with PyTorch's own operators, where it has any.
+    """Have a model with experts compute them with PyTorch's own operators.
 
-    Its grouped product is one for bfloat16 only; in other dtypes it calls an operator of ``transformers``,
-    which a process with PyTorch alone does not have.
+    PyTorch's grouped product is for bfloat16 only. In other dtypes ``transformers`` calls an operator of its
+    own, which a process with PyTorch alone does not have; the batched product takes its place.
     """
-    wanted = "grouped_mm" if model.dtype == torch.bfloat16 else "batched_mm"
     before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
-    if not any(before.values()):
+    if model.dtype == torch.bfloat16 or "grouped_mm" not in before.values():
         yield
         return
-    model.set_experts_implementation(wanted)
+    model.set_experts_implementation({key: "batched_mm" if how == "grouped_mm" else how for key, how in before.items()})
     try:
         yield
     finally:
