@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     )
     output.say(exported)
     if plan.beta is not None and plan.window:
-        output.say("the plan's window is not built in: programs skip what they skip from the first token on")
+        output.say("note: the plan's window is not built in; programs skip the same sublayers from first token to last")
     ids = " ".join(map(str, tokenizer("The capital of France is")["input_ids"]))
     output.say(f"\nwritten to {exported.directory}")
     output.say(f"next: python {exported.directory / 'generate.py'} --ids {ids}")
-    output.results({"model": arguments.model, "directory": str(exported.directory), **exported.manifest})
+    output.results({"directory": str(exported.directory), **exported.manifest})
     return 0
