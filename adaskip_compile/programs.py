@@ -30,19 +30,36 @@ def make_program(
     holds the weights and the parts of ``cache`` (zeroed) that the graph still reads, and no others.
 
     Raises:
-        CaptureError: The graph calls an operator that PyTorch alone does not have.
+        CaptureError: ``torch.export`` refuses the graph, or it calls an operator that PyTorch alone does not have.
     """
     module = _bind(phase, gm, model, cache)
     tokens = torch.export.Dim("tokens", min=2, max=max_length)
-    dynamic = ({1: tokens}, {0: tokens}) if phase.name == "prefill" else None
-    with torch.no_grad():
-        arguments = (phase.input_ids, phase.positions[0].clone())
-        program = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+    program = _export(phase, module, ({1: tokens}, {0: tokens}) if phase.name == "prefill" else None)
     for part in program.graph_module.modules():
         if isinstance(part, fx.GraphModule):
             _require_native(part)
             _tidy(part)
     return program
+
+
+def _export(phase: CapturedPhase, module: fx.GraphModule, dynamic: Any) -> torch.export.ExportedProgram:
+    arguments = (phase.input_ids, phase.positions[0].clone())
+    refused: Exception | None = None
+    # Where a condition on the number of tokens cannot be proved for all of them, the program checks it as it runs.
+    for deferred in (False, True):
+        try:
+            with torch.no_grad():
+                return torch.export.export(
+                    module,
+                    arguments,
+                    dynamic_shapes=dynamic,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=deferred,
+                )
+        except Exception as error:  # noqa: BLE001 - whatever torch.export may raise; it is raised again below
+            refused = error
+    line = str(refused).strip().partition("\n")[0]
+    raise CaptureError(f"{phase.name} cannot be exported ({type(refused).__name__}: {line})") from refused
 
 
 def _bind(
@@ -60,7 +77,8 @@ def _bind(
     for node, value in zip(inputs, phase.values, strict=False):
         if not node.users:
             continue
-        if isinstance(fake_value(node), torch.SymInt):
+        if not isinstance(value, torch.Tensor):
+            _require_tokens(node, value, phase)
             images[node] = graph.call_function(torch.ops.aten.sym_size.int, (ids, 1))
         elif id(value) in given:
             images[node] = given[id(value)]
@@ -74,6 +92,12 @@ def _bind(
     bound = fx.GraphModule(root, graph)
     _forget_at_saving(bound, set(model.state_dict()))
     return bound
+
+
+def _require_tokens(node: fx.Node, value: Any, phase: CapturedPhase) -> None:
+    """Refuse an input that is neither a tensor nor the number of tokens."""
+    if not isinstance(fake_value(node), torch.SymInt) or value != phase.input_ids.shape[1]:
+        raise CaptureError(f"{phase.name} depends on {node.name}, a number that no input of a program has")
 
 
 def _tensor_names(model: nn.Module, cache: Mapping[str, torch.Tensor]) -> dict[int, str]:

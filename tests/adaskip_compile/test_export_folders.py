@@ -75,7 +75,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     ],
 )
 def test_a_full_disk_or_an_interrupt_leaves_nothing(failure, raised, tmp_path, monkeypatch):
-    save, calls = torch.export.save, []
+    save = torch.export.save
+    calls: list[Path] = []
 
     def failing(program, path):
         calls.append(path)

@@ -23,6 +23,7 @@ from tests.adaskip_compile.exports import (
     run_alone,
     some_plan,
 )
+from tests.architectures import tiny_architecture
 from tests.generation import generate
 from tests.models import plain, tiny, tokens
 from tests.reference import omit_sublayers
@@ -144,9 +145,9 @@ def test_a_prompt_of_any_length_and_a_text_that_goes_on():
 def test_generation_ends_where_the_text_does():
     found = exported("llama")
     model = ExportedModel(found.graphs.directory)
-    third = found.wanted[0, 2].item()
-    stopped = model.generate(found.ids, STEPS, stop=[third])
-    assert stopped[0].tolist() == found.wanted[0, : found.wanted[0].tolist().index(third) + 1].tolist()
+    wanted: list[int] = found.wanted[0].tolist()
+    stopped = model.generate(found.ids, STEPS, stop=wanted[2:3])
+    assert stopped[0].tolist() == wanted[: wanted.index(wanted[2]) + 1]
 
 
 def test_what_does_not_fit_is_refused_by_the_runner():
@@ -165,6 +166,14 @@ def test_rows_of_a_batch(tmp_path):
     with omit_sublayers(model, plan.scales):
         wanted = generate(model, ids, torch.ones_like(ids), 20)
     assert torch.equal(ExportedModel(tmp_path / "out").generate(ids, 20), wanted)
+
+
+def test_what_cannot_be_proved_of_all_lengths_is_checked_at_run_time(tmp_path):
+    model, ids = tiny_architecture("llama4_text"), tokens(1, 21)
+    adaskip_compile.export(model, None, tmp_path / "out", max_length=64)
+    assert "aten._assert_scalar" in (tmp_path / "out" / "prefill.txt").read_text()
+    wanted = generate(model, ids, torch.ones_like(ids), 24)
+    assert torch.equal(ExportedModel(tmp_path / "out").generate(ids, 24), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
