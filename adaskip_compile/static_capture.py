@@ -161,6 +161,7 @@ def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_len
             "TORCH_LOGS=graph_breaks shows where it breaks"
         ) from error
     [(gm, values)] = captured
+    captured.clear()  # Dynamo keeps what it has compiled, and with it the weights
     return CapturedPhase(name, gm, values, ids, positions)
 
 

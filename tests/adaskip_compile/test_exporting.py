@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -293,3 +295,12 @@ def test_plans_that_the_model_cannot_have(tmp_path):
     foreign.save(tmp_path / "plan.json")
     with pytest.raises(ForeignFileError, match=r"plan\.json was made for another LlamaForCausalLM"):
         adaskip_compile.export(model, tmp_path / "plan.json", tmp_path / "out")
+
+
+def test_nothing_of_the_model_is_kept_alive(tmp_path):
+    model = tiny("llama")
+    weight = weakref.ref(model.lm_head.weight)
+    adaskip_compile.export(model, None, tmp_path / "out", max_length=32)
+    del model
+    gc.collect()
+    assert weight() is None
