@@ -27,17 +27,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
 }
 
-# What `pip install torch` brings, and nothing else: numpy is none of it.
+# What `pip install torch` brings, and nothing else: numpy is none of it, but what setuptools carries inside is.
 _ALONE = """
 import runpy, sys
-ALLOWED = {"torch", "torchgen", "functorch", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx",
-           "sympy", "typing_extensions", "setuptools", "triton", "__main__"} | sys.stdlib_module_names
+ALLOWED = {"torch", "torchgen", "functorch", "triton", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx",
+           "sympy", "typing_extensions", "setuptools", "_distutils_hack", "packaging", *sys.stdlib_module_names}
 class OnlyTorch:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ALLOWED or name.startswith("_sysconfigdata"):
-            return self.finder.find_spec(name, path, target)
+        spec = self.finder.find_spec(name, path, target)
+        known = name.partition(".")[0] in ALLOWED or name.startswith("_sysconfigdata")
+        vendored = spec is not None and "setuptools/_vendor" in str(spec.submodule_search_locations or spec.origin)
+        return spec if known or vendored else None
 sys.meta_path[:] = [OnlyTorch(finder) for finder in sys.meta_path]
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
