@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import StaticCache
-from transformers.cache_utils import DummyLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from adaskip_passes.errors import CaptureError
 
@@ -55,8 +55,8 @@ def make_cache(model: Any, batch: int, max_length: int) -> StaticCache:
     cache = StaticCache(config=model.config, max_cache_len=_FEW_TOKENS)
     model(torch.ones(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, DummyLayer):
-            continue  # it reads the keys and values of another layer
+        if getattr(layer, "keys", layer) is None and not hasattr(layer, "conv_states"):
+            continue  # it reads the keys and values of another layer, or none
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
             raise CaptureError(
                 f"layer {index} of {type(model).__name__} keeps its state in a {type(layer).__name__}; "
