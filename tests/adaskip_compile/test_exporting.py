@@ -245,6 +245,27 @@ def test_the_compiled_package_generates_with_pytorch_alone(family, tmp_path):
     assert torch.equal(generate_alone(graphs, found.ids, STEPS, "--compiled"), found.wanted)
 
 
+def test_executorch_takes_both_programs_over_one_cache(tmp_path):
+    exir = pytest.importorskip("executorch.exir")
+    passes = pytest.importorskip("executorch.exir.passes")
+    runtime = pytest.importorskip("executorch.runtime")
+    found = exported("llama")
+    names = ("prefill", "decode")
+    programs = {name: torch.export.load(found.graphs.directory / f"{name}.pt2") for name in names}
+    lowered = exir.to_edge(programs, compile_config=exir.EdgeCompileConfig(_check_ir_validity=False))
+    planning = passes.MemoryPlanningPass(share_mutable_buffers=True)
+    binary = lowered.to_executorch(exir.ExecutorchBackendConfig(memory_planning_pass=planning))
+    (tmp_path / "model.pte").write_bytes(binary.buffer)
+    program = runtime.Runtime.get().load_program(tmp_path / "model.pte")
+    prefill, decode = (program.load_method(name) for name in names)
+    ids, chosen = found.ids, torch.empty(1, 0, dtype=torch.long)
+    (logits,) = prefill.execute((ids, torch.arange(ids.shape[1])))
+    for step in range(16):
+        chosen = torch.cat([chosen, logits[:, -1:].argmax(-1)], dim=1)
+        (logits,) = decode.execute((chosen[:, -1:].contiguous(), torch.tensor([ids.shape[1] + step])))
+    assert torch.equal(chosen, found.wanted[:, :16])
+
+
 @pytest.mark.slow
 def test_a_real_model(smollm2, tmp_path):
     model, tokenizer = smollm2
