@@ -11,6 +11,7 @@ The method is AdaSkip (arXiv 2501.02336).
 
 from adaskip_compile.analysis import analyze
 from adaskip_compile.backend import compile
+from adaskip_compile.exporting import ExportedGraphs, export
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkippedSublayer, SkipPlan, plan
 from adaskip_compile.profiles import Profile, SublayerProfile
@@ -37,6 +38,7 @@ __all__ = [
     "AdaSkipError",
     "CaptureError",
     "DamagedFileError",
+    "ExportedGraphs",
     "FileError",
     "ForeignFileError",
     "LegalityError",
@@ -56,6 +58,7 @@ __all__ = [
     "VerificationError",
     "analyze",
     "compile",
+    "export",
     "plan",
     "profile",
     "report",

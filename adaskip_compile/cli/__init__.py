@@ -11,12 +11,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from adaskip_compile.cli import demo, inspect, plan, profile, run
+from adaskip_compile.cli import demo, export, inspect, plan, profile, run
 from adaskip_compile.cli.output import Output
 from adaskip_compile.documents import producer
 from adaskip_passes.errors import AdaSkipError
 
-COMMANDS = (demo, profile, plan, inspect, run)
+COMMANDS = (demo, profile, plan, inspect, run, export)
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -30,6 +30,7 @@ examples:
   adaskip plan profile.json --skip 8 --out plan.json
   adaskip inspect smollm2 --profile profile.json --plan plan.json
   adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
+  adaskip export smollm2 --plan plan.json --out exported
 
 'adaskip COMMAND --help' tells more about each."""
 

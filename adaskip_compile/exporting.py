@@ -1,0 +1,186 @@
+"""Export a model with its plan built in: programs that PyTorch alone runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adaskip_compile import exported_runner
+from adaskip_compile.export_files import SpecialisedPhase, describe, write_package, write_program
+from adaskip_compile.export_folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
+from adaskip_compile.identity import ModelIdentity, identify
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.programs import make_program
+from adaskip_compile.static_capture import CapturedPhase, StaticSteps, capture_steps, check_max_length
+from adaskip_passes.bake_scales import BakeScales
+from adaskip_passes.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.errors import CaptureError, LegalityError, OptionError
+from adaskip_passes.pipeline import Pass, run_pipeline
+from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.straighten_stream import straighten_stream
+
+RUNNER = "generate.py"
+
+Plan = SkipPlan | str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class ExportedGraphs:
+    """What :func:`export` wrote: the folder, its files, and the manifest that stands in it."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    manifest: dict[str, Any]
+
+    def __str__(self) -> str:
+        found = self.manifest
+        lines: list[str] = []
+        for name, program in found["programs"].items():
+            share = program["weight_bytes"] / found["full_weight_bytes"]
+            lines.append(
+                f"{name:<8} {program['bytes'] / 1e6:9.1f} MB  skips {len(program['skipped'])} sublayers; "
+                f"weights {program['weight_bytes'] / 1e6:.1f} MB, {share:.0%} of the model's"
+            )
+        if found["aot"] is not None:
+            lines.append(f"{'package':<8} {found['aot']['bytes'] / 1e6:9.1f} MB  compiled by AOTInductor")
+        share = found["cache_bytes"] / found["full_cache_bytes"]
+        room = f"room for {found['batch']} x {found['max_length']} tokens"
+        lines.append(f"{'cache':<8} {found['cache_bytes'] / 1e6:9.1f} MB  {room}, {share:.0%} of the model's")
+        return "\n".join(lines)
+
+
+def export(
+    model: nn.Module,
+    plan: Plan,
+    directory: str | os.PathLike[str],
+    *,
+    decode_plan: Plan = None,
+    batch: int = 1,
+    max_length: int | None = None,
+    aot: bool = False,
+    progress: bool = True,
+) -> ExportedGraphs:
+    """Write programs of ``model`` that skip what ``plan`` says, and that run in a process with PyTorch alone.
+
+    ``directory`` gets ``prefill.pt2`` and ``decode.pt2``, which ``torch.export.load`` reads; their graphs
+    as text; ``generate.py``, which generates from them; and ``manifest.json``. What is skipped is not in
+    them: neither its weights, nor the keys and values of a skipped attention. An earlier export there is
+    replaced, anything else is not; on failure everything stays as it was.
+
+    Args:
+        model: A causal language model of ``transformers``, with its weights.
+        plan: What to skip (AdaSkip Eq. 4), a plan or the file of one; None skips nothing. Programs do not
+            change while they run, so the plan's window adds no FFNs.
+        directory: The folder to write; missing parents are made.
+        decode_plan: What to skip in decode, where those are other FFNs than in prefill. It skips the same
+            attentions as ``plan``, since the programs share one cache.
+        batch: Rows; they are texts of equal length.
+        max_length: Tokens that the cache has room for, prompt and continuation together; by default 2048, or
+            as many as the model has positions for.
+        aot: Whether to compile both programs with AOTInductor too, into ``aot.pt2``. That takes minutes for
+            a real model. The package holds code, and reads its weights from the programs.
+        progress: Whether to show on a terminal what is being done.
+
+    Raises:
+        OptionError: ``batch`` or ``max_length`` cannot be what it is.
+        PlanError: A plan names a sublayer that the model lacks, or the two plans do not go together.
+        FileError: A plan cannot be read or is of another model, or the folder cannot be written.
+        CaptureError: The model is none of ``transformers``, or cannot be captured as one graph a step.
+    """
+    if type(batch) is not int or batch < 1:
+        raise OptionError(f"batch={batch!r}: takes a number of rows, 1 or more")
+    max_length = check_max_length(model, max_length)
+    target = check_folder(directory)
+    identity = identify(model)
+    plans = {"prefill": _resolve(plan, model, identity)}
+    plans["decode"] = plans["prefill"] if decode_plan is None else _resolve(decode_plan, model, identity)
+    with _stages(progress) as report:
+        steps = capture_steps(model, batch=batch, max_length=max_length, report=report)
+        phases: dict[str, SpecialisedPhase] = {}
+        for phase in (steps.prefill, steps.decode):
+            report(f"exporting {phase.name}")
+            phases[phase.name] = _specialise(model, phase, plans[phase.name], steps, max_length)
+        _require_one_cache(phases)
+        with whole_folder(target) as folder:
+            for name, specialised in phases.items():
+                report(f"writing {name}.pt2")
+                write_program(folder, name, specialised)
+            if aot:
+                report("compiling with AOTInductor")
+                write_package(folder, phases)
+            shutil.copyfile(exported_runner.__file__, folder / RUNNER)
+            manifest = describe(folder, model, identity, steps, phases, max_length)
+            EXPORT_FORMAT.write(folder / MANIFEST, manifest)
+    return ExportedGraphs(target, tuple(sorted(target.iterdir())), EXPORT_FORMAT.read(target / MANIFEST))
+
+
+def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
+    if plan is None:
+        return SkipPlan.none()
+    found = plan if isinstance(plan, SkipPlan) else SkipPlan.load(plan)
+    found.check(identity, source="this plan" if found is plan else str(plan))
+    found.check_paths(model)
+    return found
+
+
+def _specialise(
+    model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: StaticSteps, max_length: int
+) -> SpecialisedPhase:
+    straighten_stream(phase.gm)
+    stream = find_residual_stream(phase.gm)
+    result = run_pipeline(phase.gm, stream, _passes(plan, stream))
+    program = make_program(phase, result.gm, model, steps.cache, max_length)
+    return SpecialisedPhase(phase, plan, result, program)
+
+
+def _passes(plan: SkipPlan, stream: ResidualStream) -> tuple[Pass, ...]:
+    """Return the pipeline that builds ``plan`` into a graph."""
+    if not plan.paths:
+        return ()
+    if stream.problems:
+        raise CaptureError(
+            f"nothing can be skipped: {'; '.join(stream.problems)}. Export with a plan that skips nothing"
+        )
+    for path in plan.paths:
+        stream.by_path(path)
+    paths = tuple(path for path in stream.paths if path in plan.scales)
+    return (
+        SkipSublayers(paths),
+        BakeScales(tuple((path, plan.scales[path]) for path in paths)),  # the skips put in what it reads
+        EliminateDeadCode(),  # last: what the skips have cut off
+    )
+
+
+def _require_one_cache(phases: Mapping[str, SpecialisedPhase]) -> None:
+    """Refuse two plans whose skips leave different caches: one program would read what the other never wrote."""
+    skipped = {
+        name: {item.path for item in one.result.stream.sublayers if item.stateful} & set(one.plan.paths)
+        for name, one in phases.items()
+    }
+    differing = sorted(skipped["prefill"] ^ skipped["decode"])
+    if differing:
+        raise LegalityError(
+            f"{', '.join(differing)}: skipped by one of plan and decode_plan and not by the other. They keep a cache, "
+            "so both plans skip them, or neither"
+        )
+
+
+@contextmanager
+def _stages(progress: bool) -> Iterator[Callable[[str], None]]:
+    """Yield what shows a person on a terminal which stage has been reached."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not progress or not console.is_terminal:
+        yield lambda stage: None
+        return
+    with console.status("exporting") as status:
+        yield status.update

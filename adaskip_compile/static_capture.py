@@ -1,0 +1,184 @@
+"""Capture the prefill and the decode step of a ``transformers`` model with a cache of fixed size.
+
+What export has to know of ``transformers`` is here, how a model is called, and in
+:mod:`adaskip_compile.positioned_cache`, what a cache is. Positions are an input of the captured graphs and nothing
+in them counts tokens, so a graph whose first attention is skipped still knows where it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_compile.capture import constant_floats, make_room_for_graphs
+from adaskip_passes.errors import CaptureError, OptionError
+
+# A prime, so that the number of tokens is never taken for a size of the model.
+EXAMPLE_TOKENS = 13
+
+
+@dataclass(frozen=True)
+class CapturedPhase:
+    """One step of a model as Dynamo captured it.
+
+    ``name`` is ``prefill`` or ``decode``; ``values`` are what each placeholder of ``gm`` was given. Among
+    them are ``input_ids`` ``(batch, tokens)``, ``positions`` ``(1, tokens)``, and the tensors of ``cache``.
+    The graph's only output is the logits.
+    """
+
+    name: str
+    gm: fx.GraphModule
+    values: tuple[Any, ...]
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StaticSteps:
+    """Both steps of a model, and the cache that they share.
+
+    ``cache`` has the tensors ``(batch, heads, max_length, head_dim)`` by name: ``key_cache_0``,
+    ``value_cache_0``, and so on by the index of the layer, as ExecuTorch's exports call them.
+    """
+
+    prefill: CapturedPhase
+    decode: CapturedPhase
+    cache: dict[str, torch.Tensor]
+
+
+def capture_steps(
+    model: nn.Module, *, batch: int, max_length: int, report: Callable[[str], None] = lambda stage: None
+) -> StaticSteps:
+    """Capture ``model`` for ``batch`` rows and up to ``max_length`` tokens, prompt and continuation together.
+
+    The model runs three times, on a handful of tokens. ``report`` is told what is being done.
+
+    Raises:
+        CaptureError: The model is none of ``transformers``, keeps something else than keys and values, or is
+            not captured as one graph.
+    """
+    _require_transformers_model(model)
+    from adaskip_compile.positioned_cache import cache_tensors, make_cache
+
+    make_room_for_graphs()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _native_experts(model):
+            cache = make_cache(model, batch, max_length)
+            steps = []
+            for name, tokens in (("prefill", EXAMPLE_TOKENS), ("decode", 1)):
+                report(f"capturing {name}")
+                steps.append(_capture(model, name, cache, batch, tokens, max_length))
+    finally:
+        model.train(was_training)
+    return StaticSteps(steps[0], steps[1], cache_tensors(cache))
+
+
+def longest_context(model: nn.Module) -> int | None:
+    """Return how many positions the configuration of ``model`` allows, or None where it does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def end_tokens(model: nn.Module) -> list[int]:
+    """Return the ids of the tokens that end a text, as the model's own ``generate`` knows them."""
+    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(settings, "eos_token_id", None)
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
+
+
+def _require_transformers_model(model: nn.Module) -> None:
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise CaptureError("export needs transformers: pip install 'adaskip-compile[hf]'") from error
+    if not isinstance(model, PreTrainedModel):
+        raise CaptureError(
+            f"export knows how to call models of transformers, and {type(model).__name__} is none: its cache has no "
+            "form that a program could hold. torch.export.export takes any module, without skips"
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise CaptureError(f"export needs the weights on one device, and here they are on {', '.join(sorted(devices))}")
+
+
+@contextmanager
+def _native_experts(model: Any) -> Iterator[None]:
+    """Have a model with experts compute them with PyTorch's own operators.
+
+    PyTorch's grouped product is for bfloat16 only. In other dtypes ``transformers`` calls an operator of its
+    own, which a process with PyTorch alone does not have; the batched product takes its place.
+    """
+    before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
+    if model.dtype == torch.bfloat16 or "grouped_mm" not in before.values():
+        yield
+        return
+    model.set_experts_implementation({key: "batched_mm" if how == "grouped_mm" else how for key, how in before.items()})
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_length: int) -> CapturedPhase:
+    from adaskip_compile.positioned_cache import tell_positions
+
+    ids = torch.ones(batch, tokens, dtype=torch.long, device=model.device)
+    positions = torch.arange(tokens, device=model.device)[None].clone()  # a view would be captured by its base
+    if tokens > 1:
+        for tensor in (ids, positions):
+            torch._dynamo.mark_dynamic(tensor, 1, min=2, max=max_length)
+    tell_positions(cache, positions)
+    captured: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
+
+    def record(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            captured.append((gm, values))
+            return gm.forward(*values)
+
+        return run
+
+    def forward(**arguments: Any) -> Any:
+        return model._call_impl(**arguments).logits[:, -1:]
+
+    compiled = constant_floats(torch.compile(forward, backend=record, dynamic=False, fullgraph=True))
+    try:
+        compiled(input_ids=ids, past_key_values=cache, use_cache=True, **_arguments(model, positions))
+    except Exception as error:
+        line = str(error).strip().partition("\n")[0]
+        raise CaptureError(
+            f"{name} of {type(model).__name__} was not captured as one graph ({type(error).__name__}: {line}); "
+            "TORCH_LOGS=graph_breaks shows where it breaks"
+        ) from error
+    [(gm, values)] = captured
+    captured.clear()  # Dynamo keeps what it has compiled, and with it the weights
+    return CapturedPhase(name, gm, values, ids, positions)
+
+
+def _arguments(model: Any, positions: torch.Tensor) -> dict[str, Any]:
+    """Return what else the model takes: positions, and not to compute logits that nobody reads."""
+    known = inspect.signature(model.forward).parameters
+    offered = {"position_ids": positions, "logits_to_keep": 1}
+    return {name: value for name, value in offered.items() if name in known}
+
+
+def check_max_length(model: nn.Module, max_length: int | None) -> int:
+    """Return ``max_length``, by default 2048 or what the model allows; :class:`OptionError` where it cannot be."""
+    longest = longest_context(model)
+    if max_length is None:
+        return min(2048, longest or 2048)
+    if type(max_length) is not int or max_length <= EXAMPLE_TOKENS:
+        raise OptionError(f"max_length={max_length!r}: takes a number of tokens, {EXAMPLE_TOKENS + 1} or more")
+    if longest is not None and max_length > longest:
+        raise OptionError(f"max_length={max_length}: this model has {longest} positions")
+    return max_length
