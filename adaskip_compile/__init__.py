@@ -9,6 +9,8 @@
 The method is AdaSkip (arXiv 2501.02336).
 """
 
+import logging
+
 from adaskip_compile.analysis import analyze
 from adaskip_compile.backend import compile
 from adaskip_compile.options import Options
@@ -60,3 +62,6 @@ __all__ = [
     "profile",
     "report",
 ]
+
+# Silent unless the program that uses this sets up logging: logging.basicConfig(level="INFO") shows what happens.
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -7,6 +7,7 @@ specialised for that. Variants are made on first use and kept: a capture is neve
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -17,19 +18,22 @@ import torch
 from torch import fx
 
 from adaskip_compile.capture import forget_marks
+from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.insert_probes import InsertProbes
-from adaskip_passes.pipeline import Pass, PassRecord, run_pipeline
+from adaskip_passes.pipeline import Pass, PassRecord
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.state import find_counters
 
 if TYPE_CHECKING:
     from adaskip_compile.sessions import Session
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,19 @@ class Dispatcher:
 
     def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], lowering: Lowering) -> Variant:
         started = time.perf_counter()
-        result = run_pipeline(self.gm, self.stream, passes_for(skipped, probed))
+        result = run_passes(
+            self.gm,
+            self.stream,
+            passes_for(skipped, probed),
+            debug_dir=self.session.options.debug_dir,
+            title=f"{self.session.model_name}-{self.stream.phase}-{len(skipped)}-skipped-{len(probed)}-probed",
+        )
         run = lowering.lower(result.gm, result.stream)
         seconds = time.perf_counter() - started
+        log.info(
+            "%s: made the %s graph that skips %d and probes %d sublayers, in %.1f s",
+            *(self.session.model_name, self.stream.phase, len(skipped), len(probed), seconds),
+        )
         return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), result.history, seconds)
 
     def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:

@@ -50,6 +50,11 @@ class Session:
         return self._module() if self._module is not None else None
 
     @property
+    def model_name(self) -> str:
+        """What to call the model in logs and folders: its class."""
+        return "function" if self.module is None else type(self.module).__name__
+
+    @property
     def identity(self) -> ModelIdentity | None:
         """Who the model is; read off its weights on first use."""
         if self._identity is None and self.module is not None:
@@ -90,7 +95,7 @@ class Session:
         with self._lock:
             if text not in self.notes:
                 self.notes.append(text)
-                log.warning("adaskip: %s", text)
+                log.warning("%s: %s", self.model_name, text)
 
     def why_unskipped(self) -> str | None:
         """Return why a call must run in full right now, or None."""
@@ -106,6 +111,7 @@ class Session:
         stream = find_residual_stream(gm)
         if stream.problems:
             return self._refuse(gm, inputs, f"no residual stream: {'; '.join(stream.problems)}; runs unskipped")
+        log.info("%s: captured a %s graph of %d sublayers", self.model_name, stream.phase, len(stream.sublayers))
         dispatcher = Dispatcher(self, gm, stream)
         with self._lock:
             self.graphs.append(dispatcher)
