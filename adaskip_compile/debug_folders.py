@@ -68,14 +68,19 @@ def run_passes(
         return run_pipeline(gm, stream, passes)
     try:
         folder = _new_folder(Path(debug_dir).expanduser(), title)
-        recorder = _Recorder(folder, gm, stream, passes)
-        result = run_pipeline(gm, stream, passes, [recorder.after], on_failure=recorder.failed)
+        result = _run_recorded(gm, stream, passes, folder)
     except OSError as error:
         raise FileError(f"debug_dir={os.fspath(debug_dir)}: cannot be written ({error.strerror or error})") from error
-    except AdaSkipError as error:
-        raise type(error)(f"{error}; to see it alone: python {folder / 'repro.py'}") from error
     log.info("graph before and after each pass: %s", folder)
     return result
+
+
+def _run_recorded(gm: fx.GraphModule, stream: ResidualStream, passes: Sequence[Pass], folder: Path) -> PipelineResult:
+    recorder = _Recorder(folder, gm, stream, passes)
+    try:
+        return run_pipeline(gm, stream, passes, [recorder.after], on_failure=recorder.failed)
+    except AdaSkipError as error:
+        raise type(error)(f"{error}; to see it alone: python {folder / 'repro.py'}") from error
 
 
 def _new_folder(root: Path, title: str) -> Path:

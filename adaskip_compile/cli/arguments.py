@@ -26,10 +26,10 @@ def positive(text: str) -> int:
     return number
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add MODEL and how to load it."""
     kinds = "a folder, a .gguf file, a hub id, or a short name: smollm2, gemma3-270m"
-    parser.add_argument("model", metavar="MODEL", help=kinds)
+    parser.add_argument("model", metavar="MODEL", help=kinds, nargs="?" if optional else None)
     add_loading_arguments(parser)
 
 

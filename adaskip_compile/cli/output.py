@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,17 @@ class Output:
         """Print a table for a person."""
         self._console.print(table)
 
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """Yield a function to call after each of ``total`` steps; a bar shows them on a terminal, and nothing elsewhere."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
+
     def results(self, results: dict[str, Any]) -> None:
         """Write ``results`` as JSON to where it was asked for. A file is written whole or not at all."""
         if self.json_to is None:
@@ -66,9 +79,9 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
-def add_row(table: Table, *cells: object) -> None:
+def add_row(table: Table, *cells: object, style: str = "") -> None:
     """Add a row of plain text: brackets in a path are not markup."""
-    table.add_row(*(Text(str(cell)) for cell in cells))
+    table.add_row(*(Text(str(cell)) for cell in cells), style=style)
 
 
 def _write_whole(path: Path, text: str) -> None:
