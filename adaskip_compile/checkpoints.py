@@ -133,7 +133,7 @@ def load_structure(
     if shown is None:
         raise FileError("name a model, or the config.json of one with --config")
     cache = Path(cache_dir) if cache_dir is not None else Options().cache_folder
-    where, how = (_config_file(config), {}) if config is not None else _find_structure(shown, cache)
+    where, how = _find_structure(shown, cache) if config is None else (_config_file(config), dict[str, str]())
     try:
         with quiet_unless_watched():
             found = AutoConfig.from_pretrained(where, local_files_only=isinstance(where, Path), **how)

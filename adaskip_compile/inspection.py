@@ -17,7 +17,7 @@ from adaskip_compile.dispatch import passes_for
 from adaskip_compile.phase_graphs import PhaseGraph, capture_phases, longest_context
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import Profile
-from adaskip_passes.cost import Cost, find_costs
+from adaskip_passes.cost import Cost, CostTable, find_costs
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.module_paths import source_name
@@ -155,7 +155,8 @@ def inspect_model(
 
 
 def _with_costs(found: Inspection, graphs: tuple[PhaseGraph, ...]) -> Inspection:
-    tables, rest = {}, {}
+    tables: dict[str, CostTable] = {}
+    rest: dict[str, Cost] = {}
     for graph in graphs:
         outside = _outside(graph.gm, graph.stream)
         costs = find_costs(graph.gm, SimpleNamespace(sublayers=(*graph.stream.sublayers, outside)))

@@ -41,6 +41,8 @@ def inspection_report(
         "dtype": found.dtype,
         "parameters": found.parameters,
         "context": context,
+        "longest": found.longest,
+        "skip_sets": {name: sorted(paths) for name, paths in skip_sets(found).items()},
         "timer": _timer(timer),
         "sublayers": [_sublayer(found, one, times, context) for one in found.sublayers],
         "groups": [_group(group) for group in found.groups],
@@ -60,8 +62,7 @@ def skip_sets(found: Inspection) -> dict[str, frozenset[str]]:
     if found.plan is not None:
         return {"plan": found.skipped}
     counts = [count for count in _EXAMPLE_COUNTS if count < len(found.sublayers)] or [len(found.sublayers) // 2]
-    sets = {f"skip {len(chosen)}": chosen for count in counts if (chosen := likely_skips(found, count))}
-    return sets
+    return {f"skip {len(chosen)}": chosen for count in counts if (chosen := likely_skips(found, count))}
 
 
 def predictions(found: Inspection, timer: Timer, context: int) -> list[dict[str, Any]]:

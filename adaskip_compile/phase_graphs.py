@@ -8,6 +8,7 @@ the shapes that they would have. A model of any size is captured in the memory o
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +80,10 @@ class _Recorder:
                 "a forward was captured in several graphs, and the compiler needs one; TORCH_LOGS=graph_breaks shows "
                 "where it breaks. It would run unskipped"
             )
-        return lambda *inputs: _made_up(gm, inputs)
+        return functools.partial(_made_up, gm)
 
 
-def _made_up(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
+def _made_up(gm: fx.GraphModule, *inputs: Any) -> Any:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [
         mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value for value in inputs

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = inspect_model(model, name=arguments.model)
     how = {"contexts": arguments.calibrate_at, "rounds": arguments.rounds, "inner": arguments.inner}
     timers: dict[str, Timer] = {"calibrated": calibrate(model, found, **how), "roofline": ROOFLINES["cpu"]}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for context in arguments.contexts:
         rows += _measure(model, found, timers, context, arguments)
     _show(rows)
@@ -76,11 +76,11 @@ def _measure(
         for count in arguments.skips:
             ratios = [base / _seconds(run, phase) for base, run in zip(full, rounds[str(count)], strict=True)]
             measured = Spread.of(ratios)
-            row = {"context": context, "phase": phase, "skipped": count, "measured": measured.median}
+            row: dict[str, Any] = {"context": context, "phase": phase, "skipped": count, "measured": measured.median}
             row |= {"low": measured.low, "high": measured.high}
             for name, timer in timers.items():
-                row[name] = predict(found, timer, phase, context).speedup(found, sets[count])
-                row[f"{name}_error"] = row[name] / measured.median - 1
+                predicted = predict(found, timer, phase, context).speedup(found, sets[count])
+                row |= {name: predicted, f"{name}_error": predicted / measured.median - 1}
             rows.append(row)
     return rows
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
+from adaskip_compile.whole_files import write_text
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="the config.json of a model, in place of MODEL")
     parser.add_argument("--profile", metavar="PATH", help="a file that 'adaskip profile' wrote for this model")
     parser.add_argument("--plan", metavar="PATH", help="a file that 'adaskip plan' wrote for this model")
+    parser.add_argument("--html", metavar="FILE", help="also write a page to look at in a browser, with no network")
+    parser.add_argument(
+        "--runtime", metavar="FILE", help="what 'adaskip run --json FILE' wrote, to show on the page too"
+    )
     parser.add_argument(
         "--context", type=common.positive, default=2048, metavar="N", help="tokens to cost at (default: %(default)s)"
     )
@@ -54,7 +59,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
     found = _inspect(arguments)
     timer = _timer(arguments, found, output)
-    report = inspection_report(found, timer, arguments.context)
+    runtime = common.read_report(arguments.runtime) if arguments.runtime else None
+    report = inspection_report(found, timer, arguments.context, runtime=runtime)
+    if arguments.html:
+        from adaskip_compile.inspection_pages import inspection_page
+
+        write_text(arguments.html, inspection_page(report), option="--html")
     inspection_tables.show(output, report)
     output.results(report)
     return 0 if found.sublayers else 1

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adaskip_passes.errors import FileError
+from adaskip_compile.whole_files import write_text
 
 # Tables that nobody watches are read later, in a file: no terminal's width cuts their paths.
 _UNWATCHED_WIDTH = 160
@@ -67,7 +64,7 @@ class Output:
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
-            _write_whole(Path(self.json_to), text)
+            write_text(self.json_to, text, option="--json")
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -82,13 +79,3 @@ def new_table(title: str, *columns: str) -> Table:
 def add_row(table: Table, *cells: object, style: str = "") -> None:
     """Add a row of plain text: brackets in a path are not markup."""
     table.add_row(*(Text(str(cell)) for cell in cells), style=style)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(partial).replace(path)
-    except OSError as error:
-        raise FileError(f"--json {path}: cannot be written ({error.strerror})") from error

@@ -101,7 +101,7 @@ def test_with_a_threshold_the_window_is_probed():
 
 
 def test_a_plan_of_another_model_is_refused():
-    with pytest.raises(UnknownSublayerError, match="model.layers.7.mlp"):
+    with pytest.raises(UnknownSublayerError, match=r"model\.layers\.7\.mlp"):
         inspect_model(on_meta("llama"), plan=SkipPlan.from_scales({FFN.format(7): 1.0}))
 
 
