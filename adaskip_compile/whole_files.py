@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -22,6 +23,8 @@ def replace_file(path: Path, data: bytes) -> None:
     if target.exists() and not target.is_file():
         # Replacing would put a plain file in the place of a folder, a pipe or a device such as /dev/null.
         raise OSError("it exists and is not a regular file")
+    if target.parent.exists() and not target.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not the tempfile module: its files are readable by their owner alone, whatever the umask says.
     draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")

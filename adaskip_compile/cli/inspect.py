@@ -13,7 +13,7 @@ examples:
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
@@ -33,10 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="the config.json of a model, in place of MODEL")
     parser.add_argument("--profile", metavar="PATH", help="a file that 'adaskip profile' wrote for this model")
     parser.add_argument("--plan", metavar="PATH", help="a file that 'adaskip plan' wrote for this model")
-    parser.add_argument("--html", metavar="FILE", help="also write a page to look at in a browser, with no network")
-    parser.add_argument(
-        "--runtime", metavar="FILE", help="what 'adaskip run --json FILE' wrote, to show on the page too"
-    )
+    _add_outputs(parser.add_argument_group("what to write"))
     parser.add_argument(
         "--context", type=common.positive, default=2048, metavar="N", help="tokens to cost at (default: %(default)s)"
     )
@@ -52,6 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timing.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="(default: %(default)s)")
 
 
+def _add_outputs(outputs: argparse._ArgumentGroup) -> None:
+    outputs.add_argument("--html", metavar="FILE", help="a page to look at in a browser; it needs no network")
+    outputs.add_argument("--runtime", metavar="FILE", help="what 'adaskip run --json FILE' wrote, to show on the page")
+    outputs.add_argument("--graphml", metavar="FILE", help="the captured graph, for graph tools")
+    outputs.add_argument("--dot", metavar="FILE", help="the residual stream, for Graphviz")
+    outputs.add_argument("--node-data", metavar="FILE", help="colours for Model Explorer, for the --program")
+    outputs.add_argument("--program", metavar="PT2", help="the exported program of this model that --node-data is for")
+    outputs.add_argument(
+        "--node-value",
+        choices=("share", "similarity"),
+        default="share",
+        help="what --node-data shows: share of time in percent, or similarity (default: %(default)s)",
+    )
+
+
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code: 1 when no residual stream was found."""
     from adaskip_compile.cli import inspection_tables
@@ -61,13 +73,30 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     timer = _timer(arguments, found, output)
     runtime = common.read_report(arguments.runtime) if arguments.runtime else None
     report = inspection_report(found, timer, arguments.context, runtime=runtime)
+    _write_outputs(arguments, found, timer, report)
+    inspection_tables.show(output, report)
+    output.results(report)
+    return 0 if found.sublayers else 1
+
+
+def _write_outputs(arguments: argparse.Namespace, found: Inspection, timer: Timer, report: dict[str, Any]) -> None:
+    if (arguments.node_data is None) != (arguments.program is None):
+        raise OptionError("--node-data and --program go together: the colours are for the nodes of that program")
     if arguments.html:
         from adaskip_compile.inspection_pages import inspection_page
 
         write_text(arguments.html, inspection_page(report), option="--html")
-    inspection_tables.show(output, report)
-    output.results(report)
-    return 0 if found.sublayers else 1
+    if not found.sublayers:
+        return
+    from adaskip_compile.graph_drawings import dot, graphml, node_data
+
+    if arguments.graphml:
+        write_text(arguments.graphml, graphml(found), option="--graphml")
+    if arguments.dot:
+        write_text(arguments.dot, dot(found), option="--dot")
+    if arguments.node_data:
+        data = node_data(found, arguments.program, timer, arguments.context, arguments.node_value)
+        write_text(arguments.node_data, data, option="--node-data")
 
 
 def _inspect(arguments: argparse.Namespace) -> Inspection:

@@ -15,7 +15,7 @@ from rich.text import Text
 from adaskip_compile.whole_files import write_text
 
 # Tables that nobody watches are read later, in a file: no terminal's width cuts their paths.
-_UNWATCHED_WIDTH = 160
+_UNWATCHED_WIDTH = 240
 
 
 class Output:
@@ -38,7 +38,7 @@ class Output:
 
     def say(self, text: object = "") -> None:
         """Print plain text for a person."""
-        self._console.print(str(text), markup=False)
+        self._console.print(str(text), markup=False, emoji=False, soft_wrap=not self._console.is_terminal)
 
     def show(self, table: Table) -> None:
         """Print a table for a person."""
