@@ -67,6 +67,13 @@ class Output:
             write_text(self.json_to, text, option="--json")
 
 
+def complain(line: str) -> None:
+    """Print what went wrong on standard error, as one line; in colour where a person watches and has not said NO_COLOR."""
+    first, colon, rest = line.partition(": ") if line.startswith("error: ") else (line, "", "")
+    text = Text.assemble(("adaskip: ", "bold"), (f"{first}{colon}", "bold red"), " ".join(rest.split("\n")))
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
 def new_table(title: str, *columns: str) -> Table:
     """Return an empty table whose first column is text and whose others are numbers, set to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim")
