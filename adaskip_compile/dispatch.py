@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from adaskip_compile.capture import forget_marks
+from adaskip_compile.capture import capture_reason, forget_marks
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
@@ -71,6 +71,7 @@ class Dispatcher:
         self.variants: dict[tuple[object, ...], Variant] = {}
         self.lowering = Lowering(session.options.inner, session.options.regions)
         self.calls = 0
+        self.captured_because = capture_reason()
         self._lock = threading.Lock()
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         place = {node: index for index, node in enumerate(inputs)}
@@ -97,6 +98,8 @@ class Dispatcher:
             self.session.note(reason)
             return self._variant((), ()).run(*inputs)
         request = self._request(inputs)
+        if self.calls == 1:
+            request.captures.append(f"{self.stream.phase}: {self.captured_because or 'the first graph'}")
         skipped = request.skipped
         request.check(frozenset(skipped))
         paths = tuple(path for path in self.stream.paths if path in skipped)

@@ -159,13 +159,15 @@ def test_what_really_ran_is_shown(tmp_path: Path, visit: Any):
     tokens, seconds = {"prefill": 1234, "window": 5, "steady": 9}, {"prefill": 2.0, "window": 0.5, "steady": 0.9}
     request: dict[str, Any] = {"number": 1, "batch": 1, "tokens": tokens, "seconds": seconds, "kv_bytes": 5_000_000}
     request |= {"skipped": {"a": 1.0}, "extra": {}}
-    session: dict[str, Any] = {"requests": [request], "graphs": [], "unskipped_graphs": [], "notes": ["a note"]}
+    session: dict[str, Any] = {"requests": [request], "unskipped_graphs": [], "notes": ["a note"]}
+    session["graphs"] = [{"phase": "decode", "captured_because": "a guard"}]
     page = visit(page_of(ROOFLINES["cpu"], tmp_path, runtime={"sessions": [session]}))
     text = page.inner_text("#runtime-section")
     assert "1,234" in text
     assert "100 ms" in text
     assert "5 MB" in text
     assert "a note" in text
+    assert "A decode graph was captured because this did not hold: a guard" in text
 
 
 def test_the_page_names_no_other_file():
