@@ -190,7 +190,7 @@ def _group(
     index: int, stream: ResidualStream, numbers: Mapping[str, int], tables: Mapping[str, Mapping[str, Cost]]
 ) -> Group:
     members = [sublayer for sublayer in stream.sublayers if numbers[sublayer.path] == index]
-    cost = {phase: table[members[0].path] for phase, table in tables.items() if members[0].path in table}
+    cost = {phase: table.get(members[0].path, Cost()) for phase, table in tables.items()}
     return Group(index, members[0].kind, len(members), cost)
 
 

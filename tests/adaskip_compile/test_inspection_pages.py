@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,28 @@ def test_every_section_says_what_was_found(tmp_path: Path, visit: Any):
     page.locator("summary", has_text="skip-sublayers").first.click()
     assert "adaskip_scales" in page.locator("details[open] pre .plus").first.inner_text()
     assert page.locator("#runtime-section").is_hidden()
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_126_layers_stay_usable(width: int, tmp_path: Path, visit: Any):
+    found = inspected()
+    layers = (
+        replace(one, path=one.path.replace("layers.0", f"layers.{layer}"))
+        for layer in range(126)
+        for one in found.sublayers[:2]
+    )
+    file = tmp_path / "page.html"
+    file.write_text(inspection_page(inspection_report(replace(found, sublayers=tuple(layers)), ROOFLINES["cpu"], 1000)))
+    page = visit(file.as_uri())
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.locator("#stream .phase").first.locator(".cell").count() == 252
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    chains = page.locator(".chain")
+    assert all(chain.evaluate("box => box.scrollWidth <= box.clientWidth + 1") for chain in chains.all())
+    began = time.perf_counter()
+    for stop in range(10):
+        slide(page, stop)
+    assert time.perf_counter() - began < 10
 
 
 def test_the_chain_is_walked_with_the_keyboard(tmp_path: Path, visit: Any):
