@@ -2,13 +2,14 @@
 
 Sublayers that cost the same share one measurement, and it is taken by leaving them out: the model runs in
 full and with half of a group skipped, in turn in each round, and the difference by the number skipped is the
-time of one. So it holds whatever the compiler really makes of a sublayer, on any device.
+time of one. So it holds whatever the compiler really makes of a sublayer, on any device. Of several rounds the
+fastest counts: whatever else the machine does only ever adds time.
 """
 
 from __future__ import annotations
 
+import math
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,8 +47,8 @@ def calibrate(
         ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, context)).to(model.device)
         taken: dict[int, list[Generation]] = {way: [] for way in ways}
         for turn in range(rounds + 1):  # the first turn captures and compiles; not timed
-            for way, plan in ways.items():
-                adaskip_compile.compile(model, plan, inner=inner)
+            for way in _rotated(list(ways), turn):
+                adaskip_compile.compile(model, ways[way], inner=inner)
                 generation = generate(model, ids, new_tokens)
                 if turn:
                     taken[way].append(generation)
@@ -86,16 +87,23 @@ def _add_column(
 ) -> None:
     """Add to ``table`` what one query token takes at ``context``: a row a group, and last the rest."""
     tokens = context if phase == "prefill" else 1
-    full = [_seconds(run, phase) for run in taken[_FULL]]
-    rest = statistics.median(full)
-    for group in found.groups:
-        each = 0.0
-        if group.index in ways:
-            saved = [one - _seconds(run, phase) for one, run in zip(full, taken[group.index], strict=True)]
-            each = max(0.0, statistics.median(saved) / len(ways[group.index].paths))
-        rest -= group.count * each
-        table[group.index].append(each / tokens)
-    table[-1].append(max(0.0, rest) / tokens)
+    fastest = {way: min(_seconds(run, phase) for run in runs) for way, runs in taken.items()}
+    each = [
+        max(0.0, fastest[_FULL] - fastest[group.index]) / len(ways[group.index].paths) if group.index in ways else 0.0
+        for group in found.groups
+    ]
+    inside = math.fsum(group.count * seconds for group, seconds in zip(found.groups, each, strict=True))
+    # Noise may have the parts add up to more than the whole; the whole was measured, and is kept.
+    factor = min(1.0, fastest[_FULL] / inside) if inside else 1.0
+    for row, seconds in zip(table, each, strict=False):
+        row.append(seconds * factor / tokens)
+    table[-1].append(max(0.0, fastest[_FULL] - inside * factor) / tokens)
+
+
+def _rotated(ways: list[int], turn: int) -> list[int]:
+    """Return the ways beginning with another one each turn, so that none always comes after the same one."""
+    start = turn % len(ways)
+    return ways[start:] + ways[:start]
 
 
 def _seconds(run: Generation, phase: str) -> float:

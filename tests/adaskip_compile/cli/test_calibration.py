@@ -51,3 +51,20 @@ def test_a_real_model_is_measured():
     for phase in found.phases:
         assert predict(found, measured, phase, 32).full > 0
         assert all(value >= 0 for row in measured.tables[phase] for value in row)
+
+
+def test_parts_that_seem_more_than_the_whole_are_brought_down_to_it(monkeypatch: pytest.MonkeyPatch):
+    """Noise may have each half of the model save 80 % of the time."""
+    plans: list = []
+    monkeypatch.setattr(calibration.adaskip_compile, "compile", lambda model, plan, inner: plans.append(plan))
+    monkeypatch.setattr(
+        calibration,
+        "generate",
+        lambda model, ids, steps: Generation((), *((0.2, (0.2,)) if plans[-1].paths else (1.0, (1.0,))), 0),
+    )
+    model = tiny("llama", num_hidden_layers=4)
+    found = inspect_model(model)
+    measured = calibrate(model, found, contexts=(10,), rounds=1)
+    decode = predict(found, measured, "decode", 10)
+    assert (decode.full, decode.rest) == pytest.approx((1.0, 0.0))
+    assert decode.groups == pytest.approx((0.125, 0.125))
