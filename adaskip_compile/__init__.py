@@ -9,30 +9,37 @@
 The method is AdaSkip (arXiv 2501.02336).
 """
 
-from adaskip_compile.analysis import analyze
-from adaskip_compile.backend import compile
-from adaskip_compile.exporting import ExportedGraphs, export
-from adaskip_compile.options import Options
-from adaskip_compile.plans import SkippedSublayer, SkipPlan, plan
-from adaskip_compile.profiles import Profile, SublayerProfile
-from adaskip_compile.profiling import profile
-from adaskip_compile.reports import Report, report
-from adaskip_passes.errors import (
-    AdaSkipError,
-    CaptureError,
-    DamagedFileError,
-    FileError,
-    ForeignFileError,
-    LegalityError,
-    MissingFileError,
-    NewerFileError,
-    OptionError,
-    PassError,
-    PlanError,
-    ProfileError,
-    UnknownSublayerError,
-    VerificationError,
-)
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaskip_compile.analysis import analyze
+    from adaskip_compile.backend import compile
+    from adaskip_compile.exporting import ExportedGraphs, export
+    from adaskip_compile.options import Options
+    from adaskip_compile.plans import SkippedSublayer, SkipPlan, plan
+    from adaskip_compile.profiles import Profile, SublayerProfile
+    from adaskip_compile.profiling import profile
+    from adaskip_compile.reports import Report, report
+    from adaskip_passes.errors import (
+        AdaSkipError,
+        CaptureError,
+        DamagedFileError,
+        FileError,
+        ForeignFileError,
+        LegalityError,
+        MissingFileError,
+        NewerFileError,
+        OptionError,
+        PassError,
+        PlanError,
+        ProfileError,
+        UnknownSublayerError,
+        VerificationError,
+    )
 
 __all__ = [
     "AdaSkipError",
@@ -63,3 +70,37 @@ __all__ = [
     "profile",
     "report",
 ]
+
+# Where each name comes from. They are imported when they are first used: PyTorch takes seconds, and neither
+# `adaskip --help` nor the completion of a command line has a use for it.
+_HOMES = {
+    "ExportedGraphs": "exporting",
+    "Options": "options",
+    "Profile": "profiles",
+    "Report": "reports",
+    "SkipPlan": "plans",
+    "SkippedSublayer": "plans",
+    "SublayerProfile": "profiles",
+    "analyze": "analysis",
+    "compile": "backend",
+    "export": "exporting",
+    "plan": "plans",
+    "profile": "profiling",
+    "report": "reports",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = f"{__name__}.{_HOMES[name]}" if name in _HOMES else "adaskip_passes.errors"
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Silent unless the program that uses this sets up logging: logging.basicConfig(level="INFO") shows what happens.
+logging.getLogger(__name__).addHandler(logging.NullHandler())

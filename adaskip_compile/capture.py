@@ -7,6 +7,7 @@ read off the frame that Dynamo is tracing; where that is not to be had, the grap
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,21 @@ def capture_count() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def capture_reason() -> str | None:
+    """Return why the graphs that Dynamo has of this code do not serve the call that it is capturing now.
+
+    None for the first capture of a code object, and where Dynamo does not say.
+    """
+    from torch._dynamo.utils import get_metrics_context
+
+    reason = getattr(get_metrics_context(), "_metrics", {}).get("recompile_reason")
+    if not isinstance(reason, str):
+        return None
+    # "0/2: L['ids'].size()[1] == 1  # where that was assumed": the number of the capture and the place say nothing here.
+    guard = reason.strip().partition("\n")[0].partition("  #")[0].strip()
+    return re.sub(r"^\d+/\d+: ", "", guard)
 
 
 def example_inputs(gm: fx.GraphModule) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from adaskip_compile.gguf_conversion import convert_gguf, quiet_unless_watched
+from adaskip_compile.gguf_conversion import check_magic, convert_gguf, quiet_unless_watched
 from adaskip_compile.options import Options
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 
@@ -107,6 +107,58 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(name, source, error) from error
     return model.to(device).eval(), tokenizer
+
+
+def load_structure(
+    name: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | Path | None = None,
+) -> Any:
+    """Return the model that ``name`` names, as :func:`load_checkpoint` takes it, on the meta device: no weight is read.
+
+    With ``config`` it is the model that this ``config.json`` describes. Of a GGUF file only the header is
+    read, of a hub id only the configuration is fetched.
+
+    Raises:
+        MissingFileError: The file, folder or package is not there.
+        DamagedFileError: The configuration is there and cannot be read.
+        FileError: It is of no causal language model that transformers knows.
+    """
+    _require_transformers()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shown = config if config is not None else name
+    if shown is None:
+        raise FileError("name a model, or the config.json of one with --config")
+    cache = Path(cache_dir) if cache_dir is not None else Options().cache_folder
+    where, how = _find_structure(shown, cache) if config is None else (_config_file(config), dict[str, str]())
+    try:
+        with quiet_unless_watched():
+            found = AutoConfig.from_pretrained(where, local_files_only=isinstance(where, Path), **how)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(found, dtype=dtype).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        raise _explain(shown, where, error) from error
+
+
+def _config_file(file: str | Path) -> Path:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise MissingFileError(f"--config {path}: there is no such file")
+    return path
+
+
+def _find_structure(name: str | Path, cache: Path) -> tuple[str | Path, dict[str, str]]:
+    """Return where to read the configuration from, and how; a GGUF file is not converted for it."""
+    path = Path(name).expanduser()
+    if str(name) in PACKAGED_MODELS:
+        path = _packaged_gguf(str(name), cache)
+    if path.is_file() and path.suffix == ".gguf":
+        check_magic(path)
+        return path.resolve().parent, {"gguf_file": path.name}
+    return _find_source(name, cache), {}
 
 
 def _require_transformers() -> None:

@@ -7,6 +7,7 @@ specialised for that. Variants are made on first use and kept: a capture is neve
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from adaskip_compile.capture import forget_marks
+from adaskip_compile.capture import capture_reason, forget_marks
+from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_compile.shape_checks import ShapeCheck
@@ -31,6 +33,8 @@ from adaskip_passes.state import find_counters
 
 if TYPE_CHECKING:
     from adaskip_compile.sessions import Session
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Dispatcher:
         self.lowering = Lowering(session.options.inner, session.options.regions)
         self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}
         self.calls = 0
+        self.captured_because = capture_reason()
         self._lock = threading.Lock()
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         place = {node: index for index, node in enumerate(inputs)}
@@ -96,6 +101,8 @@ class Dispatcher:
             self.session.note(reason)
             return self._variant((), ()).run(*inputs)
         request = self._request(inputs)
+        if self.calls == 1:
+            request.captures.append(f"{self.stream.phase}: {self.captured_because or 'the first graph'}")
         skipped = request.skipped
         request.check(frozenset(skipped))
         paths = tuple(path for path in self.stream.paths if path in skipped)
@@ -215,6 +222,8 @@ class Dispatcher:
             if lowering.uncut:
                 self.session.note(f"{lowering.uncut}; each skip set compiles it as a whole")
         passes = passes_for(skipped, probed)
+        if self.session.options.debug_dir is not None:
+            self._write_debug_folder(passes, skipped, probed)
         try:
             result = run_pipeline(*self._prepared[lowering], passes)
         except VerificationError:
@@ -224,7 +233,16 @@ class Dispatcher:
             result, lowering = run_pipeline(self.gm, self.stream, passes), Lowering(lowering.inner, "whole")
         run = lowering.lower(result.gm)
         seconds = time.perf_counter() - started
+        log.info(
+            "%s: made the %s graph that skips %d and probes %d sublayers, in %.1f s",
+            *(self.session.model_name, self.stream.phase, len(skipped), len(probed), seconds),
+        )
         return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), result.history, seconds)
+
+    def _write_debug_folder(self, passes: Sequence[Pass], skipped: tuple[str, ...], probed: tuple[str, ...]) -> None:
+        """Run ``passes`` on the graph as it was captured, op by op, for people to read."""
+        title = f"{self.session.model_name}-{self.stream.phase}-{len(skipped)}-skipped-{len(probed)}-probed"
+        run_passes(self.gm, self.stream, passes, debug_dir=self.session.options.debug_dir, title=title)
 
     def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:
         if variant.probed:

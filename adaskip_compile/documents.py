@@ -20,13 +20,12 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from adaskip_compile.whole_files import replace_file
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError, NewerFileError
 
 DISTRIBUTION = "adaskip-compile"
@@ -60,7 +59,7 @@ class DocumentFormat:
         except ValueError as error:
             raise FileError(f"{path} was not written: {self.name} files hold no NaN and no infinity") from error
         try:
-            _replace_file(Path(path), text.encode())
+            replace_file(Path(path), text.encode())
         except OSError as error:
             raise FileError(f"{path} was not written: {error.strerror or error}") from error
 
@@ -153,28 +152,6 @@ def _layout(value: Any, indent: str = "") -> str:
         lines = [f"{inner}{json.dumps(key, ensure_ascii=False)}: {_layout(item, inner)}" for key, item in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     return "[\n" + ",\n".join(inner + _layout(item, inner) for item in value) + f"\n{indent}]"
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    """Put ``data`` where ``path`` points to, by way of a file beside it that takes its place at the end."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        # Replacing would put a plain file in the place of a folder, a pipe or a device such as /dev/null.
-        raise OSError("it exists and is not a regular file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Not the tempfile module: its files are readable by their owner alone, whatever the umask says.
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with draft.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, draft)
-        draft.replace(target)
-    except BaseException:  # an interrupt from the keyboard, too, leaves no litter
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -37,7 +37,7 @@ def convert_gguf(file: Path, cache_dir: Path) -> Path:
         DamagedFileError: ``file`` is not a GGUF file or is cut short.
         FileError: a package that conversion needs is missing, or the architecture is not supported.
     """
-    _check_magic(file)
+    check_magic(file)
     checkpoints = cache_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / f"{file.stem}-{_digest(file)[:16]}-v{LAYOUT}"
@@ -49,7 +49,8 @@ def convert_gguf(file: Path, cache_dir: Path) -> Path:
     return target
 
 
-def _check_magic(file: Path) -> None:
+def check_magic(file: Path) -> None:
+    """Raise :class:`DamagedFileError` if ``file`` does not begin as GGUF files do."""
     with file.open("rb") as stream:
         if stream.read(len(_MAGIC)) != _MAGIC:
             raise DamagedFileError(f"{file}: not a GGUF file (it does not begin with 'GGUF'); fetch it again")

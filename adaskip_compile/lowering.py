@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from adaskip_compile.capture import example_inputs
-from adaskip_compile.program import Program
+from adaskip_compile.executor import Executor
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_tensor
 from adaskip_passes.one_row_products import spell_out_one_row_products
@@ -53,7 +53,7 @@ class Lowering:
         if self.regions == "whole":
             return self._compile(gm)
         regions = [node.target for node in gm.graph.nodes if isinstance(node.target, Region)]
-        return Program(gm, {region: self._artifact(region) for region in regions})
+        return Executor(gm, {region: self._artifact(region) for region in regions})
 
     def _artifact(self, region: Region) -> Runnable:
         if region.key not in self._artifacts:

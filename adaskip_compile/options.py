@@ -62,6 +62,9 @@ class Options:
     regions: str = "shared"
     """What is compiled as one: `shared` regions, each distinct one once, or the `whole` graph."""
 
+    debug_dir: str | os.PathLike[str] | None = None
+    """Where to write each graph before and after every pass, with a `repro.py` that runs the passes again; None for nowhere."""
+
     def __post_init__(self) -> None:
         check_plan_options(
             skip=self.skip, speedup=self.speedup, policy=self.policy, window=self.window, scale=self.scale
@@ -69,6 +72,7 @@ class Options:
         self._check_type("plan", SkipPlan)
         self._check_type("profile", Profile)
         self._check_type("cache_dir")
+        self._check_type("debug_dir")
         if self.plan is not None and self.profile is not None:
             raise OptionError("plan and profile are both given: a plan is made from a profile, so give one of them")
         if type(self.learn) is not int or self.learn < 1:
@@ -87,7 +91,7 @@ class Options:
         >>> Options.from_mapping({"polcy": "adaskip"})
         Traceback (most recent call last):
         adaskip_passes.errors.OptionError: unknown option 'polcy': did you mean 'policy'? Options are plan, profile, \
-skip, speedup, policy, window, scale, learn, cache_dir, inner, regions
+skip, speedup, policy, window, scale, learn, cache_dir, inner, regions, debug_dir
         """
         known = [field.name for field in fields(cls)]
         for name in options or {}:

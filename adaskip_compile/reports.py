@@ -24,11 +24,25 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One captured graph and the variants made of it."""
+    """One captured graph and the variants made of it.
+
+    ``captured_because`` is the assumption of the earlier graphs that did not hold; None for the first one.
+    """
 
     phase: str
     calls: int
     variants: tuple[VariantReport, ...]
+    captured_because: str | None = None
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """One phase of one request: tokens a row, seconds in its graphs as seen from the host, and the paths skipped."""
+
+    phase: str
+    tokens: int
+    seconds: float
+    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,8 @@ class RequestReport:
     """One request. ``tokens`` are a row, by phase; ``seconds`` are spent in its graphs, by phase, as seen from the host.
 
     ``skipped`` and ``extra`` map sublayer paths to scales: the prefill set, and what the window added.
-    ``kv_bytes`` is the memory that its cache held after its last step.
+    ``kv_bytes`` is the memory that its cache held after its last step. ``captures`` says which graphs had to be
+    captured while it ran, and why; none in steady state.
     """
 
     number: int
@@ -48,6 +63,18 @@ class RequestReport:
     kv_bytes: int
     learning: bool
     notes: tuple[str, ...]
+    captures: tuple[str, ...] = ()
+
+    @property
+    def phases(self) -> tuple[PhaseReport, ...]:
+        """The phases that it has been through, in order, each with its skip set."""
+        always, later = tuple(self.skipped), tuple({**self.skipped, **self.extra})
+        sets = {"prefill": always, "window": always, "steady": later}
+        return tuple(
+            PhaseReport(phase, self.tokens[phase], self.seconds[phase], skipped)
+            for phase, skipped in sets.items()
+            if self.tokens[phase]
+        )
 
 
 @dataclass(frozen=True)
@@ -74,8 +101,12 @@ class Report:
         return tuple(request for session in self.sessions for request in session.requests)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain dicts, lists, strings and numbers."""
-        return asdict(self)
+        """Return the report as plain dicts, lists, strings and numbers; times are seconds, sizes bytes."""
+        sessions = [asdict(session) for session in self.sessions]
+        for session, plain in zip(self.sessions, sessions, strict=True):
+            for request, row in zip(session.requests, plain["requests"], strict=True):
+                row["phases"] = [asdict(phase) for phase in request.phases]
+        return {"sessions": sessions}
 
     def __str__(self) -> str:
         if not self.sessions:
@@ -109,7 +140,7 @@ def _graph_report(graph: Dispatcher) -> GraphReport:
         )
         for variant in graph.variants.values()
     )
-    return GraphReport(graph.stream.phase, graph.calls, variants)
+    return GraphReport(graph.stream.phase, graph.calls, variants, graph.captured_because)
 
 
 def _request_report(request: Request) -> RequestReport:
@@ -123,6 +154,7 @@ def _request_report(request: Request) -> RequestReport:
         kv_bytes=request.kv_bytes,
         learning=request.learning,
         notes=tuple(request.notes),
+        captures=tuple(request.captures),
     )
 
 
@@ -136,6 +168,8 @@ def _session_text(session: SessionReport) -> str:
             for variant in graph.variants
         )
         lines.append(f"  graph {graph.phase:<8} {graph.calls:>6} calls  {variants or 'not run yet'}")
+        if graph.captured_because:
+            lines.append(f"        captured because this did not hold: {graph.captured_because}")
     lines.extend(f"  graph run unskipped: {reason}" for reason in session.unskipped_graphs)
     lines.append("  request batch  prefill  window  steady (tokens)  prefill s  ms/token  skipped  extra     KV MB")
     for request in session.requests:
@@ -146,6 +180,8 @@ def _session_text(session: SessionReport) -> str:
             f"{request.tokens['steady']:>7} {request.seconds['prefill']:>18.3f} {pace:>9.1f} {len(request.skipped):>8} "
             f"{len(request.extra):>6} {request.kv_bytes / 1e6:>9.2f}{'  learning' if request.learning else ''}"
         )
+        captured = ", ".join(capture.partition(":")[0] for capture in request.captures)
+        lines.extend([f"          captured graphs for it: {captured}"] if captured else [])
         lines.extend(f"          note: {note}" for note in request.notes)
     lines.extend(f"  note: {note}" for note in session.notes)
     return "\n".join(lines)

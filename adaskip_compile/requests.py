@@ -25,7 +25,8 @@ class Request:
     """One request: its plan, what it skips now, and how far it has come.
 
     ``holes`` are the stateful sublayers that have no state in its cache; none of them may run again.
-    ``scales`` maps each skipped path to its scale, ``extra`` those that the window added.
+    ``scales`` maps each skipped path to its scale, ``extra`` those that the window added. ``captures`` says which
+    graphs had to be captured for it, and why.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Request:
     batch: int = 1
     kv_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    captures: list[str] = field(default_factory=list)
     storages: list[StorageWeakRef] = field(default_factory=list)
     length: int = 0
     scale_inputs: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
@@ -166,6 +168,7 @@ class RequestTable:
                 tokens=dict(request.tokens),
                 seconds=dict(request.seconds),
                 notes=[*request.notes, f"copied from request {request.number}"],
+                captures=[],
                 scale_inputs={},
             )
             if not certain:

@@ -51,6 +51,11 @@ class Session:
         return self._module() if self._module is not None else None
 
     @property
+    def model_name(self) -> str:
+        """What to call the model in logs and folders: its class."""
+        return "function" if self.module is None else type(self.module).__name__
+
+    @property
     def identity(self) -> ModelIdentity | None:
         """Who the model is; read off its weights on first use."""
         if self._identity is None and self.module is not None:
@@ -91,7 +96,7 @@ class Session:
         with self._lock:
             if text not in self.notes:
                 self.notes.append(text)
-                log.warning("adaskip: %s", text)
+                log.warning("%s: %s", self.model_name, text)
 
     def prepare_decode(self, request: Request) -> None:
         """Have the decode graphs that are there specialised for ``request``, while its prefill is waited for anyway."""
@@ -115,6 +120,7 @@ class Session:
             stop = graph_break(gm)
             why = f"capture broke the forward in pieces: {stop}" if stop else "; ".join(stream.problems)
             return self._refuse(gm, inputs, f"no residual stream: {why}; runs unskipped")
+        log.info("%s: captured a %s graph of %d sublayers", self.model_name, stream.phase, len(stream.sublayers))
         with self._lock:
             if self.graphs and self.graphs[0].stream.paths != stream.paths:
                 missing = sorted({*self.graphs[0].stream.paths} ^ {*stream.paths})

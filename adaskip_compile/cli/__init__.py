@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Sequence
 
 from adaskip_compile.cli import demo, export, inspect, plan, profile, run
-from adaskip_compile.cli.output import Output
+from adaskip_compile.cli.completion import SHELLS, PrintCompletion
+from adaskip_compile.cli.output import Output, complain
 from adaskip_compile.documents import producer
 from adaskip_passes.errors import AdaSkipError
 
@@ -32,12 +33,19 @@ examples:
   adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
   adaskip export smollm2 --plan plan.json --out exported
 
-'adaskip COMMAND --help' tells more about each."""
+'adaskip COMMAND --help' tells more about each.
+
+exit codes: 0 done, 1 failed, 2 a mistake in what was asked for, 130 interrupted
+completion: adaskip --print-completion bash > ~/.local/share/bash-completion/completions/adaskip"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. ``argv`` is without the program's name."""
-    arguments = _parser().parse_args(argv)
+    try:
+        arguments = _parser().parse_args(argv)
+    except AdaSkipError as error:
+        complain(f"error: {error}")
+        return MISTAKE
     try:
         return arguments.run(arguments, Output(arguments.json))
     except KeyboardInterrupt:
@@ -57,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("adaskip", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=producer())
+    completion = "print a script for the shell to complete command lines with, and exit"
+    parser.add_argument("--print-completion", choices=SHELLS, action=PrintCompletion, help=completion)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
         summary, _, details = (module.__doc__ or "").partition("\n\n")
@@ -72,5 +82,5 @@ def _parser() -> argparse.ArgumentParser:
 def _stop(arguments: argparse.Namespace, line: str, code: int) -> int:
     if arguments.debug:
         traceback.print_exc()
-    print(f"adaskip: {line}", file=sys.stderr)
+    complain(line)
     return code

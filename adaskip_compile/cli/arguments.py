@@ -6,6 +6,7 @@ PyTorch is imported where it is used: ``adaskip --help`` does not wait for it.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,10 @@ def positive(text: str) -> int:
     return number
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add MODEL and how to load it."""
     kinds = "a folder, a .gguf file, a hub id, or a short name: smollm2, gemma3-270m"
-    parser.add_argument("model", metavar="MODEL", help=kinds)
+    parser.add_argument("model", metavar="MODEL", help=kinds, nargs="?" if optional else None)
     add_loading_arguments(parser)
 
 
@@ -59,6 +60,22 @@ def read_texts(files: Sequence[str]) -> list[str]:
         FileError: one cannot be read, is not UTF-8, or is empty.
     """
     return [_read_text(Path(file)) for file in files]
+
+
+def read_report(file: str) -> dict[str, Any]:
+    """Return the run-time report in a file that ``adaskip run --json`` wrote.
+
+    Raises:
+        MissingFileError: It is not there.
+        FileError: It is something else.
+    """
+    try:
+        found = json.loads(_read_text(Path(file)))["report"]
+        return {"sessions": found["sessions"]}
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{file}: no report; 'adaskip run MODEL --json {file}' writes one") from error
 
 
 def _read_text(file: Path) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adaskip_passes.errors import FileError
+from adaskip_compile.whole_files import write_text
 
 # Tables that nobody watches are read later, in a file: no terminal's width cuts their paths.
-_UNWATCHED_WIDTH = 160
+_UNWATCHED_WIDTH = 240
 
 
 class Output:
@@ -39,11 +38,22 @@ class Output:
 
     def say(self, text: object = "") -> None:
         """Print plain text for a person."""
-        self._console.print(str(text), markup=False)
+        self._console.print(str(text), markup=False, emoji=False, soft_wrap=not self._console.is_terminal)
 
     def show(self, table: Table) -> None:
         """Print a table for a person."""
         self._console.print(table)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """Yield a function to call after each of ``total`` steps; a bar shows them on a terminal, and nothing elsewhere."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
 
     def results(self, results: dict[str, Any]) -> None:
         """Write ``results`` as JSON to where it was asked for. A file is written whole or not at all."""
@@ -54,7 +64,14 @@ class Output:
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
-            _write_whole(Path(self.json_to), text)
+            write_text(self.json_to, text, option="--json")
+
+
+def complain(line: str) -> None:
+    """Print what went wrong on standard error, as one line; in colour where a person watches and has not said NO_COLOR."""
+    first, colon, rest = line.partition(": ") if line.startswith("error: ") else (line, "", "")
+    text = Text.assemble(("adaskip: ", "bold"), (f"{first}{colon}", "bold red"), " ".join(rest.split("\n")))
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -66,16 +83,6 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
-def add_row(table: Table, *cells: object) -> None:
+def add_row(table: Table, *cells: object, style: str = "") -> None:
     """Add a row of plain text: brackets in a path are not markup."""
-    table.add_row(*(Text(str(cell)) for cell in cells))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(partial).replace(path)
-    except OSError as error:
-        raise FileError(f"--json {path}: cannot be written ({error.strerror})") from error
+    table.add_row(*(Text(str(cell)) for cell in cells), style=style)

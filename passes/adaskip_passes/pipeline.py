@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from adaskip_passes.errors import PassError
+from adaskip_passes.errors import AdaSkipError, PassError
 from adaskip_passes.graph import copy_graph
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.verifier import Contract, verify
@@ -70,15 +70,25 @@ class PipelineResult:
 
 
 Instrument = Callable[[Pass, fx.GraphModule, PassResult], None]
+FailureInstrument = Callable[[Pass, fx.GraphModule, AdaSkipError], None]
 
 
 def run_pipeline(
-    gm: fx.GraphModule, stream: ResidualStream, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()
+    gm: fx.GraphModule,
+    stream: ResidualStream,
+    passes: Sequence[Pass],
+    instruments: Sequence[Instrument] = (),
+    *,
+    on_failure: FailureInstrument | None = None,
 ) -> PipelineResult:
     """Apply ``passes`` in order to a copy of ``gm``; ``gm`` itself stays as it is.
 
-    ``instruments`` are called after each pass has been verified. :class:`VerificationError` names the
-    pass that broke the graph, or the capture where it came broken.
+    ``instruments`` are called after each pass has been verified, ``on_failure`` with the graph as a pass
+    that failed has left it.
+
+    Raises:
+        VerificationError: A pass broke the graph, or it came broken; the message names which.
+        PassError: A pass could not do what it was told to do, or failed in a way that its author did not foresee.
     """
     gm, images = copy_graph(gm)
     # Of a graph that was rewritten before, the stream still names nodes that have been erased.
@@ -88,11 +98,14 @@ def run_pipeline(
     history = []
     for item in passes:
         started, before = time.perf_counter(), len(gm.graph.nodes)
-        result = item.apply(gm, stream)
+        try:
+            result = _apply(item, gm, stream, contract)
+        except AdaSkipError as error:
+            if on_failure is not None:
+                on_failure(item, gm, error)
+            raise
         stream = result.stream
-        verify(gm, contract, stream, after=pass_text(item))
         contract = Contract.of(gm, stream)
-        gm.recompile()
         seconds = time.perf_counter() - started
         history.append(
             PassRecord(pass_text(item), result.modified, result.matched, before, len(gm.graph.nodes), seconds)
@@ -100,6 +113,18 @@ def run_pipeline(
         for instrument in instruments:
             instrument(item, gm, result)
     return PipelineResult(gm, stream, tuple(history))
+
+
+def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Contract) -> PassResult:
+    try:
+        result = item.apply(gm, stream)
+    except AdaSkipError:
+        raise
+    except Exception as error:
+        raise PassError(f"{pass_text(item)} failed: {type(error).__name__}: {error}") from error
+    verify(gm, contract, result.stream, after=pass_text(item))
+    gm.recompile()
+    return result
 
 
 def pass_text(item: Pass) -> str:

@@ -108,7 +108,9 @@ def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: _Scales, first: fx.Node
     b.replace_all_uses_with(scaled)
     for node in reversed(sublayer.writes):
         if hasattr(node.target, "written_inputs") and any(value.users for value in node.users):
-            raise PassError(f"cannot skip the region of {sublayer.path}: it writes memory, and more than its sum is read")
+            raise PassError(
+                f"cannot skip the region of {sublayer.path}: it writes memory, and more than its sum is read"
+            )
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
     graph.erase_node(b)

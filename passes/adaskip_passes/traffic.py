@@ -18,7 +18,7 @@ from adaskip_passes.flops import shape_of, sizes_product
 from adaskip_passes.graph import fake_tensor, fake_value
 from adaskip_passes.module_paths import held_by_module
 
-__all__ = ["Traffic"]
+__all__ = ["Traffic", "parameters_behind"]
 
 _ZERO = sympy.Integer(0)
 _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
@@ -29,7 +29,7 @@ class Traffic:
 
     def __init__(self, gm: fx.GraphModule, effects: Effects) -> None:
         self._effects = effects
-        self._parameters = _parameters_behind(gm.graph)
+        self._parameters = parameters_behind(gm.graph)
         self._outputs = gm.graph.output_node().all_input_nodes
 
     def weights(self, nodes: Iterable[fx.Node]) -> sympy.Expr:
@@ -89,7 +89,7 @@ class Traffic:
         return before.dtype == after.dtype and not picks_rows
 
 
-def _parameters_behind(graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
+def parameters_behind(graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
     """Map each node that is computed from parameters and buffers alone to those it is computed from."""
     found: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from adaskip_compile import checkpoints, gguf_conversion
-from adaskip_compile.checkpoints import find_package, load_checkpoint
+from adaskip_compile.checkpoints import find_package, load_checkpoint, load_structure
+from adaskip_compile.identity import identify
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 from tests.models import tiny
 from tests.tiny_checkpoints import byte_tokenizer, save_tiny
@@ -200,3 +201,36 @@ def test_smollm2_equals_the_model_that_transformers_reads_itself(smollm2):
     assert ids.tolist() == [AutoTokenizer.from_pretrained(file.parent, **how)(text).input_ids]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, direct(ids).logits)
+
+
+def test_a_structure_is_that_of_the_checkpoint_without_its_weights(folder: Path):
+    for structure in (load_structure(folder), load_structure(config=folder / "config.json")):
+        assert {parameter.device.type for parameter in structure.parameters()} == {"meta"}
+        assert identify(structure).structure == identify(load_checkpoint(folder)[0]).structure
+    (folder / "model.safetensors").unlink()
+    assert load_structure(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_structure_of_a_gguf_file_is_read_off_its_header(smollm2, tmp_path: Path):
+    # A cache that is empty and stays so: nothing is converted.
+    structure = load_structure("smollm2", cache_dir=tmp_path)
+    assert identify(structure).structure == identify(smollm2[0]).structure
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-type"}', '{"model_type": "t5"}'])
+def test_a_config_of_no_language_model_is_refused(content: str, tmp_path: Path):
+    config = tmp_path / "config.json"
+    config.write_text(content)
+    with pytest.raises(FileError, match=r"config\.json: cannot be loaded"):
+        load_structure(config=config)
+
+
+def test_a_structure_of_nothing_is_refused(tmp_path: Path):
+    with pytest.raises(MissingFileError, match="there is no such file"):
+        load_structure(config=tmp_path / "none.json")
+    with pytest.raises(FileError, match="name a model"):
+        load_structure()
+    (tmp_path / "bad.gguf").write_bytes(b"something else")
+    with pytest.raises(DamagedFileError, match="not a GGUF file"):
+        load_structure(tmp_path / "bad.gguf")

@@ -29,6 +29,7 @@ def test_defaults() -> None:
         "cache_dir": None,
         "inner": "inductor",
         "regions": "shared",
+        "debug_dir": None,
     }
 
 
@@ -44,7 +45,7 @@ def test_unknown_option_suggests_the_nearest(name: str, nearest: str) -> None:
         Options.from_mapping({name: 1})
     assert str(caught.value) == (
         f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, window, "
-        "scale, learn, cache_dir, inner, regions"
+        "scale, learn, cache_dir, inner, regions, debug_dir"
     )
 
 

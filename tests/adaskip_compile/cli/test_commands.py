@@ -106,24 +106,78 @@ def test_inspect_lists_sublayers_with_what_is_known(
 ):
     assert main(["inspect", model, "--profile", profile, "--plan", plan, "--json", "-"]) == 0
     out, err = capsys.readouterr()
-    rows = {row["path"]: row for row in json.loads(out)["sublayers"]}
+    found = json.loads(out)
+    rows = {row["path"]: row for row in found["sublayers"]}
     assert len(rows) == 8
     assert {path for path, row in rows.items() if row["skipped"]} == set(SkipPlan.load(plan).paths)
     attention = rows[ATTENTION.format(0)]
     assert attention["stateful"]
     assert attention["kind"] == "attention"
-    assert attention["parameters"] == 64 * 64 * 2 + 64 * 32 * 2
+    assert attention["parameters"] == 64 * 64 * 2 + 64 * 32 * 2 + 64
     assert 0 < attention["similarity"] < 1
+    assert {row["phases"]["steady"] for row in rows.values()} == {"kept", "skipped", "open"}
     assert all(path in err for path in rows)
-    assert "skipped" in err
+    assert [line for line in found["advice"] if line not in err] == []
 
 
-def test_inspect_alone_shows_structure_only(model: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["inspect", model]) == 0
+def test_inspect_alone_shows_structure_and_cost_only(model: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", model, "--context", "512"]) == 0
     text = capsys.readouterr().out
     assert "8 sublayers" in text
-    assert "similarity" not in text
-    assert "kept" not in text
+    assert "cost of a prefill of 512 tokens" in text
+    assert "uncalibrated" in text
+    header = next(line for line in text.splitlines() if "parameters" in line and "kind" in line)
+    assert "similarity" not in header
+    assert "steady" not in header
+    assert "adaskip profile MODEL" in text
+
+
+def test_inspect_reads_a_bare_config_and_no_weights(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tmp_path / "config.json"
+    config.write_text((Path(model) / "config.json").read_text())
+    assert main(["inspect", "--config", str(config), "--json", "-"]) == 0
+    bare = results(capsys)
+    assert main(["inspect", model, "--json", "-"]) == 0
+    named = results(capsys)
+    assert bare["sublayers"] == named["sublayers"]
+
+
+def test_inspect_writes_a_page_and_drawings(model: str, plan: str, tmp_path: Path):
+    outputs = {name: tmp_path / f"out.{name}" for name in ("html", "graphml", "dot")}
+    flags = [item for name, file in outputs.items() for item in (f"--{name}", str(file))]
+    assert main(["inspect", model, "--plan", plan, *flags]) == 0
+    assert outputs["html"].read_text().startswith("<!doctype html>")
+    assert "<graphml" in outputs["graphml"].read_text()
+    assert outputs["dot"].read_text().startswith("digraph")
+
+
+def test_inspect_measures_this_machine_and_remembers(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = str(tmp_path / "machine.json")
+    small = ["--contexts", "16", "64", "--rounds", "1", "--inner", "eager", "--context", "32", "--json", "-"]
+    assert main(["inspect", model, "--calibrate", "--calibration", file, *small]) == 0
+    measured = results(capsys)
+    assert measured["timer"]["kind"] == "measured"
+    assert main(["inspect", model, "--calibration", file, *small]) == 0
+    assert results(capsys)["predictions"] == measured["predictions"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "name either a MODEL or the --config of one"),
+        (["MODEL", "--config", "c.json"], "name either a MODEL or the --config of one"),
+        (["--config", "none.json"], "--config none.json: there is no such file"),
+        (["MODEL", "--flops", "-1"], "--flops -1: takes a number above 0"),
+        (["MODEL", "--node-data", "d.json"], "--node-data and --program go together"),
+        (["MODEL", "--calibration", "none.json"], "none.json does not exist"),
+        (["MODEL", "--runtime", "none.json"], "none.json: there is no such file"),
+    ],
+)
+def test_inspect_refuses_what_makes_no_sense(
+    flags: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["inspect", *(model if flag == "MODEL" else flag for flag in flags)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_run_generates_with_a_plan_and_reports(model: str, plan: str, capsys: pytest.CaptureFixture[str]):

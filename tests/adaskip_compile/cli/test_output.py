@@ -35,8 +35,9 @@ def test_json_goes_to_a_file_beside_the_words(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path):
-    with pytest.raises(FileError, match=r"--json .*nowhere/results\.json: cannot be written"):
-        Output(str(tmp_path / "nowhere" / "results.json")).results({})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"--json .*file/results\.json: cannot be written \(Not a directory\)"):
+        Output(str(tmp_path / "file" / "results.json")).results({})
 
 
 def test_nobody_is_shown_a_progress_bar_when_output_is_piped():

@@ -24,7 +24,7 @@ class _Step:
     done: tuple[int, ...]
 
 
-class Program:
+class Executor:
     """Computes what a wiring computes, with the same inputs in order; ``compiled`` gives the code of each region."""
 
     def __init__(self, gm: fx.GraphModule, compiled: Mapping[Region, Callable[..., Any]]) -> None:

@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from adaskip_compile.program import Program
+from adaskip_compile.executor import Executor
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.outline_regions import Region, outline_regions
@@ -13,7 +13,7 @@ from tests.captures import run, scales_input, shared_captures, stream_of
 
 
 @pytest.mark.parametrize(("name", "cache"), [("llama", "dynamic"), ("gemma3_text", "static"), ("gpt2", "dynamic")])
-def test_a_program_computes_what_generated_code_computes(name, cache):
+def test_an_executor_computes_what_generated_code_computes(name, cache):
     for captured in shared_captures(name, cache):
         wiring = outline_regions(captured.gm, stream_of(captured.gm))
         paths = wiring.stream.paths
@@ -21,9 +21,9 @@ def test_a_program_computes_what_generated_code_computes(name, cache):
             probed = tuple(path for path in paths[:-3] if path not in skipped)
             passes = (InsertProbes(probed), SkipSublayers(skipped), EliminateDeadCode())
             result = run_pipeline(wiring.gm, wiring.stream, passes)
-            program = Program(result.gm, {region: region.gm.forward for region in wiring.regions})
+            executor = Executor(result.gm, {region: region.gm.forward for region in wiring.regions})
             scales = [scales_input(wiring.stream, dict.fromkeys(skipped, 0.9))] if skipped else []
-            got, wanted = run(program, captured, *scales), run(result.gm.forward, captured, *scales)
+            got, wanted = run(executor, captured, *scales), run(result.gm.forward, captured, *scales)
             torch.testing.assert_close(got.outputs, wanted.outputs, rtol=0, atol=0)
             torch.testing.assert_close(got.inputs, wanted.inputs, rtol=0, atol=0)
 
@@ -43,6 +43,6 @@ def test_values_are_forgotten_when_no_later_step_reads_them():
 
         return call
 
-    program = Program(wiring.gm, {region: watched(region) for region in wiring.regions})
-    run(program, prefill)
+    executor = Executor(wiring.gm, {region: watched(region) for region in wiring.regions})
+    run(executor, prefill)
     assert max(held) <= 2  # the stream before, and what came before all sublayers

@@ -1,0 +1,79 @@
+"""An inspection as tables for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adaskip_compile.cli.output import Output, add_row, new_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MEGA = 1e6
+
+
+def show(output: Output, report: dict[str, Any]) -> None:
+    """Print what :func:`adaskip_compile.inspection_report.inspection_report` gave."""
+    output.say(f"{report['model']}: {report['class']}, {report['parameters']:,} parameters, {report['dtype']}")
+    output.say()
+    if report["sublayers"]:
+        output.show(_sublayers(report))
+        output.say()
+        output.show(_predictions(report))
+        output.say(_how_timed(report["timer"]))
+        output.say()
+    for line in report["advice"]:
+        output.say(f"- {line}")
+
+
+def _sublayers(report: dict[str, Any]) -> Table:
+    rows = report["sublayers"]
+    phases = list(rows[0]["share"])
+    profiled = any(row["similarity"] is not None for row in rows)
+    planned = report["plan"] is not None
+    columns = ["sublayer", "kind", "parameters", "GFLOP", "weights MB", "moved MB", "cache MB"]
+    columns += [f"{phase} share" for phase in phases]
+    columns += ["similarity"] if profiled else []
+    columns += ["scale"] if profiled or planned else []
+    columns += ["prefill", "window", "steady"] if planned else []
+    title = f"{len(rows)} sublayers on the residual stream; cost of a prefill of {report['context']:,} tokens"
+    table = new_table(title, *columns)
+    for row in rows:
+        cost = row["cost"][phases[0]]
+        cells = [row["path"], row["kind"], f"{row['parameters']:,}", f"{cost['flops'] / 1e9:.3g}"]
+        cells += [f"{cost[part] / _MEGA:.3g}" for part in ("weight_bytes", "activation_bytes", "cache_bytes")]
+        cells += [f"{row['share'][phase]:.2%}" for phase in phases]
+        cells += [_number(row["similarity"])] if profiled else []
+        cells += [_number(row["scale"])] if profiled or planned else []
+        cells += list(row["phases"].values()) if planned else []
+        add_row(table, *cells, style="dim" if row["skipped"] else "")
+    return table
+
+
+def _predictions(report: dict[str, Any]) -> Table:
+    rows = report["predictions"]
+    phases = [phase for phase in rows[0] if phase != "context"]
+    names = list(rows[0][phases[0]]["speedup"])
+    columns = [f"{phase} {name}" for phase in phases for name in names]
+    table = new_table("Predicted speed-up", "context tokens", *(f"{phase} full" for phase in phases), *columns)
+    for row in rows:
+        full = [_duration(row[phase]["seconds"]) for phase in phases]
+        gains = [f"{row[phase]['speedup'][name]:.2f}x" for phase in phases for name in names]
+        add_row(
+            table, f"{row['context']:,}", *full, *gains, style="bold" if row["context"] == report["context"] else ""
+        )
+    return table
+
+
+def _how_timed(timer: dict[str, Any]) -> str:
+    if timer["kind"] == "measured":
+        return f"times measured at {', '.join(f'{context:,}' for context in timer['contexts'])} tokens on {timer['machine']}"
+    return f"uncalibrated: a roofline of {timer['flops']:.2g} operations and {timer['bandwidth']:.2g} bytes a second"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

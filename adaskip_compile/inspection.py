@@ -1,0 +1,274 @@
+"""What the compiler sees of a model before anything runs: its sublayers, what each costs, what a plan does to them.
+
+Everything follows from the graphs of the model's phases, captured without weights. Costs are expressions in
+batch ``b``, query tokens ``q`` and context tokens ``t``; a prefill has ``q = t``, a decode step ``q = 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import SimpleNamespace
+
+from torch import fx, nn
+
+from adaskip_compile.dispatch import passes_for
+from adaskip_compile.phase_graphs import PhaseGraph, capture_phases, longest_context
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.profiles import Profile
+from adaskip_passes.cost import Cost, CostTable, find_costs
+from adaskip_passes.errors import AdaSkipError, CaptureError
+from adaskip_passes.graph import fake_tensor
+from adaskip_passes.module_paths import source_name
+from adaskip_passes.pipeline import Pass, PassResult, run_pipeline
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.textual import diff_graphs, print_graph
+from adaskip_passes.traffic import parameters_behind
+
+PHASES = ("prefill", "decode")
+REST = "embedding, final norm and head"
+
+
+@dataclass(frozen=True)
+class InspectedSublayer:
+    """One sublayer. ``group`` numbers sublayers that cost the same; ``parameters`` counts those that it reads.
+
+    ``similarity`` and ``scale`` are None without a profile, ``skipped`` is None without a plan.
+    ``shared_with`` names sublayers that read its values, and so must be skipped with it.
+    """
+
+    path: str
+    kind: str
+    stateful: bool
+    group: int
+    parameters: int
+    shared_with: tuple[str, ...] = ()
+    similarity: float | None = None
+    scale: float | None = None
+    skipped: bool | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sublayers of one kind whose cost is the same in every phase; ``cost`` is by phase."""
+
+    index: int
+    kind: str
+    count: int
+    cost: Mapping[str, Cost]
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """Parameters that no sublayer holds, and why not: they always run."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassStep:
+    """What one pass does to the graph of one phase under the plan; ``diff`` is a unified diff of its text."""
+
+    phase: str
+    text: str
+    modified: bool
+    matched: int
+    nodes_before: int
+    nodes_after: int
+    diff: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in one model. ``rest`` is the cost by phase of all that is in no sublayer.
+
+    ``longest`` is the longest context that the model is made for, None where it does not say.
+    """
+
+    model: str
+    kind: str
+    dtype: str
+    parameters: int
+    longest: int | None = None
+    sublayers: tuple[InspectedSublayer, ...] = ()
+    groups: tuple[Group, ...] = ()
+    rest: Mapping[str, Cost] = field(default_factory=dict)
+    unmatched: tuple[Unmatched, ...] = ()
+    problems: tuple[str, ...] = ()
+    plan: SkipPlan | None = None
+    steps: tuple[PassStep, ...] = ()
+    graphs: tuple[PhaseGraph, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def phases(self) -> tuple[str, ...]:
+        """The phases that there is a graph of."""
+        return tuple(phase for phase in PHASES if phase in self.rest)
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """The paths that the plan skips from the first token on."""
+        return frozenset(sublayer.path for sublayer in self.sublayers if sublayer.skipped)
+
+    @property
+    def watched(self) -> frozenset[str]:
+        """The FFNs that are kept in prefill, and that each request decides on after its window."""
+        if self.plan is None or self.plan.beta is None or not self.plan.window:
+            return frozenset()
+        return frozenset(one.path for one in self.sublayers if one.kind == "ffn" and not one.stateful) - self.skipped
+
+
+def inspect_model(
+    model: nn.Module,
+    *,
+    name: str = "",
+    profile: Profile | None = None,
+    plan: SkipPlan | None = None,
+) -> Inspection:
+    """Return what the compiler finds in ``model``, which may be on the meta device and is not run.
+
+    ``profile`` and ``plan`` are taken to be of this model: check them first. What keeps a model from being
+    skipped is no error: it is in ``problems``.
+
+    Raises:
+        UnknownSublayerError: The plan names a sublayer that the model lacks.
+    """
+    found = Inspection(
+        model=name or type(model).__name__,
+        kind=type(model).__name__,
+        dtype=str(next((one.dtype for one in model.parameters()), "")).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        longest=longest_context(model),
+    )
+    try:
+        graphs = capture_phases(model)
+    except CaptureError as error:
+        return replace(found, problems=(str(error),))
+    problems = tuple(f"{graph.phase}: {problem}" for graph in graphs for problem in graph.stream.problems)
+    if problems or not graphs:
+        return replace(found, problems=problems or ("nothing was captured",), graphs=graphs)
+    found = _with_costs(replace(found, graphs=graphs), graphs)
+    found = _with_profile(found, profile)
+    return found if plan is None else _with_plan(found, plan)
+
+
+def _with_costs(found: Inspection, graphs: tuple[PhaseGraph, ...]) -> Inspection:
+    tables: dict[str, CostTable] = {}
+    rest: dict[str, Cost] = {}
+    for graph in graphs:
+        outside = _outside(graph.gm, graph.stream)
+        costs = find_costs(graph.gm, SimpleNamespace(sublayers=(*graph.stream.sublayers, outside)))
+        tables[graph.phase], rest[graph.phase] = costs, costs[REST]
+    first = graphs[0]
+    keys: dict[tuple[object, ...], int] = {}
+    numbers = {}
+    for sublayer in first.stream.sublayers:
+        costs = tuple(table.costs.get(sublayer.path, Cost()).parts() for table in tables.values())
+        numbers[sublayer.path] = keys.setdefault((sublayer.kind, sublayer.stateful, costs), len(keys))
+    groups = tuple(_group(index, first.stream, numbers, tables) for index in keys.values())
+    held = parameters_behind(first.gm.graph)
+    sublayers = tuple(
+        InspectedSublayer(
+            one.path, one.kind, one.stateful, numbers[one.path], _count(one.nodes, held), shared_with=one.shared_with
+        )
+        for one in first.stream.sublayers
+    )
+    unmatched = tuple(_unmatched(first, held))
+    return replace(found, sublayers=sublayers, groups=groups, rest=rest, unmatched=unmatched)
+
+
+def _outside(gm: fx.GraphModule, stream: ResidualStream) -> SimpleNamespace:
+    """Return all nodes that are in no sublayer, in the form of one: the cost analysis takes it for one."""
+    inside = {node for sublayer in stream.sublayers for node in sublayer.nodes}
+    nodes = tuple(node for node in gm.graph.nodes if node not in inside)
+    return SimpleNamespace(path=REST, kind="rest", nodes=nodes, stream_out=stream.sublayers[0].stream_in)
+
+
+def _group(
+    index: int, stream: ResidualStream, numbers: Mapping[str, int], tables: Mapping[str, Mapping[str, Cost]]
+) -> Group:
+    members = [sublayer for sublayer in stream.sublayers if numbers[sublayer.path] == index]
+    cost = {phase: table.get(members[0].path, Cost()) for phase, table in tables.items()}
+    return Group(index, members[0].kind, len(members), cost)
+
+
+def _count(nodes: Iterable[fx.Node], held: Mapping[fx.Node, frozenset[fx.Node]]) -> int:
+    """Return how many parameters ``nodes`` read, each once."""
+    read = {parameter for node in nodes for source in node.all_input_nodes for parameter in held.get(source, ())}
+    return sum(value.numel() for node in read if isinstance(value := fake_tensor(node), nn.Parameter))
+
+
+def _unmatched(graph: PhaseGraph, held: Mapping[fx.Node, frozenset[fx.Node]]) -> Iterable[Unmatched]:
+    """Yield the parameters that are read by no sublayer, with where they are read."""
+    order = {node: index for index, node in enumerate(graph.gm.graph.nodes)}
+    sublayers = graph.stream.sublayers
+    start, end = order[sublayers[0].nodes[0]], order[sublayers[-1].stream_out]
+    inside = {node for sublayer in sublayers for node in sublayer.nodes}
+    seen: set[fx.Node] = set()
+    for node in graph.gm.graph.nodes:
+        for parameter in frozenset().union(*(held.get(source, frozenset()) for source in node.all_input_nodes)):
+            value = fake_tensor(parameter)
+            if node in inside or node in held or parameter in seen or not isinstance(value, nn.Parameter):
+                continue
+            seen.add(parameter)
+            place = "before the first sublayer" if order[node] < start else "after the last sublayer"
+            if start <= order[node] <= end:
+                place = "between sublayers, where several of them read its result"
+            yield Unmatched(source_name(parameter), value.numel(), f"read {place}")
+
+
+def _with_profile(found: Inspection, profile: Profile | None) -> Inspection:
+    if profile is None:
+        return found
+    measured = {sublayer.path: sublayer for sublayer in profile.sublayers}
+    sublayers = tuple(
+        replace(one, similarity=measured[one.path].mean_similarity, scale=measured[one.path].mean_scale("token"))
+        if one.path in measured
+        else one
+        for one in found.sublayers
+    )
+    return replace(found, sublayers=sublayers)
+
+
+def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
+    for path in plan.paths:
+        found.graphs[0].stream.by_path(path)
+    sublayers = tuple(
+        replace(one, skipped=one.path in plan.scales, scale=plan.scales.get(one.path, one.scale))
+        for one in found.sublayers
+    )
+    found = replace(found, sublayers=sublayers, plan=plan)
+    try:
+        steps = tuple(step for graph in found.graphs for step in _dry_run(graph, found))
+    except AdaSkipError as error:
+        return replace(found, problems=(f"the plan cannot be carried out: {error}",))
+    return replace(found, steps=steps)
+
+
+def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
+    """Rewrite the graph of one phase as the plan says, the decode graph also as the window has it, and keep what changed."""
+    skipped = tuple(path for path in graph.stream.paths if path in found.skipped)
+    probed = tuple(path for path in graph.stream.paths if path in found.watched)
+    runs = [("prefill", ())] if graph.phase == "prefill" else [("steady", ())]
+    if graph.phase == "decode" and probed:
+        runs = [("window", probed), *runs]
+    for phase, probes in runs:
+        yield from _steps(graph, phase, passes_for(skipped, probes))
+
+
+def _steps(graph: PhaseGraph, phase: str, passes: tuple[Pass, ...]) -> Iterable[PassStep]:
+    diffs = []
+    text = print_graph(graph.gm)
+
+    def note(_: Pass, gm: fx.GraphModule, result: PassResult) -> None:
+        nonlocal text
+        before, text = text, print_graph(gm) if result.modified else text
+        diffs.append(diff_graphs(before, text, context=1))
+
+    result = run_pipeline(graph.gm, graph.stream, passes, [note])
+    for record, diff in zip(result.history, diffs, strict=True):
+        yield PassStep(
+            phase, record.text, record.modified, record.matched, record.nodes_before, record.nodes_after, diff
+        )

@@ -1,0 +1,112 @@
+"use strict";
+// The page: puts the figures of costs.js into the sections, and again whenever the context or the skip set changes.
+
+const byId = (id) => document.getElementById(id);
+const planned = report.plan !== null;
+const skipSets = planned ? { plan: new Set(report.sublayers.filter((row) => row.skipped).map((row) => row.path)) } : {};
+for (const [name, paths] of Object.entries(report.skip_sets)) skipSets[name] = new Set(paths);
+const names = Object.keys(skipSets);
+const contexts = sliderStops();
+const state = { context: report.context, set: names[0], chosen: 0, phase: phases[0] };
+
+function sliderStops() {
+  const most = Math.max(report.longest ?? 131072, report.context);
+  const stops = new Set([report.context]);
+  for (let power = 6; 2 ** power <= most; power += 0.25) stops.add(Math.round(2 ** power));
+  return [...stops].sort((a, b) => a - b);
+}
+
+const skipped = () => skipSets[state.set] ?? new Set();
+
+function showHead() {
+  document.title = `${report.model} · adaskip`;
+  byId("model").textContent = report.model;
+  byId("about").textContent =
+    `${report.class}, ${count(report.parameters)} parameters, ${report.dtype}, ${report.sublayers.length} sublayers`;
+  byId("footer").textContent = `Made by adaskip inspect, ${report.producer}. Everything on this page is in this file.`;
+  byId("advice").append(...report.advice.map((line) => make("li", {}, line)));
+  const timer = report.timer;
+  byId("timed").textContent = timer.kind === "measured"
+    ? `Times measured at ${timer.contexts.map(count).join(", ")} tokens on ${timer.machine}.`
+    : `Not calibrated: a roofline of ${operations(timer.flops)} operations and ${bytes(timer.bandwidth)} a second.`;
+}
+
+function tile(id, title, value, text, note) {
+  return make("div", { class: "tile" }, make("h3", {}, title), make("data", { id, value }, text), make("p", {}, note));
+}
+
+function showTiles() {
+  const tiles = phases.map((phase) => {
+    const time = predict(phase, state.context, skipped());
+    const note = `${duration(time.full)} → ${duration(time.without)}${phase === "decode" ? " a token" : ""}`;
+    return tile(`${phase}-speedup`, `${phase === "prefill" ? "Prefill" : "Decode"} speed-up`, time.speedup, `${time.speedup.toFixed(2)}×`, note);
+  });
+  const cache = cacheBytes(state.context, skipped());
+  const share = cache.full ? 1 - cache.without / cache.full : 0;
+  tiles.push(tile("cache-bytes", "KV cache", cache.without, bytes(cache.without), `${bytes(cache.full)} in full, ${(100 * share).toFixed(0)} % less`));
+  const left = report.sublayers.length - skipped().size;
+  tiles.push(tile("sublayers-run", "Sublayers run", left, `${left} of ${report.sublayers.length}`, `${skipped().size} skipped from the first token on`));
+  byId("tiles").replaceChildren(...tiles);
+}
+
+function showGains() {
+  const [first, last] = [contexts[0], contexts[contexts.length - 1]];
+  const place = (value) => Math.log(value / first) / Math.log(last / first || 2);
+  const lines = phases.map((phase) => contexts.map((context) => [context, predict(phase, context, skipped()).speedup]));
+  const high = Math.max(1.1, ...lines.flat().map(([, gain]) => gain)) * 1.03;
+  const marks = contexts.filter((context) => Number.isInteger(Math.log2(context)) && Math.log2(context) % 2 === 0);
+  const chart = frame({ width: byId("gain-chart").clientWidth, low: 1, high, xPlace: place, yLabel: "Predicted speed-up by context length", unit: "×",
+    xTicks: marks.map((context) => [context, context >= 1024 ? `${context / 1024} k` : String(context)]) });
+  chart.svg.append(draw("line", { class: "mark", x1: chart.x(state.context), x2: chart.x(state.context), y1: chart.top, y2: chart.bottom }));
+  lines.forEach((points, index) => {
+    const kind = index ? "ffn" : "attention";
+    chart.svg.append(draw("path", { class: `line ${kind}`, d: path(points.map(([x, y]) => [chart.x(x), chart.y(y)])) }));
+    const gain = predict(phases[index], state.context, skipped()).speedup;
+    chart.svg.append(draw("circle", { class: `dot ${kind}`, cx: chart.x(state.context), cy: chart.y(gain), r: 4.5 }));
+  });
+  const legend = make("ul", { class: "legend" }, ...phases.map((phase, index) => legendItem(index ? "ffn" : "attention", phase, "line")));
+  byId("gain-chart").replaceChildren(legend, chart.svg);
+}
+
+function update() {
+  const text = `${count(state.context)} tokens`;
+  byId("context").value = String(contexts.indexOf(state.context));
+  byId("context").setAttribute("aria-valuetext", text);
+  byId("context-value").textContent = text;
+  showTiles();
+  showGains();
+  showChosen();
+  showTable();
+  showFormulaValues();
+}
+
+function connect() {
+  const slider = byId("context");
+  slider.max = String(contexts.length - 1);
+  slider.addEventListener("input", () => { state.context = contexts[Number(slider.value)]; update(); });
+  byId("skip-set").append(...names.map((name) => make("option", { value: name }, name === "plan" ? `the plan (${skipSets.plan.size})` : `${skipSets[name].size} sublayers`)));
+  byId("skip-set").addEventListener("change", (event) => { state.set = event.target.value; showStream(); showSimilarity(); update(); });
+  byId("table-phase").append(...phases.map((phase) => make("option", { value: phase }, phase)));
+  byId("table-phase").addEventListener("change", (event) => { state.phase = event.target.value; showTable(); });
+  byId("filter").addEventListener("input", showTable);
+  addEventListener("resize", () => { showStream(); showSimilarity(); showGains(); });
+  byId("theme").addEventListener("click", () => {
+    const root = document.documentElement;
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+  });
+}
+
+showHead();
+if (report.sublayers.length) {
+  connect();
+  showStream();
+  showSimilarity();
+  showFormulas();
+  showPasses();
+  showRuntime();
+  update();
+} else {
+  byId("controls").hidden = true;
+  for (const section of document.querySelectorAll("main > section")) section.hidden = !section.querySelector("#advice");
+}

@@ -1,0 +1,183 @@
+"""How long a model's phases will take, and how much faster they are with sublayers skipped.
+
+Two ways to tell the time of a sublayer. :class:`Roofline` takes the larger of its operations at the machine's
+peak and its bytes at the memory's bandwidth: rough, but it needs nothing but the cost expressions, and a ratio
+of two times depends on the ratio of the two peaks alone. :class:`Measured` interpolates times that were
+measured on this machine (:mod:`adaskip_compile.cli.calibration`).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import sympy
+
+from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.inspection import Group, Inspection
+from adaskip_passes.cost import Cost
+from adaskip_passes.errors import OptionError
+
+CALIBRATION_FORMAT = DocumentFormat(
+    "adaskip-calibration", 1, remedy="measure this machine with `adaskip inspect MODEL --calibrate --calibration PATH`"
+)
+
+
+class Timer(Protocol):
+    """Tells how long one run of a sublayer of a group takes, and of all that is in no sublayer."""
+
+    def seconds(self, group: Group | None, cost: Cost, phase: str, context: int) -> float:
+        """Return seconds in ``phase`` at ``context`` tokens; ``group`` is None for the rest of the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """``max(flops / peak, bytes / bandwidth)``; peak in operations and bandwidth in bytes a second."""
+
+    flops: float
+    bandwidth: float
+
+    def seconds(self, group: Group | None, cost: Cost, phase: str, context: int) -> float:
+        """Return the longer of computing and moving; weights count with what else is moved."""
+        del group
+        at = cost_at(cost, phase, context)
+        return max(at["flops"] / self.flops, (at["weight_bytes"] + at["activation_bytes"]) / self.bandwidth)
+
+
+# Round figures of one socket or card, for a model that nothing was measured of. Ratios of times depend on
+# their quotient: about 13 operations a byte for a few CPU cores, 100 for an accelerator in half precision.
+ROOFLINES = {"cpu": Roofline(2e11, 1.5e10), "cuda": Roofline(2e14, 2e12)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times that were measured: ``tables[phase][group]`` holds seconds a query token at each of ``contexts``.
+
+    The last entry of a phase is that of the rest of the model. Between contexts and beyond them a token's time
+    is taken to be linear in the context, which it is where attention reads all tokens before it.
+    """
+
+    contexts: tuple[int, ...]
+    tables: Mapping[str, tuple[tuple[float, ...], ...]]
+    machine: str = ""
+
+    def seconds(self, group: Group | None, cost: Cost, phase: str, context: int) -> float:
+        """Return the interpolated seconds; never less than zero."""
+        del cost
+        table = self.tables[phase]
+        values = table[-1] if group is None else table[group.index]
+        tokens = context if phase == "prefill" else 1
+        return max(0.0, tokens * interpolate(self.contexts, values, context))
+
+    def save(self, path: str) -> None:
+        """Write the times to ``path``, whole or not at all; :class:`FileError` where that fails."""
+        CALIBRATION_FORMAT.write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str) -> Measured:
+        """Return the times in the file at ``path``; :class:`FileError` where it cannot be used."""
+        payload = CALIBRATION_FORMAT.read(path)
+        try:
+            tables = {phase: tuple(map(tuple, table)) for phase, table in payload["tables"].items()}
+            return cls(tuple(payload["contexts"]), tables, str(payload["machine"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CALIBRATION_FORMAT.damaged(path, f"it lacks {error}") from error
+
+    def check(self, found: Inspection) -> None:
+        """Raise :class:`OptionError` unless these times are of a model with as many groups and the same phases."""
+        for phase in found.phases:
+            if len(self.tables.get(phase, ())) != len(found.groups) + 1:
+                raise OptionError(
+                    f"the calibration was measured on another model: it has {len(self.tables.get(phase, ())) - 1} groups of "
+                    f"sublayers in {phase}, and {found.model} has {len(found.groups)}; measure again with --calibrate"
+                )
+
+
+def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
+    """Return the value at ``x`` of the broken line through ``xs`` (ascending) and ``ys``, going on straight at its ends.
+
+    >>> interpolate((1, 3), (10.0, 30.0), 2), interpolate((1, 3), (10.0, 30.0), 4), interpolate((5,), (7.0,), 1)
+    (20.0, 40.0, 7.0)
+    """
+    if len(xs) == 1:
+        return ys[0]
+    right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+    (x0, x1), (y0, y1) = xs[right - 1 : right + 1], ys[right - 1 : right + 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def cost_at(cost: Cost, phase: str, context: int) -> dict[str, float]:
+    """Return the parts of ``cost`` by name, for one sequence at ``context`` tokens: a prefill of them, or one more token."""
+    at = cost.at(q=context if phase == "prefill" else 1, t=context)
+    return {name: _number(part) for name, part in zip(PARTS, at.parts(), strict=True)}
+
+
+PARTS = ("flops", "weight_bytes", "activation_bytes", "cache_bytes")
+
+
+def _number(part: sympy.Expr) -> float:
+    value = float(part)
+    if not math.isfinite(value):
+        raise OptionError(f"the cost {part} is no number at this context length")
+    return value
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """What one phase takes at one context length: seconds of each group's sublayer, of the rest, and of the whole."""
+
+    groups: tuple[float, ...]
+    rest: float
+    full: float
+
+    def without(self, found: Inspection, skipped: Collection[str]) -> float:
+        """Return the seconds with the sublayers at the paths ``skipped`` left out: what stands for them is free."""
+        return self.full - math.fsum(self.groups[one.group] for one in found.sublayers if one.path in skipped)
+
+    def speedup(self, found: Inspection, skipped: Collection[str]) -> float:
+        """Return how many times faster the phase is with ``skipped`` left out."""
+        return self.full / self.without(found, skipped)
+
+
+def predict(found: Inspection, timer: Timer, phase: str, context: int) -> PhaseTime:
+    """Return what ``phase`` takes at ``context`` tokens in full, part by part."""
+    groups = tuple(timer.seconds(group, group.cost[phase], phase, context) for group in found.groups)
+    rest = timer.seconds(None, found.rest[phase], phase, context)
+    return PhaseTime(groups, rest, rest + math.fsum(groups[one.group] for one in found.sublayers))
+
+
+def likely_skips(found: Inspection, count: int) -> frozenset[str]:
+    """Return ``count`` sublayers to predict with where there is no plan.
+
+    The most similar ones where a profile is given; otherwise attentions, which are the most similar as a
+    rule, spread evenly, and never all of them.
+    """
+    if any(one.similarity is not None for one in found.sublayers):
+        ranked = sorted(found.sublayers, key=lambda one: -(one.similarity or 0.0))
+        return frozenset(one.path for one in ranked[:count])
+    attentions = [one.path for one in found.sublayers if one.kind == "attention"] or [
+        one.path for one in found.sublayers
+    ]
+    count = min(count, len(attentions) - 1)
+    return (
+        frozenset(attentions[index * len(attentions) // count] for index in range(count)) if count > 0 else frozenset()
+    )
+
+
+def default_contexts(context: int, longest: int | None = None) -> tuple[int, ...]:
+    """Return the context lengths to predict at: powers of two from 256 to ``longest`` (or 128 k), and ``context``.
+
+    >>> default_contexts(3000, 4096)
+    (256, 512, 1024, 2048, 3000, 4096)
+    """
+    most = longest or 2**17
+    return tuple(sorted({context, *(2**power for power in range(8, 21) if 2**power <= most)}))
+
+
+def as_plain(value: Any) -> Any:
+    """Return ``value`` rounded to what a person or a page reads of it: six figures."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adaskip_compile
+from adaskip_compile import dispatch
+from adaskip_compile.plans import SkipPlan
+from adaskip_passes.errors import FileError, PassError, VerificationError
+from tests.models import tiny, tokens
+
+ROOT = Path(__file__).parents[2]
+ATTENTION, FFN = "model.layers.0.self_attn", "model.layers.1.mlp"
+
+BROKEN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adaskip_passes.graph import call
+from adaskip_passes.pipeline import PassResult
+
+
+@dataclass(frozen=True)
+class WidenOutput:
+    """Give the first output another dtype, which no pass may."""
+
+    name: ClassVar[str] = "widen-output"
+    crash: bool = False
+
+    def apply(self, gm, stream):
+        output = gm.graph.output_node()
+        first, *rest = output.args[0]
+        with gm.graph.inserting_before(output):
+            wide = call(gm.graph, "to", first, torch.float64)
+        output.args = ((wide, *rest),)
+        if self.crash:
+            raise KeyError("output")
+        return PassResult(stream, True, 1)
+'''
+
+
+def run(folder: Path | None, **options):
+    model = tiny("llama")
+    plan = SkipPlan.from_scales({ATTENTION: 0.9, FFN: 1.1})
+    adaskip_compile.compile(model, plan, inner="eager", debug_dir=folder, **options)
+    model.generate(tokens(length=6), max_new_tokens=3, do_sample=False)
+    return model
+
+
+def repro(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "passes"), **environment}
+    command = [sys.executable, str(folder / "repro.py")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd="/")
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that puts the broken pass, with its options, in the middle of every pipeline."""
+    (tmp_path / "widen_output.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "widen_output", raising=False)
+    module = importlib.import_module("widen_output")
+    passes_for = dispatch.passes_for
+
+    def install(**options: bool) -> None:
+        def passes(*how):
+            probes, skips, dead = passes_for(*how)
+            return probes, skips, module.WidenOutput(**options), dead
+
+        monkeypatch.setattr(dispatch, "passes_for", passes)
+
+    return install
+
+
+def test_each_specialised_graph_has_a_folder(tmp_path: Path):
+    run(tmp_path / "debug")
+    folders = sorted((tmp_path / "debug").iterdir())
+    assert [folder.name for folder in folders][:2] == [
+        "001-LlamaForCausalLM-prefill-2-skipped-0-probed",
+        "002-LlamaForCausalLM-decode-2-skipped-0-probed",
+    ]
+    first = folders[0]
+    assert {file.name for file in first.iterdir()} == {
+        "0-captured.txt",
+        "1-insert-probes.txt",
+        "1-insert-probes.diff",
+        "2-skip-sublayers.txt",
+        "2-skip-sublayers.diff",
+        "3-eliminate-dead-code.txt",
+        "3-eliminate-dead-code.diff",
+        "graph.json",
+        "history.txt",
+        "repro.py",
+        "sublayers.txt",
+    }
+    captured, after = (first / "0-captured.txt").read_text(), (first / "3-eliminate-dead-code.txt").read_text()
+    assert "model.layers.0.self_attn.q_proj" in captured
+    assert "model.layers.0.self_attn.q_proj.weight)" not in after
+    assert "adaskip_scales" in (first / "2-skip-sublayers.diff").read_text()
+    assert (first / "1-insert-probes.diff").read_text() == ""
+    assert (
+        "2 skip-sublayers{paths=('model.layers.0.self_attn', 'model.layers.1.mlp')}\n    modified, matched 2"
+        in (first / "history.txt").read_text()
+    )
+
+
+def test_the_script_does_again_what_was_done(tmp_path: Path):
+    run(tmp_path)
+    folder = next(tmp_path.glob("*-decode-2-skipped-0-probed"))
+    found = repro(folder)
+    assert (found.returncode, found.stderr) == (0, "")
+    for step in ("2-skip-sublayers", "3-eliminate-dead-code"):
+        assert (folder / f"{step}.diff").read_text() in found.stdout
+
+
+def test_a_second_run_writes_beside_the_first(tmp_path: Path):
+    run(tmp_path)
+    names = {folder.name for folder in tmp_path.iterdir()}
+    run(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("crash", "kind", "reason"),
+    [
+        (False, VerificationError, "output 0 was torch.float32"),
+        (True, PassError, "failed: KeyError: 'output'"),
+    ],
+)
+def test_a_broken_pass_is_named_and_runs_again_alone(broken, crash: bool, kind: type, reason: str, tmp_path: Path):
+    broken(crash=crash)
+    with pytest.raises(kind, match="widen-output") as caught:
+        run(tmp_path / "debug")
+    (folder,) = (tmp_path / "debug").iterdir()
+    assert f"to see it alone: python {folder / 'repro.py'}" in str(caught.value)
+    assert (folder / "3-widen-output.diff").read_text().count(", f64)") == 1
+    assert "FAILED" in (folder / "history.txt").read_text()
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    (tmp_path / "widen_output.py").unlink()
+    found = repro(moved)
+    assert found.returncode == 1
+    assert found.stderr.startswith("widen-output fails: ")
+    assert reason in found.stderr
+    assert "# widen-output: FAILED, and left this" in found.stdout
+    assert ", f64)" in found.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"debug_dir=.*file/debug: cannot be written \(Not a directory\)"):
+        run(tmp_path / "file" / "debug")
+
+
+def test_nothing_is_written_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_is_silent_by_default_and_tells_all_where_asked(caplog: pytest.LogCaptureFixture, tmp_path: Path):
+    with caplog.at_level(logging.INFO, logger="adaskip_compile"):
+        run(tmp_path)
+    text = caplog.text
+    assert "LlamaForCausalLM: captured a prefill graph of 4 sublayers" in text
+    assert "LlamaForCausalLM: made the prefill graph that skips 2 and probes 0 sublayers" in text
+    assert f"graph before and after each pass: {tmp_path / '001'}" in text
+    script = "import logging, adaskip_compile; logging.getLogger('adaskip_compile.sessions').warning('heard')"
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ), cwd=ROOT)
+    assert found.stderr == ""

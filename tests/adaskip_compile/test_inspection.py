@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from adaskip_compile.identity import identify
+from adaskip_compile.inspection import REST, inspect_model
+from adaskip_compile.inspection_report import inspection_report
+from adaskip_compile.phase_graphs import capture_phases, hollow_copy
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.prediction import ROOFLINES, Measured, Roofline, likely_skips, predict
+from adaskip_passes.cost import find_costs
+from adaskip_passes.errors import OptionError, UnknownSublayerError
+from adaskip_passes.residual_stream import find_residual_stream
+from adaskip_passes.straighten_stream import straighten_stream
+from tests.models import FAMILIES, SIZES, capture, plain, tiny
+
+ATTENTION, FFN = "model.layers.{}.self_attn", "model.layers.{}.mlp"
+
+
+def on_meta(family: str, **overrides):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **overrides})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "cohere"])
+def test_what_is_captured_without_weights_costs_what_the_real_model_costs(family: str):
+    hollow = {graph.phase: find_costs(graph.gm, graph.stream) for graph in capture_phases(on_meta(family))}
+    for captured in capture(tiny(family)):
+        straighten_stream(captured.gm)
+        real = find_costs(captured.gm, find_residual_stream(captured.gm))
+        query, context = (33, 33) if captured.phase == "prefill" else (1, 77)
+        assert [str(cost.at(q=query, t=context)) for cost in hollow[captured.phase].costs.values()] == [
+            str(cost.at(q=query, t=context)) for cost in real.costs.values()
+        ]
+
+
+def test_the_window_of_a_sliding_attention_is_told_from_full_attention():
+    decode = capture_phases(on_meta("gemma3_text"))[1]
+    sliding, full = (find_costs(decode.gm, decode.stream)[ATTENTION.format(layer)] for layer in range(2))
+    assert sliding.at(t=1000).flops == sliding.at(t=5000).flops
+    assert full.at(t=1000).flops < full.at(t=5000).flops
+
+
+def test_a_model_is_captured_in_the_memory_of_its_names_and_left_as_it_is():
+    model = tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hollow = hollow_copy(model)
+    assert {value.untyped_storage().nbytes() for value in hollow.parameters()} == {4}
+    assert identify(hollow).structure == identify(model).structure
+    capture_phases(model)
+    assert model._compiled_call_impl is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "qwen3_moe", "cohere"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_is_in_one_sublayer_or_is_named(family: str, tied: bool):
+    found = inspect_model(on_meta(family, tie_word_embeddings=tied))
+    assert found.problems == ()
+    assert sum(one.parameters for one in (*found.sublayers, *found.unmatched)) == found.parameters
+    assert len({one.name for one in found.unmatched}) == len(found.unmatched)
+    assert "embed" in found.unmatched[0].name or "wte" in found.unmatched[0].name
+    assert found.unmatched[0].reason == "read before the first sublayer"
+
+
+def test_sublayers_that_cost_the_same_are_a_group():
+    found = inspect_model(on_meta("llama", num_hidden_layers=3))
+    assert [(group.kind, group.count) for group in found.groups] == [("attention", 3), ("ffn", 3)]
+    assert [one.group for one in found.sublayers] == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_plan_is_carried_out_on_paper_in_each_phase():
+    plan = SkipPlan.from_scales({ATTENTION.format(1): 0.9, FFN.format(0): 1.1})
+    found = inspect_model(on_meta("llama"), plan=plan)
+    assert found.skipped == {ATTENTION.format(1), FFN.format(0)}
+    assert {step.phase for step in found.steps} == {"prefill", "steady"}
+    skips = [step for step in found.steps if step.text.startswith("skip-sublayers")]
+    assert [(step.matched, step.modified) for step in skips] == [(2, True), (2, True)]
+    assert all("+%select: f32[] = .select(%adaskip_scales, 0, 1)" in step.diff for step in skips)
+    dead = [step for step in found.steps if step.text.startswith("eliminate-dead-code")]
+    assert all(step.nodes_after < step.nodes_before and "down_proj" in step.diff for step in dead)
+
+
+def test_with_a_threshold_the_window_is_probed():
+    from dataclasses import replace
+
+    plan = replace(SkipPlan.from_scales({ATTENTION.format(1): 0.9}, window=4), beta=0.9)
+    found = inspect_model(on_meta("llama"), plan=plan)
+    assert found.watched == {FFN.format(0), FFN.format(1)}
+    [probes] = [step for step in found.steps if step.text.startswith("insert-probes") and step.modified]
+    assert (probes.phase, probes.matched) == ("window", 2)
+    row = inspection_report(found, ROOFLINES["cpu"], 64)["sublayers"][1]
+    assert row["phases"] == {"prefill": "kept", "window": "probed", "steady": "open"}
+
+
+def test_a_plan_of_another_model_is_refused():
+    with pytest.raises(UnknownSublayerError, match=r"model\.layers\.7\.mlp"):
+        inspect_model(on_meta("llama"), plan=SkipPlan.from_scales({FFN.format(7): 1.0}))
+
+
+def test_a_model_without_a_stream_says_why_and_what_to_do():
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    found = inspect_model(model)
+    assert found.sublayers == ()
+    assert found.problems
+    report = inspection_report(found, ROOFLINES["cpu"], 64)
+    assert "nothing can be skipped" in report["advice"][0]
+    json.dumps(report)
+
+
+def test_a_model_of_no_library_is_inspected_too():
+    found = inspect_model(plain(layers=3, cached=True))
+    assert [one.path for one in found.sublayers][:2] == ["blocks.0.attention", "blocks.0.ffn"]
+    assert found.phases == ("prefill", "decode")
+
+
+def test_a_roofline_is_the_longer_of_computing_and_moving():
+    found = inspect_model(on_meta("llama"))
+    attention, ffn = found.groups
+    compute, memory = Roofline(1.0, math.inf), Roofline(math.inf, 1.0)
+    flops = 24576 * 10 + 256 * 10**2
+    assert predict(found, compute, "prefill", 10).groups == (flops, 36864 * 10)
+    moved = [sum(map(int, group.cost["decode"].at(t=99).parts()[1:3])) for group in (attention, ffn)]
+    assert predict(found, memory, "decode", 99).groups == tuple(moved)
+
+
+def test_the_speed_up_is_the_time_in_full_by_the_time_of_what_is_kept():
+    found = inspect_model(on_meta("llama"))
+    times = Measured((16, 64), {"prefill": ((1.0, 3.0), (2.0, 2.0), (4.0, 4.0)), "decode": ((5.0, 7.0),) * 3})
+    prefill = predict(found, times, "prefill", 32)
+    attention = 1.0 + 2.0 * 16 / 48
+    assert prefill.full == pytest.approx(32 * (2 * attention + 2 * 2.0 + 4.0))
+    skipped = {ATTENTION.format(0), FFN.format(1)}
+    assert prefill.speedup(found, skipped) == pytest.approx(prefill.full / (32 * (attention + 2.0 + 4.0)))
+    assert predict(found, times, "decode", 64).full == pytest.approx(5 * 7.0)
+
+
+def test_a_calibration_of_another_model_is_refused():
+    found = inspect_model(on_meta("llama"))
+    with pytest.raises(OptionError, match="measured on another model"):
+        Measured((16,), {"prefill": ((1.0,),) * 2, "decode": ((1.0,),) * 2}).check(found)
+
+
+def test_without_a_plan_attentions_are_spread_and_never_all_skipped():
+    found = inspect_model(on_meta("llama", num_hidden_layers=4))
+    assert likely_skips(found, 2) == {ATTENTION.format(0), ATTENTION.format(2)}
+    assert len(likely_skips(found, 16)) == 3
+
+
+def test_the_report_is_json_and_its_shares_add_up():
+    found = inspect_model(on_meta("llama"))
+    report = json.loads(json.dumps(inspection_report(found, ROOFLINES["cpu"], 128)))
+    rest = predict(found, ROOFLINES["cpu"], "prefill", 128)
+    assert sum(row["share"]["prefill"] for row in report["sublayers"]) == pytest.approx(1 - rest.rest / rest.full, 1e-4)
+    assert [row["context"] for row in report["predictions"]] == [128, 256]
+    assert report["groups"][0]["cost"]["decode"]["flops"]["text"] == "256*t + 24576"
+    assert report["advice"][-1].startswith("times are those of a roofline")
+    assert REST not in {row["path"] for row in report["sublayers"]}

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaskip_compile.inspection import Inspection, inspect_model
+from adaskip_compile.inspection_pages import inspection_page
+from adaskip_compile.inspection_report import inspection_report
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.prediction import ROOFLINES, Measured, Timer, cost_at, predict
+from adaskip_compile.profiles import Profile, SublayerProfile
+from tests.adaskip_compile.browsers import browser
+from tests.models import tiny
+
+MEASURED = Measured(
+    (64, 512, 2048),
+    {"prefill": ((2.0, 3.0, 9.0), (1.0, 1.5, 1.0), (0.1, 0.1, 0.1))}
+    | {"decode": ((2.0, 4.0, 8.0), (1.0, 1.0, 1.0), (3.0, 3.0, 3.0))},
+    "a test",
+)
+
+
+@functools.cache
+def inspected(layers: int = 3) -> Inspection:
+    plan = replace(
+        SkipPlan.from_scales({"model.layers.1.self_attn": 0.98, "model.layers.0.mlp": 1.02}, window=5), beta=0.9
+    )
+    model = tiny("llama", num_hidden_layers=layers, max_position_embeddings=8192)
+    bare = inspect_model(model)
+    measured = (
+        SublayerProfile(one.path, one.kind, one.stateful, (0.9,), (1.1,), (1.1,), (64,)) for one in bare.sublayers
+    )
+    return inspect_model(model, name="a </script> model", profile=Profile(None, tuple(measured)), plan=plan)
+
+
+def page_of(timer: Timer, folder: Path, **how: Any) -> str:
+    file = folder / "page.html"
+    file.write_text(inspection_page(inspection_report(inspected(), timer, 1000, **how)))
+    return file.as_uri()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as running:
+        yield running
+
+
+@pytest.fixture
+def visit(chromium: Any) -> Iterator[Any]:
+    """Return a function that opens a page, and check at the end that it asked for nothing and complained of nothing."""
+    context = chromium.new_context()
+    requests: list[str] = []
+    complaints: list[str] = []
+
+    def open_page(address: str) -> Any:
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        return page
+
+    yield open_page
+    assert complaints == []
+    assert [url for url in requests if not url.startswith("file://")] == []
+    assert len(requests) == 1
+    context.close()
+
+
+def slide(page: Any, stop: int) -> int:
+    """Move the slider to a stop and return the context length that it then shows."""
+    page.evaluate(
+        "stop => { const slider = document.getElementById('context'); slider.value = stop;"
+        "slider.dispatchEvent(new Event('input')); }",
+        stop,
+    )
+    return int(page.inner_text("#context-value").replace(",", "").split()[0])
+
+
+def value(page: Any, tile: str) -> float:
+    return float(page.get_attribute(f"#{tile}", "value"))
+
+
+@pytest.mark.parametrize("timer", [ROOFLINES["cpu"], MEASURED], ids=["roofline", "measured"])
+def test_the_slider_moves_figures_to_the_values_of_the_cost_model(timer: Timer, tmp_path: Path, visit: Any):
+    found = inspected()
+    page = visit(page_of(timer, tmp_path))
+    last = int(page.get_attribute("#context", "max"))
+    seen = set()
+    for stop in (0, 7, last // 2, last):
+        context = slide(page, stop)
+        seen.add(context)
+        for phase in found.phases:
+            expected = predict(found, timer, phase, context).speedup(found, found.skipped)
+            assert value(page, f"{phase}-speedup") == pytest.approx(expected, rel=1e-9)
+            assert f"{expected:.2f}\N{MULTIPLICATION SIGN}" in page.inner_text("#tiles")
+        kept = [one for one in found.sublayers if not one.skipped]
+        cache = sum(cost_at(found.groups[one.group].cost["decode"], "decode", context)["cache_bytes"] for one in kept)
+        assert value(page, "cache-bytes") == cache
+        for cell in page.query_selector_all("#formulas td[data-part]"):
+            group, phase, part = (cell.get_attribute(f"data-{name}") for name in ("group", "phase", "part"))
+            cost = found.groups[int(group)].cost if int(group) < len(found.groups) else found.rest
+            assert float(cell.inner_text().replace(",", "")) == round(cost_at(cost[phase], phase, context)[part])
+    assert len(seen) == 4
+    assert max(seen) == 8192
+
+
+def test_every_section_says_what_was_found(tmp_path: Path, visit: Any):
+    page = visit(page_of(ROOFLINES["cpu"], tmp_path))
+    assert page.inner_text("h1") == "a </script> model"
+    assert page.locator("#stream .phase").count() == 3
+    assert page.locator("#stream .phase").first.locator(".cell.skipped").count() == 2
+    assert page.locator("#stream .phase").last.locator(".cell.open").count() == 2
+    assert page.locator("#similarity-chart circle").count() == 6
+    assert page.locator("#table tbody tr").count() == 6
+    page.fill("#filter", "layers.1")
+    assert page.locator("#table tbody tr").count() == 2
+    page.locator("summary", has_text="skip-sublayers").first.click()
+    assert "adaskip_scales" in page.locator("details[open] pre .plus").first.inner_text()
+    assert page.locator("#runtime-section").is_hidden()
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_126_layers_stay_usable(width: int, tmp_path: Path, visit: Any):
+    found = inspected()
+    layers = (
+        replace(one, path=one.path.replace("layers.0", f"layers.{layer}"))
+        for layer in range(126)
+        for one in found.sublayers[:2]
+    )
+    file = tmp_path / "page.html"
+    file.write_text(inspection_page(inspection_report(replace(found, sublayers=tuple(layers)), ROOFLINES["cpu"], 1000)))
+    page = visit(file.as_uri())
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.locator("#stream .phase").first.locator(".cell").count() == 252
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    chains = page.locator(".chain")
+    assert all(chain.evaluate("box => box.scrollWidth <= box.clientWidth + 1") for chain in chains.all())
+    began = time.perf_counter()
+    for stop in range(10):
+        slide(page, stop)
+    assert time.perf_counter() - began < 10
+
+
+def test_the_chain_is_walked_with_the_keyboard(tmp_path: Path, visit: Any):
+    page = visit(page_of(ROOFLINES["cpu"], tmp_path))
+    page.locator("#stream .cell[tabindex='0']").first.focus()
+    for key, path in (("ArrowRight", "layers.0.mlp"), ("End", "layers.2.mlp"), ("Home", "layers.0.self_attn")):
+        page.keyboard.press(key)
+        assert path in page.inner_text("#chosen")
+    assert page.locator("#stream .phase").first.locator("[tabindex='0']").count() == 1
+
+
+def test_light_and_dark_are_told_apart(tmp_path: Path, chromium: Any):
+    grounds = {}
+    for scheme in ("light", "dark"):
+        page = chromium.new_page(color_scheme=scheme)
+        page.goto(page_of(ROOFLINES["cpu"], tmp_path))
+        grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.click("#theme")
+        grounds[f"not {scheme}"] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert grounds["light"] == grounds["not dark"] != grounds["dark"] == grounds["not light"]
+
+
+def test_a_model_without_a_stream_has_a_page_with_advice_only(tmp_path: Path, visit: Any):
+    found = Inspection("m", "M", "float32", 1, problems=("no stream",))
+    file = tmp_path / "page.html"
+    file.write_text(inspection_page(inspection_report(found, ROOFLINES["cpu"], 64)))
+    page = visit(file.as_uri())
+    assert "no stream" in page.inner_text("#advice")
+    assert page.locator("main > section:visible").count() == 1
+
+
+def test_what_really_ran_is_shown(tmp_path: Path, visit: Any):
+    tokens, seconds = {"prefill": 1234, "window": 5, "steady": 9}, {"prefill": 2.0, "window": 0.5, "steady": 0.9}
+    request: dict[str, Any] = {"number": 1, "batch": 1, "tokens": tokens, "seconds": seconds, "kv_bytes": 5_000_000}
+    request |= {"skipped": {"a": 1.0}, "extra": {}}
+    session: dict[str, Any] = {"requests": [request], "unskipped_graphs": [], "notes": ["a note"]}
+    session["graphs"] = [{"phase": "decode", "captured_because": "a guard"}]
+    page = visit(page_of(ROOFLINES["cpu"], tmp_path, runtime={"sessions": [session]}))
+    text = page.inner_text("#runtime-section")
+    assert "1,234" in text
+    assert "100 ms" in text
+    assert "5 MB" in text
+    assert "a note" in text
+    assert "A decode graph was captured because this did not hold: a guard" in text
+
+
+def test_the_page_names_no_other_file():
+    page = inspection_page(inspection_report(inspected(), ROOFLINES["cpu"], 1000))
+    data = page[page.index('id="report">') + len('id="report">') :]
+    assert json.loads(data[: data.index("</script>")].replace("\\u003c", "<"))["context"] == 1000
+    for outside in ("http://", "https://", "src=", "@import", "url("):
+        assert outside not in page.replace("http://www.w3.org/2000/svg", "")
