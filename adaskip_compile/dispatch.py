@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,9 @@ def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...]) -> tuple[Pass,
 
 
 _EAGER = Lowering("eager", "whole")
+# Of each graph, so many are kept, those last used: every request may choose FFNs of its own, and making a variant
+# again takes no longer than a step.
+_VARIANTS = 64
 
 
 class Dispatcher:
@@ -70,7 +74,7 @@ class Dispatcher:
 
     def __init__(self, session: Session, gm: fx.GraphModule, stream: ResidualStream) -> None:
         self.session, self.gm, self.stream = session, gm, stream
-        self.variants: dict[tuple[object, ...], Variant] = {}
+        self.variants: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
         self.lowering = Lowering(session.options.inner, session.options.regions)
         self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}
         self.calls = 0
@@ -209,11 +213,12 @@ class Dispatcher:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         lowering = _EAGER if self.session.learning else self.lowering
         key = (skipped, probed, lowering.inner)
-        if key not in self.variants:
-            with self._lock:
-                if key not in self.variants:
-                    self.variants[key] = self._specialise(skipped, probed, lowering)
-        return self.variants[key]
+        with self._lock:
+            variant = self.variants.pop(key, None) or self._specialise(skipped, probed, lowering)
+            self.variants[key] = variant  # the last used comes last
+            if len(self.variants) > _VARIANTS:
+                self.variants.popitem(last=False)
+        return variant
 
     def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], lowering: Lowering) -> Variant:
         started = time.perf_counter()

@@ -10,20 +10,18 @@ first k after the third are.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
+from adaskip_compile.cli.measure import Generation, generate, take_turns
 from adaskip_compile.plans import SkipPlan
+from bench.recording import cell, numbers, write
 
 EAGER = "eager"
 
@@ -42,12 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = take_turns(ways, arguments.rounds)
     rows = [_row(way, rounds) for way in ways]
     _show(rows, arguments)
-    if arguments.json:
-        text = json.dumps({**_circumstances(arguments), "rows": rows}, indent=1)
-        if arguments.json == "-":
-            sys.stdout.write(text + "\n")
-        else:
-            Path(arguments.json).write_text(text + "\n")
+    write({"rows": rows}, arguments)
     return 0
 
 
@@ -84,29 +77,15 @@ def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:
     row: dict[str, Any] = {"way": way, "kv_bytes": rounds[way][-1].cache_bytes}
     for phase in ("prefill", "decode"):
         times = [_seconds(run, phase) for run in rounds[way]]
-        row[phase] = _numbers(times)
+        row[phase] = numbers(times)
         for name, other in (("eager", EAGER), ("full", "0")):
             ratios = [_seconds(base, phase) / time for base, time in zip(rounds[other], times, strict=True)]
-            row[f"{phase}_vs_{name}"] = _numbers(ratios)
+            row[f"{phase}_vs_{name}"] = numbers(ratios)
     return row
 
 
 def _seconds(run: Generation, phase: str) -> float:
     return run.first if phase == "prefill" else run.steady(2)
-
-
-def _numbers(values: Sequence[float]) -> tuple[float, float, float]:
-    spread = Spread.of(values)
-    return round(spread.median, 5), round(spread.low, 5), round(spread.high, 5)
-
-
-def _circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "machine": f"{platform.machine()} {platform.processor()}".strip(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: value for name, value in vars(arguments).items() if name != "json"},
-    }
 
 
 def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -115,16 +94,11 @@ def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
     print("| skipped | prefill s | vs full | vs eager | decode ms | vs full | vs eager | KV MB |", file=out)
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", file=out)
     for row in rows:
-        cells = [_cell(row["prefill"], 1, 2)]
-        cells += [_cell(row[f"prefill_vs_{base}"], 1, 2) for base in ("full", "eager")]
-        cells += [_cell(row["decode"], 1e3, 1)]
-        cells += [_cell(row[f"decode_vs_{base}"], 1, 2) for base in ("full", "eager")]
+        cells = [cell(row["prefill"], 1, 2)]
+        cells += [cell(row[f"prefill_vs_{base}"], 1, 2) for base in ("full", "eager")]
+        cells += [cell(row["decode"], 1e3, 1)]
+        cells += [cell(row[f"decode_vs_{base}"], 1, 2) for base in ("full", "eager")]
         print(f"| {row['way']} | {' | '.join(cells)} | {row['kv_bytes'] / 1e6:.1f} |", file=out)
-
-
-def _cell(numbers: Sequence[float], factor: float, digits: int) -> str:
-    median, low, high = (f"{value * factor:.{digits}f}" for value in numbers)
-    return f"{median} ({low} to {high})"
 
 
 if __name__ == "__main__":
