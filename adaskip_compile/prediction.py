@@ -57,8 +57,8 @@ ROOFLINES = {"cpu": Roofline(2e11, 1.5e10), "cuda": Roofline(2e14, 2e12)}
 class Measured:
     """Times that were measured: ``tables[phase][group]`` holds seconds a query token at each of ``contexts``.
 
-    The last entry of a phase is that of the rest of the model. Between contexts and beyond them a token's time
-    is taken to be linear in the context, which it is where attention reads all tokens before it.
+    The last entry of a phase is that of the rest of the model. Between contexts a token's time is taken to be
+    linear in the context, which it is where attention reads all tokens before it.
     """
 
     contexts: tuple[int, ...]
@@ -98,16 +98,21 @@ class Measured:
 
 
 def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
-    """Return the value at ``x`` of the broken line through ``xs`` (ascending) and ``ys``, going on straight at its ends.
+    """Return the value at ``x`` of the broken line through ``xs`` (ascending) and ``ys``.
 
-    >>> interpolate((1, 3), (10.0, 30.0), 2), interpolate((1, 3), (10.0, 30.0), 4), interpolate((5,), (7.0,), 1)
-    (20.0, 40.0, 7.0)
+    Before its first point it stays as it is there. After its last point it goes on straight, but never falls: a
+    token takes no less time for more context, whatever the noise of two measurements says.
+
+    >>> interpolate((1, 3), (10.0, 30.0), 2), interpolate((1, 3), (10.0, 30.0), 4), interpolate((1, 3), (10.0, 30.0), 0)
+    (20.0, 40.0, 10.0)
+    >>> interpolate((1, 3), (30.0, 10.0), 4), interpolate((5,), (7.0,), 1)
+    (10.0, 7.0)
     """
-    if len(xs) == 1:
+    if len(xs) == 1 or x <= xs[0]:
         return ys[0]
-    right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+    right = min(bisect_right(xs, x), len(xs) - 1)
     (x0, x1), (y0, y1) = xs[right - 1 : right + 1], ys[right - 1 : right + 1]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x < x1 or y1 > y0 else y1
 
 
 def cost_at(cost: Cost, phase: str, context: int) -> dict[str, float]:

@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     from adaskip_compile.cli import inspection_tables
     from adaskip_compile.inspection_report import inspection_report
 
-    found = _inspect(arguments)
+    with output.status("capturing the graphs of the model, without its weights"):
+        found = _inspect(arguments)
     timer = _timer(arguments, found, output)
     runtime = common.read_report(arguments.runtime) if arguments.runtime else None
     report = inspection_report(found, timer, arguments.context, runtime=runtime)

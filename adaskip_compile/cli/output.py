@@ -55,6 +55,13 @@ class Output:
             task = bar.add_task(label, total=total)
             yield lambda: bar.advance(task)
 
+    @contextlib.contextmanager
+    def status(self, label: str) -> Iterator[None]:
+        """Show ``label`` while something of unknown length is done, on a terminal alone."""
+        console = Console(stderr=True)
+        with console.status(label) if console.is_terminal else contextlib.nullcontext():
+            yield
+
     def results(self, results: dict[str, Any]) -> None:
         """Write ``results`` as JSON to where it was asked for. A file is written whole or not at all."""
         if self.json_to is None:

@@ -36,11 +36,11 @@ function costAt(costs, phase, context) {
 }
 
 function interpolate(xs, ys, x) {
-  if (xs.length === 1) return ys[0];
+  if (xs.length === 1 || x <= xs[0]) return ys[0];
   let right = xs.findIndex((each) => each > x);
-  right = right < 0 ? xs.length - 1 : Math.max(right, 1);
+  if (right < 0) right = xs.length - 1;
   const [x0, x1, y0, y1] = [xs[right - 1], xs[right], ys[right - 1], ys[right]];
-  return y0 + ((y1 - y0) * (x - x0)) / (x1 - x0);
+  return x < x1 || y1 > y0 ? y0 + ((y1 - y0) * (x - x0)) / (x1 - x0) : y1;
 }
 
 // Seconds of one sublayer of a group; the rest of the model comes after the last group.

@@ -142,6 +142,13 @@ def test_the_speed_up_is_the_time_in_full_by_the_time_of_what_is_kept():
     assert predict(found, times, "decode", 64).full == pytest.approx(5 * 7.0)
 
 
+def test_noise_never_has_a_longer_context_take_no_time():
+    found = inspect_model(on_meta("llama"))
+    falling = Measured((16, 64), {"prefill": ((3.0, 1.0),) * 3, "decode": ((3.0, 1.0),) * 3})
+    assert predict(found, falling, "decode", 4096).full == pytest.approx(5 * 1.0)
+    assert predict(found, falling, "decode", 1).full == pytest.approx(5 * 3.0)
+
+
 def test_a_calibration_of_another_model_is_refused():
     found = inspect_model(on_meta("llama"))
     with pytest.raises(OptionError, match="measured on another model"):

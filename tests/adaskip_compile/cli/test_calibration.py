@@ -35,7 +35,7 @@ def test_the_time_of_each_sublayer_is_found_by_leaving_it_out(tmp_path: Path):
     done: list[int] = []
     measured = calibrate(model, found, contexts=(10, 40), rounds=2, advance=lambda: done.append(1))
     assert len(done) == steps(found, (10, 40), 2)
-    for context in (10, 25, 40, 100):
+    for context in (10, 25, 40, 100):  # between what was measured, and after it
         decode, prefill = (predict(found, measured, phase, context) for phase in ("decode", "prefill"))
         attention = 1e-3 * (3 + context / 100)
         assert (*decode.groups, decode.rest) == pytest.approx((attention, 2e-3, 5e-3))
