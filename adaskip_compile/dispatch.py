@@ -55,12 +55,11 @@ class Variant:
 
 def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...]) -> tuple[Pass, ...]:
     """Return the pipeline that specialises a graph."""
-    passes: list[Pass] = []
-    if probed:
-        passes.append(InsertProbes(probed))  # first: it needs the stream as captured, and only measures
-    if skipped:
-        passes.append(SkipSublayers(skipped))  # then the skips: probed sublayers stay, so the probes stand
-    return (*passes, EliminateDeadCode())  # last: what the skips have cut off
+    return (
+        InsertProbes(probed),  # first: it needs the stream as captured, and only measures
+        SkipSublayers(skipped),  # then the skips: probed sublayers stay, so the probes stand
+        EliminateDeadCode(),  # last: what the skips have cut off
+    )
 
 
 _EAGER = Lowering("eager", "whole")
