@@ -10,22 +10,19 @@ by the calibration and by the roofline of round figures.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.calibration import calibrate
-from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
+from adaskip_compile.cli.measure import Generation, Spread, take_turns
 from adaskip_compile.inspection import Inspection, inspect_model
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.prediction import ROOFLINES, Timer, predict
+from bench.recording import bench_parser, generate_under, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,24 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for context in arguments.contexts:
         rows += _measure(model, found, timers, context, arguments)
     _show(rows)
-    if arguments.json:
-        page = {"machine": platform.machine(), "torch": torch.__version__, **vars(arguments), "rows": rows}
-        Path(arguments.json).write_text(json.dumps(page, indent=1) + "\n")
+    write({"rows": rows}, arguments)
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
+    parser = bench_parser(str(__doc__), rounds=5)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096], metavar="TOKENS")
     parser.add_argument("--calibrate-at", type=int, nargs="+", default=[512, 1536, 4096], metavar="TOKENS")
     parser.add_argument("--skips", type=int, nargs="+", default=[4, 8, 16], metavar="K")
     parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="decoded a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
-    parser.add_argument("--json", metavar="PATH")
     return parser.parse_args(argv)
 
 
@@ -67,7 +56,11 @@ def _measure(
     ids = torch.randint(10, model.config.vocab_size, (1, context), generator=torch.manual_seed(0))
     attentions = [one.path for one in found.sublayers if one.kind == "attention"]
     sets = {count: attentions[3 : 3 + count] for count in (0, *arguments.skips)}
-    ways = {str(count): partial(_run, model, ids, chosen, arguments) for count, chosen in sets.items()}
+    plans = {
+        count: SkipPlan.from_scales(dict.fromkeys(chosen, 1.0)) if chosen else SkipPlan.none()
+        for count, chosen in sets.items()
+    }
+    ways = {str(count): partial(generate_under, model, ids, plan, arguments) for count, plan in plans.items()}
     take_turns(ways, 1)
     rounds = take_turns(ways, arguments.rounds)
     rows = []
@@ -83,12 +76,6 @@ def _measure(
                 row |= {name: predicted, f"{name}_error": predicted / measured.median - 1}
             rows.append(row)
     return rows
-
-
-def _run(model: Any, ids: torch.Tensor, skipped: Sequence[str], arguments: argparse.Namespace) -> Generation:
-    plan = SkipPlan.from_scales(dict.fromkeys(skipped, 1.0)) if skipped else SkipPlan.none()
-    adaskip_compile.compile(model, plan, inner=arguments.inner)
-    return generate(model, ids, arguments.new_tokens)
 
 
 def _seconds(run: Generation, phase: str) -> float:

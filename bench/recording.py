@@ -12,7 +12,28 @@ from typing import Any
 
 import torch
 
-from adaskip_compile.cli.measure import Spread
+import adaskip_compile
+from adaskip_compile.cli.measure import Generation, Spread, generate
+from adaskip_compile.plans import SkipPlan
+
+
+def bench_parser(description: str, **defaults: int) -> argparse.ArgumentParser:
+    """Return a parser of what every bench of generation takes, and of ``--context`` and ``--rounds`` where they have defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--json", metavar="PATH|-")
+    return parser
+
+
+def generate_under(model: Any, ids: torch.Tensor, plan: SkipPlan, arguments: argparse.Namespace) -> Generation:
+    """Generate ``--new-tokens`` after ``ids`` under ``plan``."""
+    adaskip_compile.compile(model, plan, inner=arguments.inner)
+    return generate(model, ids, arguments.new_tokens)
 
 
 def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from adaskip_compile.capture import capture_count
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
-from bench.recording import cell, numbers, write
+from bench.recording import bench_parser, cell, numbers, write
 
 STEPS = 6
 
@@ -67,14 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
-    parser.add_argument("--context", type=int, default=128, metavar="TOKENS")
+    parser = bench_parser(str(__doc__), context=128)
     parser.add_argument("--sets", type=int, default=200, metavar="N")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
-    parser.add_argument("--json", metavar="PATH|-")
     return parser.parse_args(argv)
 
 

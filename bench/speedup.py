@@ -21,7 +21,7 @@ import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import Generation, generate, take_turns
 from adaskip_compile.plans import SkipPlan
-from bench.recording import cell, numbers, write
+from bench.recording import bench_parser, cell, generate_under, numbers, write
 
 EAGER = "eager"
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways = {EAGER: partial(_eager, model, ids, arguments.new_tokens)}
     attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
     for count in (0, *arguments.skips):
-        ways[str(count)] = partial(_compiled, model, ids, arguments, _plan(attentions, count))
+        ways[str(count)] = partial(generate_under, model, ids, _plan(attentions, count), arguments)
     take_turns(ways, 1)  # captures and compiles; not timed
     rounds = take_turns(ways, arguments.rounds)
     rows = [_row(way, rounds) for way in ways]
@@ -45,16 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
-    parser.add_argument("--context", type=int, default=2048, metavar="TOKENS")
+    parser = bench_parser(str(__doc__), context=2048, rounds=5)
     parser.add_argument("--skips", type=int, nargs="+", default=[8, 16], metavar="K")
     parser.add_argument("--new-tokens", type=int, default=24, metavar="N", help="decoded a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
-    parser.add_argument("--json", metavar="PATH|-")
     return parser.parse_args(argv)
 
 
@@ -65,11 +58,6 @@ def _plan(attentions: Sequence[str], count: int) -> SkipPlan:
 def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
     with torch.compiler.set_stance("force_eager"):
         return generate(model, ids, new_tokens)
-
-
-def _compiled(model: Any, ids: torch.Tensor, arguments: argparse.Namespace, plan: SkipPlan) -> Generation:
-    adaskip_compile.compile(model, plan, inner=arguments.inner)
-    return generate(model, ids, arguments.new_tokens)
 
 
 def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:

@@ -13,15 +13,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import Generation, generate, take_turns
+from adaskip_compile.cli.measure import take_turns
 from adaskip_compile.plans import SkipPlan
-from bench.recording import cell, numbers, write
+from bench.recording import bench_parser, cell, generate_under, numbers, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
     steady = SkipPlan.from_scales(dict.fromkeys(attentions[3 : 3 + arguments.skip], 1.0))
     window = replace(steady, beta=2.0, window=10**6)
-    ways = {name: partial(_run, model, ids, plan, arguments) for name, plan in (("steady", steady), ("window", window))}
+    ways = {
+        name: partial(generate_under, model, ids, plan, arguments)
+        for name, plan in (("steady", steady), ("window", window))
+    }
     take_turns(ways, 1)  # captures and compiles; not timed
     rounds = take_turns(ways, arguments.rounds)
     pairs = list(zip(rounds["window"], rounds["steady"], strict=True))
@@ -50,22 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
-    parser.add_argument("--context", type=int, default=2048, metavar="TOKENS")
+    parser = bench_parser(str(__doc__), context=2048, rounds=5)
     parser.add_argument("--skip", type=int, default=8, metavar="K", help="attention sublayers skipped by both")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoded a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
-    parser.add_argument("--json", metavar="PATH|-")
     return parser.parse_args(argv)
-
-
-def _run(model: Any, ids: torch.Tensor, plan: SkipPlan, arguments: argparse.Namespace) -> Generation:
-    adaskip_compile.compile(model, plan, inner=arguments.inner)
-    return generate(model, ids, arguments.new_tokens)
 
 
 if __name__ == "__main__":
