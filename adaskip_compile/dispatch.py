@@ -156,7 +156,8 @@ class Dispatcher:
     def _adopt(self, inputs: Sequence[Any]) -> Request:
         """Return a request for a cache in unknown memory: one that has moved, or one filled by someone else."""
         entries = {path: inputs[places[0]] for path, places in self._cache_inputs.items()}
-        length = max(entry.shape[-2] for entry in entries.values())
+        # The size of a preallocated cache does not tell how many tokens it holds.
+        length = None if self._written else max(entry.shape[-2] for entry in entries.values())
         request = self.session.requests.moved(equal_groups(entries), length)
         if request is None:
             request = self._start()

@@ -131,13 +131,14 @@ class RequestTable:
             if len(self._by_storage) > 4096:
                 self._drop_expired()
 
-    def moved(self, groups: Sequence[frozenset[str]], length: int) -> Request | None:
+    def moved(self, groups: Sequence[frozenset[str]], length: int | None) -> Request | None:
         """Return the request whose cache came back in other memory, or None where it is no request of ours.
 
         ``groups`` are the sublayers with equal cache entries: all but one in each are holes. ``length``
-        is the number of tokens in the cache. A request whose old memory is gone has moved; one whose
-        memory still lives was copied, and so is the request. :class:`LegalityError` where there are
-        holes that fit no request: which member of a group is the real one is then not to be told.
+        is the number of tokens in the cache, None where that is not known. A request whose old memory is
+        gone has moved; one whose memory still lives was copied, and so is the request.
+        :class:`LegalityError` where there are holes that fit no request: which member of a group is the
+        real one is then not to be told.
         """
         with self._lock:
             fitting = [request for request in self.history if _fits(request, groups)]

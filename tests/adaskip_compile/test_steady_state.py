@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import SkipPlan
+from adaskip_compile import SkipPlan, dispatch
 from adaskip_compile.capture import capture_count
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
@@ -95,6 +95,19 @@ def test_a_switch_of_plan_captures_nothing(llama):
         got = run_request(llama, prompt, forced, cache=make_cache("dynamic", llama))
         assert_same(got, eager(llama, scales, prompt, forced))
         assert counts(llama)[:2] == warm[:2]
+
+
+def test_only_the_last_variants_are_kept(llama, monkeypatch):
+    monkeypatch.setattr(dispatch, "_VARIANTS", 2)
+    prompt, forced = tokens(1, 9), tokens(1, 3, seed=1)
+    plans = [{f"model.layers.{layer}.mlp": 0.9} for layer in (0, 1, 2, 3, 0)]
+    for scales in plans:
+        adaskip_compile.compile(llama, SkipPlan.from_scales(scales), inner="eager")
+        got = run_request(llama, prompt, forced, cache=make_cache("dynamic", llama))
+        assert_same(got, eager(llama, scales, prompt, forced))
+    graphs = [graph for session in adaskip_compile.report(llama).sessions for graph in session.graphs]
+    assert graphs
+    assert all(1 <= len(graph.variants) <= 2 for graph in graphs)
 
 
 def test_every_class_of_every_model_is_captured(llama):
