@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 
 from adaskip_passes.errors import CaptureError
-from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
-from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.straighten_stream import straightened_stream
 
 
 def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
@@ -43,5 +43,4 @@ def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
             f"the forward was captured in {len(graphs)} graphs, and an analysis needs one; "
             "TORCH_LOGS=graph_breaks shows where it breaks"
         )
-    straighten_stream(graphs[0])
-    return find_residual_stream(graphs[0])
+    return straightened_stream(graphs[0])

@@ -106,13 +106,11 @@ class Dispatcher:
         request = self._request(inputs)
         if self.calls == 1:
             request.captures.append(f"{self.stream.phase}: {self.captured_because or 'the first graph'}")
-        skipped = request.skipped
-        request.check(frozenset(skipped))
-        paths = tuple(path for path in self.stream.paths if path in skipped)
+        request.check(frozenset(request.skipped))
         phase = self._phase(request)
-        variant = self._variant(paths, self._probes(request, phase, skipped))
+        variant = self._variant_for(request, phase)
         started = time.perf_counter()
-        outputs = variant.run(*inputs, *self._scales(request, skipped, paths, inputs))
+        outputs = variant.run(*inputs, *self._scales(request, variant.skipped, inputs))
         request.seconds[phase] += time.perf_counter() - started
         variant.shapes.check(inputs, outputs)
         if phase == "prefill":
@@ -121,8 +119,7 @@ class Dispatcher:
 
     def prepare(self, request: Request) -> None:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
-        paths = tuple(path for path in self.stream.paths if path in request.skipped)
-        self._variant(paths, self._probes(request, self._phase(request), request.skipped))
+        self._variant_for(request, self._phase(request))
 
     def _phase(self, request: Request) -> str:
         if self.stream.phase == "prefill":
@@ -197,17 +194,22 @@ class Dispatcher:
             return ()
         return tuple(path for path in self._ffns if path not in skipped)
 
-    def _scales(
-        self, request: Request, skipped: dict[str, float], paths: tuple[str, ...], inputs: Sequence[Any]
-    ) -> tuple[torch.Tensor, ...]:
+    def _scales(self, request: Request, paths: tuple[str, ...], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Return the scales input of a variant that skips ``paths``: one tensor, or nothing where it skips none."""
         if not paths:
             return ()
         if paths not in request.scale_inputs:
             device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+            skipped = request.skipped
             values = [skipped.get(path, 1.0) for path in self.stream.paths]
             request.scale_inputs[paths] = torch.tensor(values, dtype=torch.float32, device=device)
         return (request.scale_inputs[paths],)
+
+    def _variant_for(self, request: Request, phase: str) -> Variant:
+        """Return the variant that ``request`` calls for in ``phase``."""
+        skipped = request.skipped
+        paths = tuple(path for path in self.stream.paths if path in skipped)
+        return self._variant(paths, self._probes(request, phase, skipped))
 
     def _variant(self, skipped: tuple[str, ...], probed: tuple[str, ...]) -> Variant:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.

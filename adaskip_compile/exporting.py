@@ -23,9 +23,9 @@ from adaskip_passes.bake_scales import BakeScales
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError
 from adaskip_passes.pipeline import Pass, run_pipeline
-from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.skip_sublayers import SkipSublayers
-from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.straighten_stream import straightened_stream
 
 RUNNER = "generate.py"
 
@@ -134,8 +134,7 @@ def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
 def _specialise(
     model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: StaticSteps, max_length: int
 ) -> SpecialisedPhase:
-    straighten_stream(phase.gm)
-    stream = find_residual_stream(phase.gm)
+    stream = straightened_stream(phase.gm)
     result = run_pipeline(phase.gm, stream, _passes(plan, stream))
     program = make_program(phase, result.gm, model, steps.cache, max_length)
     return SpecialisedPhase(phase, plan, result, program)

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaskip_compile.capture import constant_floats
 from adaskip_passes.errors import CaptureError
-from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
-from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.straighten_stream import straightened_stream
 
 # A prompt longer than a sliding window tells its cache from that of full attention.
 _PROMPT, _LONGEST_PROMPT = 20, 16_384
@@ -143,6 +143,5 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _phase_graph(gm: fx.GraphModule) -> PhaseGraph:
-    straighten_stream(gm)
-    stream = find_residual_stream(gm)
+    stream = straightened_stream(gm)
     return PhaseGraph(stream.phase, gm, stream)

@@ -16,8 +16,8 @@ from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
-from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.straighten_stream import straightened_stream
 
 
 class _Prober:
@@ -29,8 +29,7 @@ class _Prober:
         self.runs = 0
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        straighten_stream(gm)
-        stream = find_residual_stream(gm)
+        stream = straightened_stream(gm)
         self.streams.append(stream)
         probed = gm if stream.problems else run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
 

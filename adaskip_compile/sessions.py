@@ -23,8 +23,7 @@ from adaskip_compile.learning import Learner
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan, resolve_plan
 from adaskip_compile.requests import Request, RequestTable
-from adaskip_passes.residual_stream import find_residual_stream
-from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.straighten_stream import straightened_stream
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +113,7 @@ class Session:
         """Return what Dynamo shall call in place of the graph that it captured."""
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
             return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
-        straighten_stream(gm)
-        stream = find_residual_stream(gm).below(self._path_of(captured_module()))
+        stream = straightened_stream(gm).below(self._path_of(captured_module()))
         if stream.problems:
             stop = graph_break(gm)
             why = f"capture broke the forward in pieces: {stop}" if stop else "; ".join(stream.problems)

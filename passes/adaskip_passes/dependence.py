@@ -33,9 +33,7 @@ class Dependence:
         self._nodes = list(self.position)
         self._ancestors: list[int] = []
         written: dict[fx.Node, int] = {}
-        writes: dict[fx.Node, list[fx.Node]] = {}
-        for write in effects.writes:
-            writes.setdefault(write.node, []).append(write.root)
+        writes = effects.written()
         for node in self._nodes:
             bits = self._inherited(node, effects, written)
             self._ancestors.append(bits)

@@ -33,10 +33,9 @@ _IN_PLACE_OPERATORS = frozenset(
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE_OPERATORS)
 _CHECKS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range"})
 # They open and close what the nodes between them run under.
-_SCOPES = frozenset(
-    "_vmap_increment_nesting _vmap_decrement_nesting lazy_load_decompositions _set_grad_enabled _enter_autocast "
-    "_exit_autocast _enter_inference_mode _exit_inference_mode".split()
-)
+OPENING = frozenset({"_vmap_increment_nesting", "_enter_autocast", "_enter_inference_mode"})
+CLOSING = frozenset({"_vmap_decrement_nesting", "_exit_autocast", "_exit_inference_mode"})
+_SCOPES = OPENING | CLOSING | {"lazy_load_decompositions", "_set_grad_enabled"}
 
 
 def op_name(node: fx.Node) -> str:
@@ -68,9 +67,12 @@ class Effects:
     roots: dict[fx.Node, fx.Node]
     checks: frozenset[fx.Node]
 
-    def written_by(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """Return the roots that ``node`` writes; empty for most nodes."""
-        return tuple(write.root for write in self.writes if write.node is node)
+    def written(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return node -> the roots that it writes, for the nodes that write."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for write in self.writes:
+            found.setdefault(write.node, []).append(write.root)
+        return found
 
     def writers(self) -> dict[fx.Node, list[fx.Node]]:
         """Return root -> its writers in graph order."""

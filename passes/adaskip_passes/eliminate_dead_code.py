@@ -50,9 +50,7 @@ class EliminateDeadCode:
 def _dead_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the nodes to remove, users before what they use."""
     effects = find_effects(gm)
-    written = {}
-    for write in effects.writes:
-        written.setdefault(write.node, []).append(write.root)
+    written = effects.written()
     live: set[fx.Node] = set()
     read: set[fx.Node] = set()
     dead = []

@@ -18,13 +18,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaskip_passes.dependence import SHAPE_ONLY
-from adaskip_passes.effects import find_effects, op_name
+from adaskip_passes.effects import CLOSING, OPENING, find_effects, op_name
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import fake_tensor, fake_value, graph_module
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
-
-_OPENING = frozenset({"_vmap_increment_nesting", "_enter_autocast", "_enter_inference_mode"})
-_CLOSING = frozenset({"_vmap_decrement_nesting", "_exit_autocast", "_exit_inference_mode"})
 
 
 class Region:
@@ -90,6 +87,7 @@ def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
     Reads and writes of one memory keep their order.
     """
     effects = find_effects(gm)
+    writes = effects.written()
     fixed = _in_scopes(gm, {node: 2 * one.index + 1 for one in stream.sublayers for node in one.nodes})
     ends = {one.stream_out for one in stream.sublayers}
     parts: dict[fx.Node, int] = {}
@@ -100,7 +98,7 @@ def _parts(gm: fx.GraphModule, stream: ResidualStream) -> dict[fx.Node, int]:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         roots = {effects.roots[source] for source in node.all_input_nodes}
-        changed = effects.written_by(node)
+        changed = writes.get(node, ())
         before = [parts.get(source, 0) + (source in ends) for source in node.all_input_nodes]
         before += [written.get(root, 0) for root in roots] + [read.get(root, 0) for root in changed]
         earliest = max(before, default=0)
@@ -129,10 +127,10 @@ def _in_scopes(gm: fx.GraphModule, fixed: dict[fx.Node, int]) -> dict[fx.Node, i
     scoped = dict(fixed)
     for node in gm.graph.nodes:
         name = op_name(node) if node.op == "call_function" else ""
-        depth += name in _OPENING
+        depth += name in OPENING
         if depth:
             inside.append(node)
-        depth -= name in _CLOSING
+        depth -= name in CLOSING
         if inside and not depth:
             parts = {fixed[one] for one in inside if one in fixed}
             if len(parts) > 1:

@@ -42,7 +42,8 @@ def _write_node(gm: fx.GraphModule, node: fx.Node, symbols: dict[str, Any]) -> d
     stack = node.meta.get("nn_module_stack")
     if stack:
         entry["module"] = list(stack.values())[-1][0]
-    entry |= {key: node.meta[key] for key in (ADDED_BY,) if key in node.meta}
+    if ADDED_BY in node.meta:
+        entry[ADDED_BY] = node.meta[ADDED_BY]
     if node.op in ("get_attr", "call_module"):
         entry["attribute"] = _write_attribute(gm, str(node.target))
     return entry
@@ -93,7 +94,8 @@ def _read_graph(data: dict[str, Any], reader: ValueReader) -> fx.GraphModule:
             node.meta["nn_module_stack"] = {"": (entry["module"], torch.nn.Module)}
         if "source" in entry:
             node._dynamo_source = _Source(entry["source"])  # type: ignore[attr-defined]
-        node.meta.update({key: entry[key] for key in (ADDED_BY,) if key in entry})
+        if ADDED_BY in entry:
+            node.meta[ADDED_BY] = entry[ADDED_BY]
         nodes[entry["name"]] = node
     return fx.GraphModule(root, graph)
 

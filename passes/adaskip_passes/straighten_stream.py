@@ -29,6 +29,7 @@ from adaskip_passes.add_trees import leaves_of
 from adaskip_passes.dependence import Dependence
 from adaskip_passes.effects import find_effects, op_name
 from adaskip_passes.graph import ADDED_BY, call, fake_tensor, fake_value
+from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from adaskip_passes.stream_links import Link, find_chain, straight_sums
 
 _OUT_OF_PLACE = {
@@ -39,6 +40,12 @@ _OUT_OF_PLACE = {
     "mul_": "mul",
     "div_": "div",
 }
+
+
+def straightened_stream(gm: fx.GraphModule) -> ResidualStream:
+    """Straighten ``gm`` in place and return its residual stream: the first thing to do with a captured graph."""
+    straighten_stream(gm)
+    return find_residual_stream(gm)
 
 
 def straighten_stream(gm: fx.GraphModule) -> int:

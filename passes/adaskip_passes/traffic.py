@@ -28,7 +28,7 @@ class Traffic:
     """The bytes that regions of one graph move and hold."""
 
     def __init__(self, gm: fx.GraphModule, effects: Effects) -> None:
-        self._effects = effects
+        self._effects, self._written = effects, effects.written()
         self._parameters = parameters_behind(gm.graph)
         self._outputs = gm.graph.output_node().all_input_nodes
 
@@ -69,7 +69,7 @@ class Traffic:
         if node.op in ("placeholder", "output", "get_attr"):
             return _ZERO
         inputs = [source for source in node.all_input_nodes if source not in self._parameters]
-        written = self._effects.written_by(node)
+        written = self._written.get(node, ())
         if written:
             sources = [source for source in inputs if self._effects.roots[source] not in written]
             return 2 * sympy.Add(*map(_bytes, sources or inputs))
