@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from adaskip_compile.backend import compile
     from adaskip_compile.exporting import ExportedGraphs, export
     from adaskip_compile.options import Options
-    from adaskip_compile.plans import SkippedSublayer, SkipPlan, plan
+    from adaskip_compile.planning import plan
+    from adaskip_compile.plans import SkippedSublayer, SkipPlan
     from adaskip_compile.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling import profile
     from adaskip_compile.reports import Report, report
@@ -84,7 +85,7 @@ _HOMES = {
     "analyze": "analysis",
     "compile": "backend",
     "export": "exporting",
-    "plan": "plans",
+    "plan": "planning",
     "profile": "profiling",
     "report": "reports",
 }

@@ -13,7 +13,9 @@ import torch
 
 from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.options import Options
-from adaskip_compile.plans import SkipPlan, largest_skip, plan_by_options
+from adaskip_compile.planning import plan_by_options
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.policies import largest_skip
 from adaskip_compile.profiles import Profile, SublayerProfile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.residual_stream import ResidualStream

@@ -12,7 +12,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-from adaskip_compile.plans import SkipPlan, check_plan_options
+from adaskip_compile.planning import check_plan_options
+from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 

@@ -1,7 +1,8 @@
-"""Plans: what to skip, decided offline from a profile and online from a request's first tokens (AdaSkip section 3).
+"""Plans: what to skip, and the file of it.
 
-The offline choice is :func:`plan`, the online one :func:`extra_sublayers`. A skipped sublayer is replaced by
-b = scale * a (paper Eq. 4), with a the residual stream before it and b after it.
+The offline choice is :func:`adaskip_compile.planning.plan`, the online one, from a request's first tokens,
+:func:`extra_sublayers` (AdaSkip section 3). A skipped sublayer is replaced by b = scale * a (paper Eq. 4), with a
+the residual stream before it and b after it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,14 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
-from adaskip_compile.profiles import SCALE_KINDS, Profile, is_finite_number
-from adaskip_passes.errors import LegalityError, OptionError, PlanError, ProfileError, UnknownSublayerError
-
-if TYPE_CHECKING:
-    from adaskip_compile.options import Options
-
-POLICIES = ("adaskip",)
+from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
+from adaskip_passes.errors import LegalityError, PlanError, ProfileError, UnknownSublayerError
 
 PLAN_FORMAT = DocumentFormat(
     "adaskip-plan", 1, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
@@ -191,84 +187,6 @@ class SkipPlan:
             raise PLAN_FORMAT.damaged(path, error) from error
 
 
-def plan(
-    profile: Profile,
-    *,
-    skip: int = 8,
-    speedup: float | None = None,
-    policy: str = "adaskip",
-    context: int | None = None,
-    window: int = 20,
-    scale: str = "token",
-) -> SkipPlan:
-    """Choose offline what to skip: the sublayers, of all kinds in one ranking, that are most similar.
-
-    The threshold beta for the online choice is the smallest similarity among them.
-
-    Args:
-        profile: What was measured of the model.
-        skip: How many sublayers to skip.
-        speedup: The paper's target acceleration alpha, in place of ``skip``: skips 2m sublayers, where m = M - M/alpha
-            of M layers, a layer being two sublayers.
-        policy: How to choose; ``adaskip`` is the only policy.
-        context: Reserved for policies that depend on the context length; ``adaskip`` does not.
-        window: How many decoded tokens to measure before FFNs are added; 0 adds none.
-        scale: Which ratio makes up for a sublayer: ``token`` (paper Eq. 3) or ``frobenius`` (the authors' code).
-
-    Raises:
-        OptionError: An option has a value that it cannot take, or that is more than this model allows.
-    """
-    check_plan_options(skip=skip, speedup=speedup, policy=policy, window=window, scale=scale)
-    if context is not None:
-        raise OptionError(f"context={context!r} has no meaning to policy {policy!r}: leave it out")
-    chosen = {sublayer.path for sublayer in profile.ranking()[: _count_to_skip(profile, skip, speedup)]}
-    skipped = tuple(
-        SkippedSublayer(found.path, found.kind, found.stateful, found.mean_scale(scale), found.mean_similarity)
-        for found in profile.sublayers
-        if found.path in chosen
-    )
-    beta = min((found.mean_similarity for found in profile.sublayers if found.path in chosen), default=None)
-    return SkipPlan(skipped, beta, window, policy, scale, profile.model)
-
-
-def plan_by_options(profile: Profile, options: Options) -> SkipPlan:
-    """Return the plan that ``options`` ask for of ``profile``."""
-    return plan(
-        profile,
-        skip=options.skip,
-        speedup=options.speedup,
-        policy=options.policy,
-        window=options.window,
-        scale=options.scale,
-    )
-
-
-def resolve_plan(options: Options, identity: ModelIdentity | None) -> SkipPlan | None:
-    """Return the plan that ``options`` give, itself or by a profile, read from a file where they name one.
-
-    Args:
-        options: The options; None is returned where they give neither a plan nor a profile.
-        identity: The model that the plan is to be used for; None where there is none to check it against.
-
-    Raises:
-        FileError: A file cannot be used, or the plan or profile was made for another model.
-        OptionError: The options ask for more than the profiled model allows.
-    """
-    if options.plan is not None:
-        given = options.plan
-        found = given if isinstance(given, SkipPlan) else SkipPlan.load(given)
-        if identity is not None:
-            found.check(identity, source="this plan" if found is given else str(given))
-        return found
-    if options.profile is not None:
-        named = options.profile
-        profile = named if isinstance(named, Profile) else Profile.load(named)
-        if identity is not None:
-            profile.check(identity, source="this profile" if profile is named else str(named))
-        return plan_by_options(profile, options)
-    return None
-
-
 def extra_sublayers(
     plan: SkipPlan, window_stats: Mapping[str, tuple[float, float]], *, stateful: Collection[str] = ()
 ) -> dict[str, float]:
@@ -303,44 +221,3 @@ def extra_sublayers(
         # A sublayer that overflowed has no finite scale; it is kept.
         if path not in plan.scales and similarity >= beta and math.isfinite(scale)
     }
-
-
-def largest_skip(profile: Profile) -> int:
-    """Return how many sublayers of a model can be skipped at most: neither all of them nor its last attention."""
-    # The sequence length and the positions are read off an attention's cache, and some sublayer must be left to run.
-    ranking = profile.ranking()
-    attentions = [place for place, sublayer in enumerate(ranking) if sublayer.kind == "attention"]
-    return min(attentions[-1] if attentions else len(ranking), len(ranking) - 1)
-
-
-def check_plan_options(*, skip: int, speedup: float | None, policy: str, window: int, scale: str) -> None:
-    """Raise :class:`OptionError` for a value that no model could be planned with."""
-    if type(skip) is not int or skip < 0:
-        raise OptionError(f"skip={skip!r}: takes a number of sublayers, 0 or more")
-    if speedup is not None and (not is_finite_number(speedup) or speedup < 1):
-        raise OptionError(f"speedup={speedup!r}: takes a ratio of 1 or more, such as 1.14, or None")
-    if policy not in POLICIES:
-        raise OptionError(f"policy={policy!r}: takes one of {', '.join(POLICIES)}")
-    if type(window) is not int or window < 0:
-        raise OptionError(f"window={window!r}: takes a number of decoded tokens, 0 or more")
-    if scale not in SCALE_KINDS:
-        raise OptionError(f"scale={scale!r}: takes one of {', '.join(SCALE_KINDS)}")
-
-
-def _count_to_skip(profile: Profile, skip: int, speedup: float | None) -> int:
-    total, limit = len(profile.sublayers), largest_skip(profile)
-    # 2m = 2(M - M/alpha), with M = total / 2 layers
-    count = skip if speedup is None else round(total - total / speedup)
-    if count <= limit:
-        return count
-    asked = f"skip={skip}" if speedup is None else f"speedup={speedup} skips {count} sublayers, which"
-    why = f"at most {limit} of this model's {total} sublayers can be skipped"
-    if limit < total - 1:
-        why += f", because its most similar {limit + 1} hold every attention and one must stay"
-    remedy = "" if speedup is None else f"; the largest speedup is {_floor(total / (total - limit))}"
-    raise OptionError(f"{asked} is too many: {why}{remedy}")
-
-
-def _floor(ratio: float) -> float:
-    """Return ``ratio`` with two digits, rounded down, so that it is still allowed."""
-    return math.floor(ratio * 100) / 100

@@ -21,7 +21,8 @@ from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.identity import ModelIdentity, identify
 from adaskip_compile.learning import Learner
 from adaskip_compile.options import Options
-from adaskip_compile.plans import SkipPlan, resolve_plan
+from adaskip_compile.planning import resolve_plan
+from adaskip_compile.plans import SkipPlan
 from adaskip_compile.requests import Request, RequestTable
 from adaskip_passes.straighten_stream import straightened_stream
 

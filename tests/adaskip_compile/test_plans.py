@@ -15,16 +15,14 @@ from torch import nn
 
 from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.options import Options
+from adaskip_compile.planning import plan, plan_by_options, resolve_plan
 from adaskip_compile.plans import (
     PLAN_FORMAT,
     SkippedSublayer,
     SkipPlan,
     extra_sublayers,
-    largest_skip,
-    plan,
-    plan_by_options,
-    resolve_plan,
 )
+from adaskip_compile.policies import largest_skip
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import (
     DamagedFileError,
