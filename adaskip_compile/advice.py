@@ -48,11 +48,15 @@ def _structure(found: Inspection) -> Iterator[str]:
 
 
 def _profit(found: Inspection, timer: Timer, context: int) -> Iterator[str]:
-    skipped = found.skipped or likely_skips(found, min(_EXAMPLE_SKIPS, len(found.sublayers) // 2))
-    if not skipped:
+    likely = likely_skips(found, min(_EXAMPLE_SKIPS, len(found.sublayers) // 2))
+    planned = bool(found.skipped or found.skipped_at_last)
+    if not planned and not likely:
         return
-    what = f"the {len(skipped)} sublayers of the plan" if found.skipped else f"{len(skipped)} sublayers"
     for phase in found.phases:
+        skipped = found.skipped_in(phase) if planned else likely
+        if not skipped:
+            continue
+        what = f"the {len(skipped)} sublayers of the plan" if planned else f"{len(skipped)} sublayers"
         gains = {
             tokens: _gain(found, timer, phase, tokens, skipped) for tokens in default_contexts(context, found.longest)
         }

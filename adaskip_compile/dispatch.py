@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.errors import PassError, VerificationError
+from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import Pass, PassRecord, run_pipeline
@@ -94,6 +94,7 @@ class Dispatcher:
         }
         self._counters = tuple(place[node] for node in find_counters(gm, stream))
         self._token_input = _token_input(inputs, stream)
+        self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
         self._ffns = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and not item.stateful)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -106,8 +107,10 @@ class Dispatcher:
         request = self._request(inputs)
         if self.calls == 1:
             request.captures.append(f"{self.stream.phase}: {self.captured_because or 'the first graph'}")
-        request.check(frozenset(request.skipped))
         phase = self._phase(request)
+        if phase != "prefill":
+            request.take_ramp_steps(self._stateful)
+        request.check(frozenset(request.skipped))
         variant = self._variant_for(request, phase)
         started = time.perf_counter()
         outputs = variant.run(*inputs, *self._scales(request, variant.skipped, inputs))
@@ -119,7 +122,9 @@ class Dispatcher:
 
     def prepare(self, request: Request) -> None:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
-        self._variant_for(request, self._phase(request))
+        upcoming = replace(request, scales=dict(request.scales), extra=dict(request.extra), scale_inputs={})
+        upcoming.take_ramp_steps(self._stateful)
+        self._variant_for(upcoming, self._phase(upcoming))
 
     def _phase(self, request: Request) -> str:
         if self.stream.phase == "prefill":
@@ -139,11 +144,16 @@ class Dispatcher:
     def _start(self) -> Request:
         session = self.session
         plan = session.plan_for_new_request()
-        for path in plan.paths:
+        for path in plan.all_paths:
             self.stream.by_path(path)
-        stateful = {sublayer.path for sublayer in self.stream.sublayers if sublayer.stateful}
+        for step in plan.ramp:
+            for path in self._stateful.intersection(step.resumed):
+                raise LegalityError(
+                    f"the plan's ramp lets {path} run again after {step.after} decoded tokens: it is stateful, and has no "
+                    "cache entries for the tokens before; only stateless sublayers can run again"
+                )
         return session.requests.start(
-            plan, scales=plan.scales, holes=frozenset(plan.paths) & stateful, learning=session.learning
+            plan, scales=plan.scales, holes=self._stateful.intersection(plan.paths), learning=session.learning
         )
 
     def _starts_over(self, inputs: Sequence[Any]) -> bool:

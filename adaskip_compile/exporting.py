@@ -21,7 +21,7 @@ from adaskip_compile.programs import make_program
 from adaskip_compile.static_capture import CapturedPhase, StaticSteps, capture_steps, check_max_length
 from adaskip_passes.bake_scales import BakeScales
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.errors import CaptureError, LegalityError, OptionError
+from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
 from adaskip_passes.pipeline import Pass, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.skip_sublayers import SkipSublayers
@@ -128,6 +128,11 @@ def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
     found = plan if isinstance(plan, SkipPlan) else SkipPlan.load(plan)
     found.check(identity, source="this plan" if found is plan else str(plan))
     found.check_paths(model)
+    if found.ramp:
+        raise PlanError(
+            "this plan has a ramp, and programs do not change while they run: make a plan that skips the same in prefill "
+            "and decode, or give other FFNs to skip in decode as decode_plan="
+        )
     return found
 
 

@@ -6,28 +6,27 @@ batch ``b``, query tokens ``q`` and context tokens ``t``; a prefill has ``q = t`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import SimpleNamespace
 
 from torch import fx, nn
 
 from adaskip_compile.dispatch import passes_for
+from adaskip_compile.model_costs import Group, find_model_costs
 from adaskip_compile.phase_graphs import PhaseGraph, capture_phases, longest_context
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import Profile
-from adaskip_passes.cost import Cost, CostTable, find_costs
+from adaskip_passes.cost import Cost
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.module_paths import source_name
 from adaskip_passes.pipeline import Pass, PassResult, run_pipeline
-from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.textual import diff_graphs, print_graph
 from adaskip_passes.traffic import parameters_behind
 
 PHASES = ("prefill", "decode")
-REST = "embedding, final norm and head"
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,6 @@ class InspectedSublayer:
     similarity: float | None = None
     scale: float | None = None
     skipped: bool | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sublayers of one kind whose cost is the same in every phase; ``cost`` is by phase."""
-
-    index: int
-    kind: str
-    count: int
-    cost: Mapping[str, Cost]
 
 
 @dataclass(frozen=True)
@@ -113,11 +102,21 @@ class Inspection:
         return frozenset(sublayer.path for sublayer in self.sublayers if sublayer.skipped)
 
     @property
+    def skipped_at_last(self) -> frozenset[str]:
+        """The paths that the plan skips once its ramp is over; without a ramp those of :attr:`skipped`."""
+        return self.plan.paths_at(math.inf) if self.plan is not None else frozenset()
+
+    def skipped_in(self, phase: str) -> frozenset[str]:
+        """Return the paths that the plan skips in ``phase``, in decode once its ramp is over."""
+        return self.skipped if phase == "prefill" else self.skipped_at_last
+
+    @property
     def watched(self) -> frozenset[str]:
         """The FFNs that are kept in prefill, and that each request decides on after its window."""
         if self.plan is None or self.plan.beta is None or not self.plan.window:
             return frozenset()
-        return frozenset(one.path for one in self.sublayers if one.kind == "ffn" and not one.stateful) - self.skipped
+        ffns = frozenset(one.path for one in self.sublayers if one.kind == "ffn" and not one.stateful)
+        return ffns - self.plan.paths_at(0)
 
 
 def inspect_model(
@@ -155,19 +154,9 @@ def inspect_model(
 
 
 def _with_costs(found: Inspection, graphs: tuple[PhaseGraph, ...]) -> Inspection:
-    tables: dict[str, CostTable] = {}
-    rest: dict[str, Cost] = {}
-    for graph in graphs:
-        outside = _outside(graph.gm, graph.stream)
-        costs = find_costs(graph.gm, SimpleNamespace(sublayers=(*graph.stream.sublayers, outside)))
-        tables[graph.phase], rest[graph.phase] = costs, costs[REST]
     first = graphs[0]
-    keys: dict[tuple[object, ...], int] = {}
-    numbers = {}
-    for sublayer in first.stream.sublayers:
-        costs = tuple(table.costs.get(sublayer.path, Cost()).parts() for table in tables.values())
-        numbers[sublayer.path] = keys.setdefault((sublayer.kind, sublayer.stateful, costs), len(keys))
-    groups = tuple(_group(index, first.stream, numbers, tables) for index in keys.values())
+    costs = find_model_costs({graph.phase: (graph.gm, graph.stream) for graph in graphs})
+    numbers = {one.path: one.group for one in costs.sublayers}
     held = parameters_behind(first.gm.graph)
     sublayers = tuple(
         InspectedSublayer(
@@ -176,22 +165,7 @@ def _with_costs(found: Inspection, graphs: tuple[PhaseGraph, ...]) -> Inspection
         for one in first.stream.sublayers
     )
     unmatched = tuple(_unmatched(first, held))
-    return replace(found, sublayers=sublayers, groups=groups, rest=rest, unmatched=unmatched)
-
-
-def _outside(gm: fx.GraphModule, stream: ResidualStream) -> SimpleNamespace:
-    """Return all nodes that are in no sublayer, in the form of one: the cost analysis takes it for one."""
-    inside = {node for sublayer in stream.sublayers for node in sublayer.nodes}
-    nodes = tuple(node for node in gm.graph.nodes if node not in inside)
-    return SimpleNamespace(path=REST, kind="rest", nodes=nodes, stream_out=stream.sublayers[0].stream_in)
-
-
-def _group(
-    index: int, stream: ResidualStream, numbers: Mapping[str, int], tables: Mapping[str, Mapping[str, Cost]]
-) -> Group:
-    members = [sublayer for sublayer in stream.sublayers if numbers[sublayer.path] == index]
-    cost = {phase: table.get(members[0].path, Cost()) for phase, table in tables.items()}
-    return Group(index, members[0].kind, len(members), cost)
+    return replace(found, sublayers=sublayers, groups=costs.groups, rest=costs.rest, unmatched=unmatched)
 
 
 def _count(nodes: Iterable[fx.Node], held: Mapping[fx.Node, frozenset[fx.Node]]) -> int:
@@ -233,10 +207,10 @@ def _with_profile(found: Inspection, profile: Profile | None) -> Inspection:
 
 
 def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
-    for path in plan.paths:
+    for path in plan.all_paths:
         found.graphs[0].stream.by_path(path)
     sublayers = tuple(
-        replace(one, skipped=one.path in plan.scales, scale=plan.scales.get(one.path, one.scale))
+        replace(one, skipped=one.path in plan.scales, scale=plan.all_scales.get(one.path, one.scale))
         for one in found.sublayers
     )
     found = replace(found, sublayers=sublayers, plan=plan)
@@ -249,13 +223,15 @@ def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
 
 def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
     """Rewrite the graph of one phase as the plan says, the decode graph also as the window has it, and keep what changed."""
-    skipped = tuple(path for path in graph.stream.paths if path in found.skipped)
+    assert found.plan is not None
     probed = tuple(path for path in graph.stream.paths if path in found.watched)
-    runs = [("prefill", ())] if graph.phase == "prefill" else [("steady", ())]
+    runs = [("prefill", found.skipped, ())] if graph.phase == "prefill" else [("steady", found.skipped_at_last, ())]
     if graph.phase == "decode" and probed:
-        runs = [("window", probed), *runs]
-    for phase, probes in runs:
-        yield from _steps(graph, phase, passes_for(skipped, probes))
+        runs = [("window", found.plan.paths_at(0), probed), *runs]
+    for phase, skipped, probes in runs:
+        yield from _steps(
+            graph, phase, passes_for(tuple(path for path in graph.stream.paths if path in skipped), probes)
+        )
 
 
 def _steps(graph: PhaseGraph, phase: str, passes: tuple[Pass, ...]) -> Iterable[PassStep]:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from adaskip_compile.advice import advise
-from adaskip_compile.inspection import Group, InspectedSublayer, Inspection
+from adaskip_compile.inspection import InspectedSublayer, Inspection
+from adaskip_compile.model_costs import Group
 from adaskip_compile.plans import PLAN_FORMAT
 from adaskip_compile.prediction import (
     PARTS,
@@ -60,7 +61,8 @@ def inspection_report(
 def skip_sets(found: Inspection) -> dict[str, frozenset[str]]:
     """Return the skip sets to predict with, by name: the plan's, or examples of 4, 8 and 16 where there is none."""
     if found.plan is not None:
-        return {"plan": found.skipped}
+        later = found.skipped_at_last
+        return {"plan": found.skipped} | ({"plan in decode": later} if later != found.skipped else {})
     counts = [count for count in _EXAMPLE_COUNTS if count < len(found.sublayers)] or [len(found.sublayers) // 2]
     return {f"skip {len(chosen)}": chosen for count in counts if (chosen := likely_skips(found, count))}
 
@@ -83,9 +85,15 @@ def phase_states(found: Inspection, one: InspectedSublayer) -> dict[str, str] | 
     """Return whether a sublayer is kept or skipped in each phase of a request; None without a plan."""
     if one.skipped is None:
         return None
-    state = "skipped" if one.skipped else "kept"
+    assert found.plan is not None
     watched = one.path in found.watched
-    return {"prefill": state, "window": "probed" if watched else state, "steady": "open" if watched else state}
+    begins = "skipped" if one.path in found.plan.paths_at(0) else "kept"
+    ends = "skipped" if one.path in found.skipped_at_last else "kept"
+    return {
+        "prefill": "skipped" if one.skipped else "kept",
+        "window": "probed" if watched else begins,
+        "steady": "open" if watched and ends == "kept" else ends,
+    }
 
 
 def _sublayer(

@@ -5,18 +5,19 @@ What is remembered is the profile: it holds whatever options the next process pl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from adaskip_compile.identity import ModelIdentity
+from adaskip_compile.model_costs import ModelCosts
 from adaskip_compile.options import Options
 from adaskip_compile.planning import plan_by_options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.policies import largest_skip
-from adaskip_compile.profiles import Profile, SublayerProfile
+from adaskip_compile.profiles import LayerProfile, Profile, SublayerProfile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.residual_stream import ResidualStream
 
@@ -75,15 +76,23 @@ class Learner:
         try:
             return plan_by_options(profile, self.options)
         except OptionError as error:
-            most = largest_skip(profile)
+            most = largest_skip(profile, self.options.policy, self.options.seed)
             self._note(f"{error}; skips {most}")
             return plan_by_options(profile, replace(self.options, skip=most, speedup=None))
 
 
 def make_profile(
-    identity: ModelIdentity | None, stream: ResidualStream, rows: list[torch.Tensor], tokens: list[int]
+    identity: ModelIdentity | None,
+    stream: ResidualStream,
+    rows: list[torch.Tensor],
+    tokens: list[int],
+    layers: Sequence[tuple[str, ...]] = (),
+    costs: ModelCosts | None = None,
 ) -> Profile:
-    """Return the profile of ``rows``, one ``f32[sublayers, 3]`` a sample in the order of ``insert-probes``."""
+    """Return the profile of ``rows``, one ``f32[sublayers + layers, 3]`` a sample in the order of ``insert-probes``.
+
+    ``layers`` are those that were measured as one, beside the sublayers; ``costs`` is what all of them cost.
+    """
     table = torch.stack(rows).double().cpu().tolist()
     sublayers = tuple(
         SublayerProfile(
@@ -97,4 +106,8 @@ def make_profile(
         )
         for index, sublayer in enumerate(stream.sublayers)
     )
-    return Profile(identity, sublayers)
+    measured = tuple(
+        LayerProfile(layer, tuple(sample[index][0] for sample in table))
+        for index, layer in enumerate(layers, start=len(sublayers))
+    )
+    return Profile(identity, sublayers, measured, costs)

@@ -12,8 +12,10 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-from adaskip_compile.planning import check_plan_options
+from adaskip_compile.planning import check_goal, check_plan_options
 from adaskip_compile.plans import SkipPlan
+from adaskip_compile.policies import PROFILED_POLICIES
+from adaskip_compile.prediction import Measured, Roofline
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 
@@ -40,10 +42,25 @@ class Options:
     """How many sublayers to skip, where no plan is given."""
 
     speedup: float | None = None
-    """The target acceleration, in place of `skip`: 1.14 skips 8 of 64 sublayers, 1.33 skips 16."""
+    """In place of `skip`, the target acceleration (1.14 skips 8 of 64 sublayers, 1.33 skips 16); with `context`, the ratio of times."""
 
     policy: str = "adaskip"
-    """How to choose the sublayers: `adaskip` ranks them by similarity."""
+    """How to choose the sublayers: `adaskip` ranks them by similarity; the others are explained in `adaskip plan --help`."""
+
+    seed: int = 0
+    """What the policy `random` draws with."""
+
+    phase: str = "both"
+    """Where to skip: in `both` phases, or only in `prefill` or `decode`."""
+
+    context: int | None = None
+    """The context length at which prefill and decode are to be `speedup` times as fast, by predicted times."""
+
+    times: Measured | Roofline | str | os.PathLike[str] | None = None
+    """What tells times for `context`: a calibration or the file of one; a roofline of round figures by default."""
+
+    max_loss: float | None = None
+    """The loss in nats a token that the profile's joint order predicts at most, in place of `skip`."""
 
     window: int = 20
     """How many decoded tokens of a request are measured before it skips further FFNs; 0 for none."""
@@ -67,9 +84,7 @@ class Options:
     """Where to write each graph before and after every pass, with a `repro.py` that runs the passes again; None for nowhere."""
 
     def __post_init__(self) -> None:
-        check_plan_options(
-            skip=self.skip, speedup=self.speedup, policy=self.policy, window=self.window, scale=self.scale
-        )
+        self._check_planning()
         self._check_type("plan", SkipPlan)
         self._check_type("profile", Profile)
         self._check_type("cache_dir")
@@ -82,6 +97,18 @@ class Options:
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r}: takes one of {', '.join(known)}")
 
+    def _check_planning(self) -> None:
+        choice = {"skip": self.skip, "window": self.window, "scale": self.scale, "seed": self.seed, "phase": self.phase}
+        check_plan_options(speedup=self.speedup, policy=self.policy, **choice)
+        self._check_type("times", Measured, Roofline)
+        timed = self.times is not None
+        check_goal(speedup=self.speedup, policy=self.policy, context=self.context, max_loss=self.max_loss, timed=timed)
+        if self.profile is None and self.plan is None:
+            goal = next((name for name in ("context", "max_loss") if getattr(self, name) is not None), None)
+            if goal or self.policy in PROFILED_POLICIES:
+                asked = f"{goal}={getattr(self, goal)!r}" if goal else f"policy={self.policy!r}"
+                raise OptionError(f"{asked} needs a profile: what is learned from requests does not tell enough")
+
     @classmethod
     def from_mapping(cls, options: Mapping[Any, Any] | None) -> Options:
         """Return the options in ``options``, a dict as ``torch.compile`` hands it on.
@@ -92,7 +119,7 @@ class Options:
         >>> Options.from_mapping({"polcy": "adaskip"})
         Traceback (most recent call last):
         adaskip_passes.errors.OptionError: unknown option 'polcy': did you mean 'policy'? Options are plan, profile, \
-skip, speedup, policy, window, scale, learn, cache_dir, inner, regions, debug_dir
+skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, learn, cache_dir, inner, regions, debug_dir
         """
         known = [field.name for field in fields(cls)]
         for name in options or {}:

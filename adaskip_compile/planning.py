@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from adaskip_compile.goals import Choice, in_phase, reach_speedup, within_loss
 from adaskip_compile.identity import ModelIdentity
-from adaskip_compile.plans import SkippedSublayer, SkipPlan
-from adaskip_compile.policies import POLICIES, largest_skip, most_similar
+from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
+from adaskip_compile.policies import LAYER_POLICIES, POLICIES, choose, keeps_enough, largest_skip, layer_choices
+from adaskip_compile.prediction import Timer
 from adaskip_compile.profiles import SCALE_KINDS, Profile, is_finite_number
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
     from adaskip_compile.options import Options
+
+PHASES = ("both", "prefill", "decode")
 
 
 def plan(
@@ -24,35 +30,97 @@ def plan(
     context: int | None = None,
     window: int = 20,
     scale: str = "token",
+    seed: int = 0,
+    phase: str = "both",
+    max_loss: float | None = None,
+    times: Timer | str | os.PathLike[str] | None = None,
 ) -> SkipPlan:
-    """Choose offline what to skip: the sublayers, of all kinds in one ranking, that are most similar.
+    """Choose offline what to skip.
 
-    The threshold beta for the online choice is the smallest similarity among them.
+    By default it is the paper's choice: the ``skip`` sublayers, of all kinds in one ranking, that are most
+    similar; the threshold beta for the online choice is the smallest similarity among them. With ``context``, a
+    set is chosen that by predicted times makes both prefill and decode ``speedup`` times as fast, at the least
+    damage; prefill and decode may then skip different sublayers, and none is added online.
 
     Args:
         profile: What was measured of the model.
         skip: How many sublayers to skip.
-        speedup: The paper's target acceleration alpha, in place of ``skip``: skips 2m sublayers, where m = M - M/alpha
-            of M layers, a layer being two sublayers.
-        policy: How to choose; ``adaskip`` is the only policy.
-        context: Reserved for policies that depend on the context length; ``adaskip`` does not.
-        window: How many decoded tokens to measure before FFNs are added; 0 adds none.
+        speedup: In place of ``skip``. Without ``context``, the paper's target acceleration alpha: skips 2m sublayers,
+            where m = M - M/alpha of M layers, a layer being two sublayers. With it, the ratio of times to reach.
+        policy: How to choose: one of :data:`adaskip_compile.policies.POLICIES`, each explained there.
+        context: The context length, in tokens, at which ``speedup`` is to be reached in prefill and in decode.
+        window: How many decoded tokens to measure before FFNs are added; 0 adds none. Of policies that add none,
+            ``skip_decode`` takes as long to reach its full ramp, and the others have no use for it.
         scale: Which ratio makes up for a sublayer: ``token`` (paper Eq. 3) or ``frobenius`` (the authors' code).
+        seed: What ``random`` draws with.
+        phase: Where to skip: in ``both`` phases, in ``prefill`` only (FFNs run again in decode; attentions cannot,
+            for want of a cache), or in ``decode`` only.
+        max_loss: In place of ``skip``: the loss, in nats a token above the full model's, that the joint order of the
+            profile predicts at most.
+        times: What tells times for ``context``: a calibration of this machine or the file of one, or any other
+            :class:`~adaskip_compile.prediction.Timer`; by default a roofline of round figures.
 
     Raises:
-        OptionError: An option has a value that it cannot take, or that is more than this model allows.
+        OptionError: An option has a value that it cannot take, or that is more than this model allows. For a speed-up
+            out of reach, the message says what can be reached.
+        FileError: ``times`` names a file that cannot be used.
     """
-    check_plan_options(skip=skip, speedup=speedup, policy=policy, window=window, scale=scale)
+    check_plan_options(skip=skip, speedup=speedup, policy=policy, window=window, scale=scale, seed=seed, phase=phase)
+    check_goal(speedup=speedup, policy=policy, context=context, max_loss=max_loss, timed=times is not None)
+    if max_loss is not None:
+        return _fixed(profile, in_phase(profile, within_loss(profile, max_loss), phase), "loss_greedy", scale)
     if context is not None:
-        raise OptionError(f"context={context!r} has no meaning to policy {policy!r}: leave it out")
-    chosen = most_similar(profile, _count_to_skip(profile, skip, speedup))
-    skipped = tuple(
-        SkippedSublayer(found.path, found.kind, found.stateful, found.mean_scale(scale), found.mean_similarity)
-        for found in profile.sublayers
-        if found.path in chosen
-    )
+        assert speedup is not None
+        goal = reach_speedup(profile, speedup, context, policy=policy, times=times, phase=phase, seed=seed)
+        return _fixed(profile, goal, policy, scale)
+    chosen = _choose(profile, policy, skip, speedup, seed)
+    if policy == "skip_decode" and phase == "decode":
+        return _skip_decode_ramp(profile, chosen, window, scale)
+    made = _fixed(profile, in_phase(profile, chosen, phase), policy, scale)
+    if policy != "adaskip" or phase == "prefill":
+        return made
     beta = min((found.mean_similarity for found in profile.sublayers if found.path in chosen), default=None)
-    return SkipPlan(skipped, beta, window, policy, scale, profile.model)
+    return SkipPlan(made.skipped, beta, window, policy, scale, profile.model, made.ramp)
+
+
+def check_plan_options(
+    *,
+    skip: int,
+    speedup: float | None,
+    policy: str,
+    window: int,
+    scale: str,
+    seed: int = 0,
+    phase: str = "both",
+) -> None:
+    """Raise :class:`OptionError` for a value that no model could be planned with."""
+    if type(skip) is not int or skip < 0:
+        raise OptionError(f"skip={skip!r}: takes a number of sublayers, 0 or more")
+    if speedup is not None and (not is_finite_number(speedup) or speedup < 1):
+        raise OptionError(f"speedup={speedup!r}: takes a ratio of 1 or more, such as 1.14, or None")
+    for name, value, known in (("policy", policy, POLICIES), ("scale", scale, SCALE_KINDS), ("phase", phase, PHASES)):
+        if value not in known:
+            raise OptionError(f"{name}={value!r}: takes one of {', '.join(known)}")
+    if type(window) is not int or window < 0:
+        raise OptionError(f"window={window!r}: takes a number of decoded tokens, 0 or more")
+    if type(seed) is not int:
+        raise OptionError(f"seed={seed!r}: takes an integer")
+
+
+def check_goal(*, speedup: float | None, policy: str, context: int | None, max_loss: float | None, timed: bool) -> None:
+    """Raise :class:`OptionError` for goals that make no sense, by themselves or together."""
+    if context is not None and (type(context) is not int or context < 2):
+        raise OptionError(f"context={context!r}: takes a number of tokens, 2 or more, or None")
+    if max_loss is not None and (not is_finite_number(max_loss) or max_loss < 0):
+        raise OptionError(f"max_loss={max_loss!r}: takes nats a token, 0 or more, or None")
+    if context is not None and speedup is None:
+        raise OptionError(f"context={context}: is where speedup= is to be reached; give that too, or leave it out")
+    if timed and context is None:
+        raise OptionError("times= tells times at context= tokens: give speedup= and context= too, or leave it out")
+    if max_loss is not None and speedup is not None:
+        raise OptionError("max_loss and speedup are two goals: give one of them")
+    if max_loss is not None and policy not in ("adaskip", "loss_greedy"):
+        raise OptionError(f"policy={policy!r} knows no loss: max_loss= goes by that of loss_greedy")
 
 
 def plan_by_options(profile: Profile, options: Options) -> SkipPlan:
@@ -62,8 +130,13 @@ def plan_by_options(profile: Profile, options: Options) -> SkipPlan:
         skip=options.skip,
         speedup=options.speedup,
         policy=options.policy,
+        context=options.context,
         window=options.window,
         scale=options.scale,
+        seed=options.seed,
+        phase=options.phase,
+        max_loss=options.max_loss,
+        times=options.times,
     )
 
 
@@ -93,34 +166,66 @@ def resolve_plan(options: Options, identity: ModelIdentity | None) -> SkipPlan |
     return None
 
 
-def check_plan_options(*, skip: int, speedup: float | None, policy: str, window: int, scale: str) -> None:
-    """Raise :class:`OptionError` for a value that no model could be planned with."""
-    if type(skip) is not int or skip < 0:
-        raise OptionError(f"skip={skip!r}: takes a number of sublayers, 0 or more")
-    if speedup is not None and (not is_finite_number(speedup) or speedup < 1):
-        raise OptionError(f"speedup={speedup!r}: takes a ratio of 1 or more, such as 1.14, or None")
-    if policy not in POLICIES:
-        raise OptionError(f"policy={policy!r}: takes one of {', '.join(POLICIES)}")
-    if type(window) is not int or window < 0:
-        raise OptionError(f"window={window!r}: takes a number of decoded tokens, 0 or more")
-    if scale not in SCALE_KINDS:
-        raise OptionError(f"scale={scale!r}: takes one of {', '.join(SCALE_KINDS)}")
-
-
-def _count_to_skip(profile: Profile, skip: int, speedup: float | None) -> int:
-    total, limit = len(profile.sublayers), largest_skip(profile)
+def _choose(profile: Profile, policy: str, skip: int, speedup: float | None, seed: int) -> tuple[str, ...]:
+    """Return ``skip`` sublayers, or as many as the target acceleration ``speedup`` stands for."""
+    total = len(profile.sublayers)
+    if speedup is not None and policy in LAYER_POLICIES:
+        sets = layer_choices(profile, policy)
+        layers = len(sets) - 1
+        chosen = sets[round(layers - layers / speedup)]
+        if (chosen and keeps_enough(profile, chosen)) or speedup == 1:
+            return chosen
+        raise _too_many(profile, policy, f"speedup={speedup}", seed)
     # 2m = 2(M - M/alpha), with M = total / 2 layers
     count = skip if speedup is None else round(total - total / speedup)
-    if count <= limit:
-        return count
+    if count <= largest_skip(profile, policy, seed):
+        chosen = choose(profile, policy, count, seed)
+        if keeps_enough(profile, chosen):
+            return chosen
+        raise OptionError(f"policy {policy!r} would skip every attention with skip={count}, and one must stay")
     asked = f"skip={skip}" if speedup is None else f"speedup={speedup} skips {count} sublayers, which"
+    raise _too_many(profile, policy, asked, seed, by_speedup=speedup is not None)
+
+
+def _too_many(profile: Profile, policy: str, asked: str, seed: int, *, by_speedup: bool = False) -> OptionError:
+    total, limit = len(profile.sublayers), largest_skip(profile, policy, seed)
+    who = "" if policy == "adaskip" else f" for policy {policy!r}"
     why = f"at most {limit} of this model's {total} sublayers can be skipped"
-    if limit < total - 1:
+    if policy == "adaskip" and limit < total - 1:
         why += f", because its most similar {limit + 1} hold every attention and one must stay"
-    remedy = "" if speedup is None else f"; the largest speedup is {_floor(total / (total - limit))}"
-    raise OptionError(f"{asked} is too many: {why}{remedy}")
+    remedy = f"; the largest speedup is {_floor(total / (total - limit))}" if by_speedup else ""
+    return OptionError(f"{asked} is too many{who}: {why}{remedy}")
 
 
 def _floor(ratio: float) -> float:
     """Return ``ratio`` with two digits, rounded down, so that it is still allowed."""
     return math.floor(ratio * 100) / 100
+
+
+def _fixed(profile: Profile, choice: Choice, policy: str, scale: str) -> SkipPlan:
+    """Return the plan that skips what ``choice`` says in each phase, and adds nothing online."""
+    ramp: tuple[RampStep, ...] = ()
+    if choice.prefill != choice.decode:
+        resumed = tuple(found.path for found in profile.sublayers if found.path in choice.prefill - choice.decode)
+        ramp = (RampStep(0, _skipped(profile, choice.decode - choice.prefill, scale), resumed),)
+    return SkipPlan(_skipped(profile, choice.prefill, scale), None, 0, policy, scale, profile.model, ramp)
+
+
+def _skip_decode_ramp(profile: Profile, chosen: Sequence[str], window: int, scale: str) -> SkipPlan:
+    """Return the plan that skips ever more of ``chosen``, given from the first layer on, over ``window`` decoded tokens."""
+    layers = [layer for layer in layer_choices(profile, "skip_decode")[1:] if {*layer} <= {*chosen}]
+    begins: dict[int, list[str]] = {}
+    known: set[str] = set()
+    for index, layer in enumerate(layers):
+        begins.setdefault(round(index * window / len(layers)), []).extend(path for path in layer if path not in known)
+        known.update(layer)
+    ramp = tuple(RampStep(after, _skipped(profile, paths, scale)) for after, paths in begins.items())
+    return SkipPlan((), None, 0, "skip_decode", scale, profile.model, ramp)
+
+
+def _skipped(profile: Profile, paths: Collection[str], scale: str) -> tuple[SkippedSublayer, ...]:
+    return tuple(
+        SkippedSublayer(found.path, found.kind, found.stateful, found.mean_scale(scale), found.mean_similarity)
+        for found in profile.sublayers
+        if found.path in paths
+    )

@@ -1,17 +1,17 @@
 """Plans: what to skip, and the file of it.
 
 The offline choice is :func:`adaskip_compile.planning.plan`, the online one, from a request's first tokens,
-:func:`extra_sublayers` (AdaSkip section 3). A skipped sublayer is replaced by b = scale * a (paper Eq. 4), with a
+:func:`adaskip_compile.online_choice.extra_sublayers` (AdaSkip section 3). A skipped sublayer is replaced by b = scale * a (paper Eq. 4), with a
 the residual stream before it and b after it.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
 from adaskip_passes.errors import LegalityError, PlanError, ProfileError, UnknownSublayerError
 
 PLAN_FORMAT = DocumentFormat(
-    "adaskip-plan", 1, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
+    "adaskip-plan", 2, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
 )
 
 
@@ -61,6 +61,30 @@ class SkippedSublayer:
 
 
 @dataclass(frozen=True)
+class RampStep:
+    """What changes at one decoded token of a request and holds from then on.
+
+    Args:
+        after: The decoded token that it begins with; 0 is the first that goes through decode.
+        skipped: The sublayers that are skipped too. A stateful one keeps no cache from then on and never runs again.
+        resumed: Paths of stateless sublayers, skipped until then, that run again.
+
+    Raises:
+        PlanError: Nothing changes, or ``after`` is no number of tokens.
+    """
+
+    after: int
+    skipped: tuple[SkippedSublayer, ...] = ()
+    resumed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if type(self.after) is not int or self.after < 0:
+            raise PlanError(f"a ramp step begins after {self.after!r}; it takes a number of decoded tokens, 0 or more")
+        if not self.skipped and not self.resumed:
+            raise PlanError(f"the ramp step after {self.after} decoded tokens changes nothing")
+
+
+@dataclass(frozen=True)
 class SkipPlan:
     """What to skip for a request.
 
@@ -68,12 +92,14 @@ class SkipPlan:
         skipped: The sublayers skipped in prefill and for the whole request, in the order of the residual stream.
         beta: The similarity from which an FFN is skipped too after the window; None adds none.
         window: How many decoded tokens are measured for that; 0 adds none.
-        policy: What chose the plan: ``adaskip``, ``explicit`` or ``none``.
+        policy: What chose the plan: one of :data:`adaskip_compile.policies.POLICIES`, ``explicit`` or ``none``.
         scale_kind: Which ratio the scales are, and those measured in the window: ``token`` or ``frobenius``.
         model: The model that the plan is for; None for any model that has these sublayers.
+        ramp: What changes as the request is decoded, earliest first.
 
     Raises:
         PlanError: A sublayer is named twice, or a field has a value that makes no sense.
+        LegalityError: The ramp lets a stateful sublayer run again.
     """
 
     skipped: tuple[SkippedSublayer, ...]
@@ -82,12 +108,11 @@ class SkipPlan:
     policy: str
     scale_kind: str
     model: ModelIdentity | None
+    ramp: tuple[RampStep, ...] = ()
 
     def __post_init__(self) -> None:
-        paths = [sublayer.path for sublayer in self.skipped]
-        for path in paths:
-            if paths.count(path) > 1:
-                raise PlanError(f"a plan names each sublayer once, and {path} {paths.count(path)} times here")
+        _require_once(sublayer.path for sublayer in self.skipped)
+        _check_ramp(self.skipped, self.ramp)
         if self.beta is not None and not is_finite_number(self.beta):
             raise PlanError(f"beta is {self.beta!r}; it takes a finite number or None")
         if type(self.window) is not int or self.window < 0:
@@ -101,6 +126,25 @@ class SkipPlan:
     def paths(self) -> tuple[str, ...]:
         """The paths of the skipped sublayers."""
         return tuple(sublayer.path for sublayer in self.skipped)
+
+    @property
+    def all_paths(self) -> tuple[str, ...]:
+        """The paths of the sublayers that are skipped at any time."""
+        ramped = (sublayer.path for step in self.ramp for sublayer in step.skipped)
+        return tuple(dict.fromkeys((*self.paths, *ramped)))
+
+    @property
+    def all_scales(self) -> dict[str, float]:
+        """The scale of each sublayer that is skipped at any time, by path."""
+        return {sublayer.path: sublayer.scale for step in self.ramp for sublayer in step.skipped} | self.scales
+
+    def paths_at(self, decoded: float) -> frozenset[str]:
+        """Return the paths that are skipped when ``decoded`` tokens have been decoded; infinity tells of the end."""
+        now = {*self.paths}
+        for step in self.ramp:
+            if step.after <= decoded:
+                now = now - {*step.resumed} | {sublayer.path for sublayer in step.skipped}
+        return frozenset(now)
 
     @property
     def scales(self) -> dict[str, float]:
@@ -133,7 +177,7 @@ class SkipPlan:
     def check_paths(self, model: nn.Module) -> None:
         """Raise :class:`UnknownSublayerError` if the plan names a sublayer that is no module of ``model``."""
         known = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
-        for path in self.paths:
+        for path in self.all_paths:
             if path not in known:
                 near = difflib.get_close_matches(path, known, n=3, cutoff=0.0)
                 raise UnknownSublayerError(
@@ -143,18 +187,19 @@ class SkipPlan:
 
     def describe(self) -> str:
         """Return the plan as a table of text."""
-        if not self.skipped:
+        if not self.all_paths:
             return "skips nothing"
         online = "no FFN is added online"
         if self.beta is not None and self.window:
             online = f"after {self.window} decoded tokens also every FFN of similarity {self.beta:.4f} or more"
-        width = max(map(len, ("sublayer", *self.paths)))
         count = "1 sublayer" if len(self.skipped) == 1 else f"{len(self.skipped)} sublayers"
         lines = [f"skips {count}; {online}; scale: {self.scale_kind}, policy: {self.policy}"]
-        lines.append(f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}")
-        for sublayer in self.skipped:
-            similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
-            lines.append(f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}")
+        width = max(map(len, ("sublayer", *self.all_paths)))
+        heading = f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}"
+        lines += [heading, *_rows(self.skipped, width)] if self.skipped else []
+        for step in self.ramp:
+            lines.append(f"from decoded token {step.after} on {_change(step)}")
+            lines += [heading, *_rows(step.skipped, width)] if step.skipped else []
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -174,11 +219,11 @@ class SkipPlan:
         """
         payload = PLAN_FORMAT.read(path)
         try:
-            skipped = tuple(SkippedSublayer(**entry) for entry in payload["skipped"])
             fields: dict[str, Any] = {
                 **payload,
-                "skipped": skipped,
+                "skipped": _sublayers(payload["skipped"]),
                 "model": ModelIdentity.from_payload(payload["model"]),
+                "ramp": tuple(map(_ramp_step, payload.get("ramp", ()))),  # version 1 had none
             }
             return cls(**fields)
         except KeyError as error:
@@ -187,37 +232,50 @@ class SkipPlan:
             raise PLAN_FORMAT.damaged(path, error) from error
 
 
-def extra_sublayers(
-    plan: SkipPlan, window_stats: Mapping[str, tuple[float, float]], *, stateful: Collection[str] = ()
-) -> dict[str, float]:
-    """Choose online what to skip from now on too, once the window of a request is over.
+def _require_once(paths: Iterable[str]) -> None:
+    named: set[str] = set()
+    for path in paths:
+        if path in named:
+            raise PlanError(f"a plan names each sublayer once, and {path} 2 times here")
+        named.add(path)
 
-    Every FFN that was kept so far and whose similarity reaches beta is added, with the scale that was measured in
-    this window (as in the authors' code; the paper uses the offline scale again).
 
-    Args:
-        plan: The plan of the request.
-        window_stats: By path of each stateless sublayer kept so far, the means over the tokens of the window of its
-            similarity and its scale, of the plan's ``scale_kind``.
-        stateful: Paths that must not be added, because their cache would have a hole.
+def _check_ramp(skipped: tuple[SkippedSublayer, ...], ramp: tuple[RampStep, ...]) -> None:
+    """Raise an error unless each step can follow on what is skipped before it."""
+    for one, other in pairwise(ramp):
+        if other.after <= one.after:
+            raise PlanError(f"ramp steps begin one after another, and {other.after} follows on {one.after} here")
+    now = {sublayer.path: sublayer for sublayer in skipped}
+    for step in ramp:
+        _require_once((*(sublayer.path for sublayer in step.skipped), *step.resumed))
+        for path in step.resumed:
+            if path not in now:
+                raise PlanError(f"the ramp lets {path} run again after {step.after} tokens, and it was not skipped")
+            if now.pop(path).stateful:
+                raise LegalityError(
+                    f"the ramp lets {path} run again after {step.after} tokens: it is stateful, and has no cache entries "
+                    "for the tokens before; only stateless sublayers can run again"
+                )
+        for sublayer in step.skipped:
+            if sublayer.path in now:
+                raise PlanError(f"the ramp skips {sublayer.path} after {step.after} tokens, and it is skipped already")
+            now[sublayer.path] = sublayer
 
-    Returns:
-        The scale of each added sublayer by path, in the order of ``window_stats``.
 
-    Raises:
-        LegalityError: A stateful sublayer was measured as if it could be added.
-    """
-    for path in stateful:
-        if path in window_stats:
-            raise LegalityError(
-                f"{path} is stateful: skipped after prefill, its cache would have a hole. Measure FFNs only"
-            )
-    beta = plan.beta
-    if beta is None:
-        return {}
-    return {
-        path: scale
-        for path, (similarity, scale) in window_stats.items()
-        # A sublayer that overflowed has no finite scale; it is kept.
-        if path not in plan.scales and similarity >= beta and math.isfinite(scale)
-    }
+def _rows(skipped: Iterable[SkippedSublayer], width: int) -> Iterable[str]:
+    for sublayer in skipped:
+        similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
+        yield f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}"
+
+
+def _change(step: RampStep) -> str:
+    parts = [f"skips {len(step.skipped)} more"] if step.skipped else []
+    return "; ".join([*parts, *([f"runs again {', '.join(step.resumed)}"] if step.resumed else [])])
+
+
+def _sublayers(entries: Iterable[Mapping[str, Any]]) -> tuple[SkippedSublayer, ...]:
+    return tuple(SkippedSublayer(**entry) for entry in entries)
+
+
+def _ramp_step(entry: Mapping[str, Any]) -> RampStep:
+    return RampStep(entry["after"], _sublayers(entry["skipped"]), tuple(entry["resumed"]))

@@ -9,20 +9,24 @@ measured on this machine (:mod:`adaskip_compile.cli.calibration`).
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
 
 from adaskip_compile.documents import DocumentFormat
-from adaskip_compile.inspection import Group, Inspection
+from adaskip_compile.model_costs import Costed, Group
 from adaskip_passes.cost import Cost
 from adaskip_passes.errors import OptionError
 
+if TYPE_CHECKING:
+    from adaskip_compile.inspection import Inspection
+
 CALIBRATION_FORMAT = DocumentFormat(
-    "adaskip-calibration", 1, remedy="measure this machine with `adaskip inspect MODEL --calibrate --calibration PATH`"
+    "adaskip-calibration", 2, remedy="measure this machine with `adaskip inspect MODEL --calibrate --calibration PATH`"
 )
 
 
@@ -58,32 +62,38 @@ class Measured:
     """Times that were measured: ``tables[phase][group]`` holds seconds a query token at each of ``contexts``.
 
     The last entry of a phase is that of the rest of the model. Between contexts a token's time is taken to be
-    linear in the context, which it is where attention reads all tokens before it.
+    linear in the context, which it is where attention reads all tokens before it. ``groups`` are the paths of
+    each group's sublayers; calibrations of earlier versions have none.
     """
 
     contexts: tuple[int, ...]
-    tables: Mapping[str, tuple[tuple[float, ...], ...]]
+    tables: Mapping[str, tuple[tuple[float, ...], ...]] = field(hash=False)
     machine: str = ""
+    groups: tuple[tuple[str, ...], ...] = ()
 
     def seconds(self, group: Group | None, cost: Cost, phase: str, context: int) -> float:
         """Return the interpolated seconds; never less than zero."""
         del cost
-        table = self.tables[phase]
-        values = table[-1] if group is None else table[group.index]
+        return self.seconds_of(-1 if group is None else group.index, phase, context)
+
+    def seconds_of(self, index: int, phase: str, context: int) -> float:
+        """Return the same for the group of that ``index``; -1 is the rest of the model."""
+        values = self.tables[phase][index]
         tokens = context if phase == "prefill" else 1
         return max(0.0, tokens * interpolate(self.contexts, values, context))
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the times to ``path``, whole or not at all; :class:`FileError` where that fails."""
         CALIBRATION_FORMAT.write(path, asdict(self))
 
     @classmethod
-    def load(cls, path: str) -> Measured:
+    def load(cls, path: str | os.PathLike[str]) -> Measured:
         """Return the times in the file at ``path``; :class:`FileError` where it cannot be used."""
         payload = CALIBRATION_FORMAT.read(path)
         try:
             tables = {phase: tuple(map(tuple, table)) for phase, table in payload["tables"].items()}
-            return cls(tuple(payload["contexts"]), tables, str(payload["machine"]))
+            groups = tuple(map(tuple, payload.get("groups", ())))  # version 1 had none
+            return cls(tuple(payload["contexts"]), tables, str(payload["machine"]), groups)
         except (KeyError, TypeError, AttributeError) as error:
             raise CALIBRATION_FORMAT.damaged(path, f"it lacks {error}") from error
 
@@ -139,16 +149,16 @@ class PhaseTime:
     rest: float
     full: float
 
-    def without(self, found: Inspection, skipped: Collection[str]) -> float:
+    def without(self, found: Costed, skipped: Collection[str]) -> float:
         """Return the seconds with the sublayers at the paths ``skipped`` left out: what stands for them is free."""
         return self.full - math.fsum(self.groups[one.group] for one in found.sublayers if one.path in skipped)
 
-    def speedup(self, found: Inspection, skipped: Collection[str]) -> float:
+    def speedup(self, found: Costed, skipped: Collection[str]) -> float:
         """Return how many times faster the phase is with ``skipped`` left out."""
         return self.full / self.without(found, skipped)
 
 
-def predict(found: Inspection, timer: Timer, phase: str, context: int) -> PhaseTime:
+def predict(found: Costed, timer: Timer, phase: str, context: int) -> PhaseTime:
     """Return what ``phase`` takes at ``context`` tokens in full, part by part."""
     groups = tuple(timer.seconds(group, group.cost[phase], phase, context) for group in found.groups)
     rest = timer.seconds(None, found.rest[phase], phase, context)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
-from adaskip_passes.errors import OptionError, ProfileError
+from adaskip_compile.model_costs import ModelCosts
+from adaskip_passes.errors import DamagedFileError, OptionError, ProfileError
 
 SCALE_KINDS = ("token", "frobenius")
 
 PROFILE_FORMAT = DocumentFormat(
-    "adaskip-profile", 1, remedy="measure the model with adaskip_compile.profile(model, samples) or `adaskip profile`"
+    "adaskip-profile", 2, remedy="measure the model with adaskip_compile.profile(model, samples) or `adaskip profile`"
 )
 
 
@@ -104,12 +105,47 @@ class SublayerProfile:
 
 
 @dataclass(frozen=True)
+class LayerProfile:
+    """What was measured of one layer as a whole, with a the residual stream before it and b after it.
+
+    Args:
+        paths: Its sublayers, two or more, in stream order.
+        similarity: Mean over each sample's tokens of cosine(a, b), one a sample; 1 minus ShortGPT's block influence.
+
+    Raises:
+        ProfileError: There are fewer sublayers, or a similarity is not a finite number.
+    """
+
+    paths: tuple[str, ...]
+    similarity: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.paths) < 2 or not all(isinstance(path, str) for path in self.paths):
+            raise ProfileError(f"a layer holds two or more sublayers, by their paths, and not {self.paths!r}")
+        if not self.similarity or not all(map(is_finite_number, self.similarity)):
+            raise ProfileError(f"layer of {self.paths[0]}: similarity takes finite numbers, at least 1")
+
+    @property
+    def mean_similarity(self) -> float:
+        """Mean over the samples of the similarity; the same in whatever order they came."""
+        return _mean(self.similarity)
+
+    def merge(self, other: LayerProfile) -> LayerProfile:
+        """Return the profile of the samples of both."""
+        if self.paths != other.paths:
+            raise ProfileError(f"cannot merge profiles: one has a layer of {self.paths}, another one of {other.paths}")
+        return LayerProfile(self.paths, self.similarity + other.similarity)
+
+
+@dataclass(frozen=True)
 class Profile:
     """What was measured of every sublayer of one model.
 
     Args:
         model: The model that was measured; None where it cannot be told from others.
         sublayers: All sublayers, in the order of the residual stream.
+        layers: Those layers that were measured as a whole; profiles of earlier versions have none.
+        costs: What the sublayers cost, to plan for a speed-up at a context length; None where it is not known.
 
     Raises:
         ProfileError: There are no sublayers, two have one path, or they differ in their number of samples.
@@ -117,6 +153,8 @@ class Profile:
 
     model: ModelIdentity | None
     sublayers: tuple[SublayerProfile, ...]
+    layers: tuple[LayerProfile, ...] = ()
+    costs: ModelCosts | None = None
 
     def __post_init__(self) -> None:
         if not self.sublayers:
@@ -131,6 +169,13 @@ class Profile:
                     f"every sublayer sees every sample, but {paths[0]} saw {self.samples} and {sublayer.path} "
                     f"{sublayer.samples}"
                 )
+        for layer in self.layers:
+            if not {*layer.paths} <= {*paths} or len(layer.similarity) != self.samples:
+                raise ProfileError(
+                    f"the layer of {layer.paths[0]} is not of these sublayers and {self.samples} samples"
+                )
+        if self.costs is not None and [one.path for one in self.costs.sublayers] != paths:
+            raise ProfileError("the costs are not of these sublayers")
 
     @property
     def samples(self) -> int:
@@ -163,7 +208,8 @@ class Profile:
         Raises:
             FileError: The file cannot be written.
         """
-        PROFILE_FORMAT.write(path, asdict(self))
+        costs = None if self.costs is None else self.costs.to_payload()
+        PROFILE_FORMAT.write(path, {**asdict(replace(self, costs=None)), "costs": costs})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -174,9 +220,13 @@ class Profile:
         """
         payload = PROFILE_FORMAT.read(path)
         try:
-            sublayers = tuple(_sublayer_from(entry) for entry in payload["sublayers"])
-            return cls(ModelIdentity.from_payload(payload["model"]), sublayers)
-        except (AttributeError, KeyError, TypeError, ProfileError) as error:
+            sublayers = tuple(SublayerProfile(**_tuples(entry)) for entry in payload["sublayers"])
+            # Version 1 had neither layers nor costs.
+            layers = tuple(LayerProfile(**_tuples(entry)) for entry in payload.get("layers", ()))
+            costs = payload.get("costs")
+            known = None if costs is None else ModelCosts.from_payload(costs)
+            return cls(ModelIdentity.from_payload(payload["model"]), sublayers, layers, known)
+        except (AttributeError, KeyError, TypeError, ValueError, ProfileError, DamagedFileError) as error:
             raise PROFILE_FORMAT.damaged(path, _reason(error)) from error
 
     def _merge(self, other: Profile) -> Profile:
@@ -190,7 +240,14 @@ class Profile:
                 f"cannot merge profiles: one has {len(self.sublayers)} sublayers and another {len(other.sublayers)}"
             )
         pairs = zip(self.sublayers, other.sublayers, strict=True)
-        return Profile(self.model or other.model, tuple(ours.merge(theirs) for ours, theirs in pairs))
+        # Where one was not measured layer by layer, neither are they together.
+        layers = zip(self.layers, other.layers, strict=True) if len(self.layers) == len(other.layers) else ()
+        return Profile(
+            self.model or other.model,
+            tuple(ours.merge(theirs) for ours, theirs in pairs),
+            tuple(ours.merge(theirs) for ours, theirs in layers),
+            self.costs or other.costs,
+        )
 
 
 def is_finite_number(value: object) -> bool:
@@ -207,9 +264,8 @@ def _headline(sublayer: SublayerProfile) -> str:
     return f"{sublayer.path} ({sublayer.kind}, {'stateful' if sublayer.stateful else 'stateless'})"
 
 
-def _sublayer_from(entry: dict[str, Any]) -> SublayerProfile:
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-    return SublayerProfile(**fields)
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
 def _reason(error: Exception) -> str:

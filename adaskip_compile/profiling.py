@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.identity import identify
+from adaskip_compile.layers import find_layers
 from adaskip_compile.learning import make_profile
+from adaskip_compile.model_costs import ModelCosts, costs_of_prefill
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.insert_probes import InsertProbes
@@ -25,13 +27,17 @@ class _Prober:
 
     def __init__(self) -> None:
         self.streams: list[ResidualStream] = []
+        self.costs: ModelCosts | None = None
         self.rows: list[torch.Tensor] = []
         self.runs = 0
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         stream = straightened_stream(gm)
         self.streams.append(stream)
-        probed = gm if stream.problems else run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
+        if self.costs is None and not stream.problems:
+            self.costs = costs_of_prefill(gm, stream)
+        spans = tuple((layer[0], layer[-1]) for layer in whole_layers(stream.paths))
+        probed = gm if stream.problems else run_pipeline(gm, stream, (InsertProbes(stream.paths, spans),)).gm
 
         def run(*values: Any) -> Any:
             self.runs += 1
@@ -56,8 +62,8 @@ def profile(
 
     ``samples`` are texts, which need a ``tokenizer``, or token ids ``(tokens,)`` or ``(batch, tokens)``
     of at least two tokens; at most ``max_samples`` are used (the authors use 20). The mean over tokens
-    of a sample is paper Eq. 2 and 3; the profile keeps one value a sample. With ``progress`` a bar is
-    shown on a terminal.
+    of a sample is paper Eq. 2 and 3; the profile keeps one value a sample. Each whole layer's similarity is
+    measured too, for policies that skip whole layers, and what the sublayers cost is read from the graph. With ``progress`` a bar is shown on a terminal.
 
     Raises:
         ProfileError: No samples, texts without a tokenizer, or a sample too short.
@@ -84,7 +90,13 @@ def profile(
         model.train(was_training)
     if not tokens:
         raise ProfileError("no samples to profile on: give at least one text or tensor of token ids")
-    return make_profile(identify(model), prober.streams[0], prober.rows, tokens)
+    stream = prober.streams[0]
+    return make_profile(identify(model), stream, prober.rows, tokens, whole_layers(stream.paths), prober.costs)
+
+
+def whole_layers(paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the layers of several sublayers: what one of a single sublayer does is measured anyway."""
+    return tuple(layer for layer in find_layers(paths) if len(layer) > 1)
 
 
 def _token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,8 @@ class PhaseReport:
 class RequestReport:
     """One request. ``tokens`` are a row, by phase; ``seconds`` are spent in its graphs, by phase, as seen from the host.
 
-    ``skipped`` and ``extra`` map sublayer paths to scales: the prefill set, and what the window added.
+    ``skipped``, ``ramped`` and ``extra`` map sublayer paths to scales: the prefill set, what the plan's ramp has
+    added by now, and what the window added. ``resumed`` are those of the prefill set that run again.
     ``kv_bytes`` is the memory that its cache held after its last step. ``captures`` says which graphs had to be
     captured while it ran, and why; none in steady state.
     """
@@ -64,12 +65,18 @@ class RequestReport:
     learning: bool
     notes: tuple[str, ...]
     captures: tuple[str, ...] = ()
+    ramped: dict[str, float] = field(default_factory=dict)
+    resumed: tuple[str, ...] = ()
 
     @property
     def phases(self) -> tuple[PhaseReport, ...]:
-        """The phases that it has been through, in order, each with its skip set."""
-        always, later = tuple(self.skipped), tuple({**self.skipped, **self.extra})
-        sets = {"prefill": always, "window": always, "steady": later}
+        """The phases that it has been through, in order, each with its skip set; of a ramp, as far as it has come."""
+        decoding = {path: scale for path, scale in self.skipped.items() if path not in self.resumed} | self.ramped
+        sets = {
+            "prefill": tuple(self.skipped),
+            "window": tuple(decoding),
+            "steady": tuple({**decoding, **self.extra}),
+        }
         return tuple(
             PhaseReport(phase, self.tokens[phase], self.seconds[phase], skipped)
             for phase, skipped in sets.items()
@@ -149,12 +156,14 @@ def _request_report(request: Request) -> RequestReport:
         batch=request.batch,
         tokens=dict(request.tokens),
         seconds=dict(request.seconds),
-        skipped=dict(request.scales),
+        skipped=request.plan.scales,
         extra=dict(request.extra),
         kv_bytes=request.kv_bytes,
         learning=request.learning,
         notes=tuple(request.notes),
         captures=tuple(request.captures),
+        ramped={path: scale for path, scale in request.scales.items() if path not in request.plan.scales},
+        resumed=tuple(path for path in request.plan.paths if path not in request.scales),
     )
 
 
@@ -179,6 +188,10 @@ def _session_text(session: SessionReport) -> str:
             f"  {request.number:>7} {request.batch:>5} {request.tokens['prefill']:>8} {request.tokens['window']:>7} "
             f"{request.tokens['steady']:>7} {request.seconds['prefill']:>18.3f} {pace:>9.1f} {len(request.skipped):>8} "
             f"{len(request.extra):>6} {request.kv_bytes / 1e6:>9.2f}{'  learning' if request.learning else ''}"
+        )
+        ramped, resumed = len(request.ramped), len(request.resumed)
+        lines.extend(
+            [f"          since decoding: {ramped} more skipped, {resumed} run again"] if ramped or resumed else []
         )
         captured = ", ".join(capture.partition(":")[0] for capture in request.captures)
         lines.extend([f"          captured graphs for it: {captured}"] if captured else [])

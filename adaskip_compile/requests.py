@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from adaskip_compile.plans import SkipPlan, extra_sublayers
+from adaskip_compile.online_choice import extra_sublayers
+from adaskip_compile.plans import RampStep, SkipPlan
 from adaskip_passes.errors import LegalityError
 
 
@@ -25,8 +26,9 @@ class Request:
     """One request: its plan, what it skips now, and how far it has come.
 
     ``holes`` are the stateful sublayers that have no state in its cache; none of them may run again.
-    ``scales`` maps each skipped path to its scale, ``extra`` those that the window added. ``captures`` says which
-    graphs had to be captured for it, and why.
+    ``scales`` maps each path that the plan skips by now to its scale, ``extra`` those that the window added.
+    ``ramp`` are the steps of the plan's ramp that are still to come. ``captures`` says which graphs had to be
+    captured for it, and why.
     """
 
     number: int
@@ -47,6 +49,7 @@ class Request:
     storages: list[StorageWeakRef] = field(default_factory=list)
     length: int = 0
     scale_inputs: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    ramp: tuple[RampStep, ...] = ()
 
     @property
     def skipped(self) -> dict[str, float]:
@@ -68,8 +71,35 @@ class Request:
                 + (f" ({because})" if because else "")
             )
 
+    @property
+    def decoded(self) -> int:
+        """How many tokens a row went through decode so far."""
+        return self.tokens["window"] + self.tokens["steady"]
+
+    def take_ramp_steps(self, stateful: frozenset[str]) -> None:
+        """Skip and resume from the next decoded token on what the ramp says; ``stateful`` are all such sublayers.
+
+        A stateful sublayer that is dropped is a hole from then on: :meth:`check` refuses to run it again.
+        """
+        while self.ramp and self.ramp[0].after <= self.decoded:
+            step, *later = self.ramp
+            for path in step.resumed:
+                self.scales.pop(path)
+            for sublayer in step.skipped:
+                self.scales[sublayer.path] = sublayer.scale
+                # The plan decides on it from now on, not the window.
+                self.extra.pop(sublayer.path, None)
+            self.holes |= frozenset(sublayer.path for sublayer in step.skipped) & stateful
+            self.ramp = tuple(later)
+            self.scale_inputs.clear()
+
     def record_window(self, rows: torch.Tensor, paths: tuple[str, ...]) -> None:
         """Take the statistics of one decoded token, ``f32[len(paths), 3]``; after the last one, choose the extra FFNs."""
+        if paths != self.window_paths and self.window_rows:
+            # The ramp took a sublayer away, or gave one back: what was measured in all of the window counts.
+            common = tuple(path for path in paths if path in self.window_paths)
+            self.window_rows = [_rows_of(kept, self.window_paths, common) for kept in self.window_rows]
+            rows, paths = _rows_of(rows, paths, common), common
         self.window_paths = paths
         self.window_rows.append(rows)
         self.window_left -= 1
@@ -83,6 +113,7 @@ class Request:
         column = 1 if self.plan.scale_kind == "token" else 2
         measured = {path: (row[0], row[column]) for path, row in zip(self.window_paths, means, strict=True)}
         self.extra = extra_sublayers(self.plan, measured, stateful=self.holes)
+        self.scale_inputs.clear()
 
 
 class RequestTable:
@@ -101,7 +132,9 @@ class RequestTable:
         """Return a new request under ``plan``."""
         with self._lock:
             self._count += 1
-            request = Request(self._count, plan, dict(scales), holes, learning, window_left=_window(plan))
+            request = Request(
+                self._count, plan, dict(scales), holes, learning, window_left=_window(plan), ramp=plan.ramp
+            )
             self.history.append(request)
             self._drop_expired()
             return request
@@ -165,6 +198,8 @@ class RequestTable:
             copied = replace(
                 request,
                 number=self._count,
+                scales=dict(request.scales),
+                extra=dict(request.extra),
                 window_rows=list(request.window_rows),
                 tokens=dict(request.tokens),
                 seconds=dict(request.seconds),
@@ -182,6 +217,11 @@ class RequestTable:
 
     def _drop_expired(self) -> None:
         self._by_storage = {key: entry for key, entry in self._by_storage.items() if not entry[0].expired()}
+
+
+def _rows_of(rows: torch.Tensor, paths: tuple[str, ...], wanted: tuple[str, ...]) -> torch.Tensor:
+    """Return the rows of ``wanted`` among those of ``paths``."""
+    return rows[[paths.index(path) for path in wanted]]
 
 
 def _window(plan: SkipPlan) -> int:

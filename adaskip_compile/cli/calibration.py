@@ -56,7 +56,10 @@ def calibrate(
         for phase in found.phases:
             _add_column(tables[phase], found, ways, taken, phase, context)
     machine = f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads"
-    return Measured(tuple(contexts), {phase: tuple(map(tuple, table)) for phase, table in tables.items()}, machine)
+    groups = tuple(tuple(one.path for one in found.sublayers if one.group == group.index) for group in found.groups)
+    return Measured(
+        tuple(contexts), {phase: tuple(map(tuple, table)) for phase, table in tables.items()}, machine, groups
+    )
 
 
 def steps(found: Inspection, contexts: Sequence[int], rounds: int) -> int:

@@ -74,4 +74,12 @@ def describe(plan: Any) -> dict[str, Any]:
         "window": plan.window,
         "policy": plan.policy,
         "scale_kind": plan.scale_kind,
+        "ramp": [
+            {
+                "after": step.after,
+                "skipped": {sublayer.path: sublayer.scale for sublayer in step.skipped},
+                "resumed": list(step.resumed),
+            }
+            for step in plan.ramp
+        ],
     }

@@ -12,6 +12,7 @@ list of a function's name and its arguments. The functions are those of sympy an
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._sympy import functions as shape_functions
 
 from adaskip_passes.errors import DamagedFileError
 
-__all__ = ["from_tree", "to_tree"]
+__all__ = ["from_text", "from_tree", "to_tree"]
 
 _SYMPY = ("Rational", "Add", "Mul", "Pow", "floor", "ceiling", "Abs", "And", "Or", "Not")
 _SHAPES = ("Max", "Min", *shape_functions.__all__)
@@ -31,6 +32,13 @@ _RELATIONS = {
     "LessThan": sympy.Le,
     "StrictGreaterThan": sympy.Gt,
     "GreaterThan": sympy.Ge,
+}
+_OPERATORS: dict[type[ast.operator], str] = {
+    ast.Add: "Add",
+    ast.Mult: "Mul",
+    ast.Pow: "Pow",
+    ast.FloorDiv: "FloorDiv",
+    ast.Mod: "Mod",
 }
 
 
@@ -65,6 +73,51 @@ def from_tree(tree: Any, symbols: Mapping[str, Any]) -> Any:
         return symbols[tree]
     name, *arguments = tree
     return _function(name)(*(from_tree(argument, symbols) for argument in arguments))
+
+
+def from_text(text: str, symbols: Mapping[str, Any]) -> Any:
+    """Return the expression whose ``str`` is ``text``: numbers, symbols, operators and calls of functions of shapes.
+
+    Raises:
+        DamagedFileError: It is something else, or names a symbol or a function that is unknown. Nothing is run.
+
+    >>> q = sympy.Symbol("q")
+    >>> from_text("3*q**2 - q/2 + Max(1, q)", {"q": q})
+    3*q**2 - q/2 + Max(1, q)
+    """
+    try:
+        return from_tree(_tree(ast.parse(text, mode="eval").body), symbols)
+    except (SyntaxError, TypeError, ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{text!r} is no expression in {', '.join(symbols)}") from error
+
+
+def _tree(node: ast.expr) -> Any:
+    """Return a parsed expression as :func:`to_tree` writes it."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return ["Mul", -1, _tree(node.operand)]
+    if isinstance(node, ast.BinOp):
+        left, right = _tree(node.left), _tree(node.right)
+        if isinstance(node.op, ast.Sub):
+            return ["Add", left, ["Mul", -1, right]]
+        if isinstance(node.op, ast.Div):
+            return ["Mul", left, ["Pow", right, -1]]
+        if isinstance(node.op, ast.Pow) and not _is_small(node.right):
+            raise ValueError("a power of more than 16 takes forever to compute")
+        if type(node.op) in _OPERATORS:
+            return [_OPERATORS[type(node.op)], left, right]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        return [node.func.id, *map(_tree, node.args)]
+    raise ValueError(f"{ast.dump(node)} is no part of an expression")
+
+
+def _is_small(exponent: ast.expr) -> bool:
+    if isinstance(exponent, ast.UnaryOp):
+        exponent = exponent.operand
+    return isinstance(exponent, ast.Constant) and isinstance(exponent.value, int) and exponent.value <= 16
 
 
 def _function(name: str) -> Any:

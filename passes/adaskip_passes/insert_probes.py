@@ -26,12 +26,15 @@ class InsertProbes:
     1. the mean of ``||b|| / ||a||``, the scale (Eq. 3);
     2. ``||B|| / ||A||`` of the whole tensors, the scale by Frobenius norms.
 
-    Rows are in the order of ``paths``. Nothing else changes: the other outputs stay bit for bit what
-    they were. Run it before ``skip-sublayers`` on the same graph, and only on sublayers that stay.
+    Rows are in the order of ``paths``. A span ``(first, last)`` of ``spans`` measures all sublayers from the
+    first to the last as one, such as a whole layer; their rows come after. Nothing else changes: the other
+    outputs stay bit for bit what they were. Run it before ``skip-sublayers`` on the same graph, and only on
+    sublayers that stay.
     """
 
     name: ClassVar[str] = "insert-probes"
     paths: tuple[str, ...] = ()
+    spans: tuple[tuple[str, str], ...] = ()
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Probe ``paths``; :class:`UnknownSublayerError` where the stream lacks one."""
@@ -43,19 +46,21 @@ class InsertProbes:
             stream.by_path(path)
             if path in stream.skipped:
                 raise PassError(f"cannot probe {path}: it is skipped")
-        rows = _rows(gm, stream, self.paths)
+        for first, last in self.spans:
+            if first not in self.paths or last not in self.paths:
+                raise PassError(f"cannot probe from {first} to {last}: both ends of a span are to be probed themselves")
+        rows = _rows(gm, stream, (*((path, path) for path in self.paths), *self.spans))
         output = gm.graph.output_node()
         results = output.args[0]
         output.args = ((*results, rows),)  # type: ignore[misc]
         return PassResult(replace(stream, probed=self.paths), True, len(self.paths))
 
 
-def _rows(gm: fx.GraphModule, stream: ResidualStream, paths: tuple[str, ...]) -> fx.Node:
+def _rows(gm: fx.GraphModule, stream: ResidualStream, spans: tuple[tuple[str, str], ...]) -> fx.Node:
     graph = gm.graph
-    sublayers = [stream.by_path(path) for path in paths]
-    ends = dict.fromkeys(node for sublayer in sublayers for node in (sublayer.stream_in, sublayer.stream_out))
-    values = _kept_values(gm, ends)
-    pairs = [(values[sublayer.stream_in], values[sublayer.stream_out]) for sublayer in sublayers]
+    between = [(stream.by_path(first).stream_in, stream.by_path(last).stream_out) for first, last in spans]
+    values = _kept_values(gm, dict.fromkeys(node for pair in between for node in pair))
+    pairs = [(values[before], values[after]) for before, after in between]
     with graph.inserting_before(graph.output_node()):
         at_once = stream.phase == "decode" and len({_layout(value) for value in values.values()}) == 1
         return _statistics(graph, *(_sums_at_once if at_once else _sums_in_turn)(graph, pairs))

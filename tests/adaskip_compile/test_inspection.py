@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from adaskip_compile.identity import identify
-from adaskip_compile.inspection import REST, inspect_model
+from adaskip_compile.inspection import inspect_model
 from adaskip_compile.inspection_report import inspection_report
+from adaskip_compile.model_costs import REST
 from adaskip_compile.phase_graphs import capture_phases, hollow_copy
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.prediction import ROOFLINES, Measured, Roofline, likely_skips, predict

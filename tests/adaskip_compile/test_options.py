@@ -23,6 +23,11 @@ def test_defaults() -> None:
         "skip": 8,
         "speedup": None,
         "policy": "adaskip",
+        "seed": 0,
+        "phase": "both",
+        "context": None,
+        "times": None,
+        "max_loss": None,
         "window": 20,
         "scale": "token",
         "learn": 20,
@@ -44,8 +49,8 @@ def test_unknown_option_suggests_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(OptionError) as caught:
         Options.from_mapping({name: 1})
     assert str(caught.value) == (
-        f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, window, "
-        "scale, learn, cache_dir, inner, regions, debug_dir"
+        f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, seed, "
+        "phase, context, times, max_loss, window, scale, learn, cache_dir, inner, regions, debug_dir"
     )
 
 
@@ -61,7 +66,21 @@ def test_unknown_option_like_no_other(name: Any) -> None:
         ({"skip": -1}, "skip=-1: takes a number of sublayers, 0 or more"),
         ({"skip": "8"}, "skip='8': takes a number of sublayers, 0 or more"),
         ({"speedup": 0.5}, "speedup=0.5: takes a ratio of 1 or more, such as 1.14, or None"),
-        ({"policy": "best"}, "policy='best': takes one of adaskip"),
+        (
+            {"policy": "best"},
+            "policy='best': takes one of adaskip, attention_only, loss_greedy, random, early_exit, skip_decode, unified, shortgpt",
+        ),
+        ({"seed": "1"}, "seed='1': takes an integer"),
+        ({"phase": "window"}, "phase='window': takes one of both, prefill, decode"),
+        ({"times": 3}, "times=3: takes a Measured or a Roofline or the path of a file, or None"),
+        (
+            {"speedup": 1.2, "context": 4096},
+            "context=4096 needs a profile: what is learned from requests does not tell enough",
+        ),
+        (
+            {"policy": "shortgpt"},
+            "policy='shortgpt' needs a profile: what is learned from requests does not tell enough",
+        ),
         ({"window": -1}, "window=-1: takes a number of decoded tokens, 0 or more"),
         ({"scale": "median"}, "scale='median': takes one of token, frobenius"),
         ({"learn": 0}, "learn=0: takes a number of requests, 1 or more"),

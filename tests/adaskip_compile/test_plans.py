@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adaskip_compile.identity import ModelIdentity
+from adaskip_compile.online_choice import extra_sublayers
 from adaskip_compile.options import Options
 from adaskip_compile.planning import plan, plan_by_options, resolve_plan
 from adaskip_compile.plans import (
     PLAN_FORMAT,
     SkippedSublayer,
     SkipPlan,
-    extra_sublayers,
 )
 from adaskip_compile.policies import largest_skip
 from adaskip_compile.profiles import Profile
@@ -179,9 +179,25 @@ class TestLimits:
             ({"speedup": "1.14"}, "speedup='1.14': takes a ratio of 1 or more, such as 1.14, or None"),
             ({"window": -1}, "window=-1: takes a number of decoded tokens, 0 or more"),
             ({"window": 2.5}, "window=2.5: takes a number of decoded tokens, 0 or more"),
-            ({"policy": "random"}, "policy='random': takes one of adaskip"),
+            (
+                {"policy": "best"},
+                "policy='best': takes one of adaskip, attention_only, loss_greedy, random, early_exit, skip_decode, unified, shortgpt",
+            ),
             ({"scale": "median"}, "scale='median': takes one of token, frobenius"),
-            ({"context": 4096}, "context=4096 has no meaning to policy 'adaskip': leave it out"),
+            ({"seed": 1.5}, "seed=1.5: takes an integer"),
+            ({"phase": "steady"}, "phase='steady': takes one of both, prefill, decode"),
+            ({"context": 4096}, "context=4096: is where speedup= is to be reached; give that too, or leave it out"),
+            ({"context": 1, "speedup": 1.2}, "context=1: takes a number of tokens, 2 or more, or None"),
+            ({"max_loss": -1}, "max_loss=-1: takes nats a token, 0 or more, or None"),
+            ({"max_loss": 0.1, "speedup": 1.2}, "max_loss and speedup are two goals: give one of them"),
+            (
+                {"max_loss": 0.1, "policy": "random"},
+                "policy='random' knows no loss: max_loss= goes by that of loss_greedy",
+            ),
+            (
+                {"times": "times.json"},
+                "times= tells times at context= tokens: give speedup= and context= too, or leave it out",
+            ),
         ],
     )
     def test_senseless_options(self, option: dict[str, Any], message: str) -> None:
@@ -315,7 +331,7 @@ class TestFiles:
     def test_newer(self, tmp_path: Path) -> None:
         path = tmp_path / "p.json"
         SkipPlan.none().save(path)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2, "producer": "adaskip-compile 7.0"}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3, "producer": "adaskip-compile 7.0"}))
         with pytest.raises(NewerFileError, match=r"written by adaskip-compile 7\.0; .*: upgrade with `pip install"):
             SkipPlan.load(path)
 

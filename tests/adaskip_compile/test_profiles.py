@@ -190,10 +190,10 @@ class TestFiles:
     def test_newer(self, tmp_path: Path) -> None:
         path = tmp_path / "p.json"
         decoder(4).save(path)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2, "producer": "adaskip-compile 7.0"}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3, "producer": "adaskip-compile 7.0"}))
         with pytest.raises(
             NewerFileError,
-            match=r"version 2 of the format adaskip-profile, written by adaskip-compile 7\.0; .*: upgrade with `pip",
+            match=r"version 3 of the format adaskip-profile, written by adaskip-compile 7\.0; .*: upgrade with `pip",
         ):
             Profile.load(path)
 

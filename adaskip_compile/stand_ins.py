@@ -1,0 +1,55 @@
+"""What stands for a skipped sublayer, and what it costs beyond the scale that stands for it always.
+
+A plan must never skip a sublayer for something dearer. ``none`` and ``scale`` cost nothing here: a multiplication
+of the stream is in every measured time of a model that skips.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from adaskip_compile.model_costs import Group
+from adaskip_compile.prediction import ROOFLINES, Roofline, Timer
+from adaskip_passes.cost import B, Cost, Q
+from adaskip_passes.errors import OptionError
+
+STAND_INS = ("none", "scale", "channel", "low_rank", "affine")
+
+
+def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 4) -> Cost:
+    """Return what ``kind`` costs in place of one sublayer of a stream ``width`` wide.
+
+    ``channel`` is a factor and a bias a channel, ``low_rank`` two matrices ``(width, rank)``, ``affine`` one
+    ``(width, width)``, each with a bias.
+
+    >>> print(stand_in_cost("low_rank", 576, rank=64))
+    147456*b*q flops, 297216 weight bytes, 5120*b*q activation bytes, 0 cache bytes
+    """
+    if kind not in STAND_INS:
+        raise OptionError(f"compensation={kind!r}: takes one of {', '.join(STAND_INS)}")
+    if kind in ("none", "scale"):
+        return Cost()
+    products = {"channel": 0, "low_rank": 2 * rank * width, "affine": width * width}[kind]
+    vectors = 2 * width if kind == "channel" else width
+    moved = 2 * width + (2 * rank if kind == "low_rank" else 0)
+    return Cost(
+        flops=2 * products * B * Q,
+        weight_bytes=sympy.Integer((products + vectors) * element_bytes),
+        activation_bytes=moved * element_bytes * B * Q,
+    )
+
+
+def stand_in_seconds(
+    cost: Cost, timer: Timer, replaced: Group, phase: str, context: int, *, device: str = "cpu"
+) -> float:
+    """Return how long what costs ``cost`` takes in place of a sublayer of the group ``replaced``.
+
+    Measured times know nothing of it: there it takes the share of the sublayer's time that it takes by a roofline.
+    """
+    if isinstance(timer, Roofline):
+        return timer.seconds(replaced, cost, phase, context)
+    roofline = ROOFLINES.get(device, ROOFLINES["cpu"])
+    share = roofline.seconds(replaced, cost, phase, context) / roofline.seconds(
+        replaced, replaced.cost[phase], phase, context
+    )
+    return share * timer.seconds(replaced, replaced.cost[phase], phase, context)
