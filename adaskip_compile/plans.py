@@ -92,7 +92,7 @@ class SkipPlan:
         skipped: The sublayers skipped in prefill and for the whole request, in the order of the residual stream.
         beta: The similarity from which an FFN is skipped too after the window; None adds none.
         window: How many decoded tokens are measured for that; 0 adds none.
-        policy: What chose the plan: one of :data:`adaskip_compile.policies.POLICIES`, ``explicit`` or ``none``.
+        policy: What chose the plan: one of :data:`adaskip_compile.policy_names.POLICIES`, ``explicit`` or ``none``.
         scale_kind: Which ratio the scales are, and those measured in the window: ``token`` or ``frobenius``.
         model: The model that the plan is for; None for any model that has these sublayers.
         ramp: What changes as the request is decoded, earliest first.

@@ -1,7 +1,8 @@
 """Policies: which sublayers to skip, chosen offline from a profile; one function for each.
 
-Some choose among sublayers: ``adaskip``, ``attention_only``, ``random``, ``loss_greedy``. The others choose
-whole layers, as the methods that they stand for do: ``early_exit``, ``skip_decode``, ``unified``, ``shortgpt``.
+Their names are those of :data:`adaskip_compile.policy_names.POLICIES`. Some choose among sublayers: ``adaskip``,
+``attention_only``, ``random``, ``loss_greedy``. The others choose whole layers, as the methods that they stand for do:
+``early_exit``, ``skip_decode``, ``unified``, ``shortgpt``.
 """
 
 from __future__ import annotations
@@ -139,9 +140,6 @@ LAYER_POLICIES: Mapping[str, LayerPolicy] = {
     "unified": every_nth_layer,
     "shortgpt": least_influence,
 }
-# Those that go by more than is learned from requests.
-PROFILED_POLICIES = ("loss_greedy", "shortgpt")
-POLICIES = (*SUBLAYER_POLICIES, "random", *LAYER_POLICIES)
 
 
 def choose(profile: Profile, policy: str, count: int, seed: int = 0) -> tuple[str, ...]:

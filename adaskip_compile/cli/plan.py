@@ -1,11 +1,17 @@
 """Decide from a profile which sublayers to skip.
 
-All sublayers, attention and FFN, are ranked together by similarity, and the most similar are skipped in
-prefill and decode. After the first tokens of a request, FFNs that prove as similar are skipped too.
+By default all sublayers, attention and FFN, are ranked together by similarity, and the most similar are skipped
+in prefill and decode. After the first tokens of a request, FFNs that prove as similar are skipped too. Other
+policies are there to compare with.
+
+With --context, sublayers are chosen so that both prefill and decode get --speedup times as fast at that many
+tokens, by predicted times, at the least damage; --times has them measured on this machine.
 
 examples:
   adaskip plan profile.json --skip 8 --out plan.json
   adaskip plan profile.json --speedup 1.33 --window 20 --out plan.json
+  adaskip plan profile.json --skip 8 --policy shortgpt --out plan.json
+  adaskip plan profile.json --speedup 1.25 --context 4096 --times this-machine.json --out plan.json
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import argparse
 from typing import Any
 
 from adaskip_compile.cli.output import Output
+from adaskip_compile.policy_names import POLICIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speedup",
         type=float,
         metavar="A",
-        help="skip 2(M - M/A) sublayers of M layers: the paper's target acceleration",
+        help="skip 2(M - M/A) sublayers of M layers, the paper's target acceleration; with --context, get A times as fast",
+    )
+    amount.add_argument(
+        "--max-loss", type=float, metavar="NATS", help="skip what the profile's joint order says loses no more a token"
+    )
+    parser.add_argument("--context", type=int, metavar="N", help="tokens at which --speedup is to be reached")
+    parser.add_argument(
+        "--times",
+        metavar="PATH",
+        help="times for --context, that 'adaskip inspect --calibrate --calibration PATH' measured",
+    )
+    parser.add_argument(
+        "--phase", choices=("both", "prefill", "decode"), default="both", help="where to skip (default: %(default)s)"
     )
     add_policy_arguments(parser)
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a plan depends on beside the number of sublayers."""
+    parser.add_argument(
+        "--policy",
+        choices=tuple(POLICIES),
+        default="adaskip",
+        help="what to skip (default: %(default)s). " + "; ".join(f"{name}: {what}" for name, what in POLICIES.items()),
+    )
+    parser.add_argument("--seed", type=int, default=0, help="what 'random' draws with (default: %(default)s)")
     parser.add_argument(
         "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: %(default)s)"
     )
@@ -60,10 +86,9 @@ def make_plan(profile: Any, arguments: argparse.Namespace) -> Any:
     """Return the plan that the arguments ask for."""
     import adaskip_compile
 
-    amount: dict[str, Any] = {} if arguments.skip is None else {"skip": arguments.skip}
-    if getattr(arguments, "speedup", None) is not None:
-        amount = {"speedup": arguments.speedup}
-    return adaskip_compile.plan(profile, **amount, window=arguments.window, scale=arguments.scale)
+    names = ("skip", "speedup", "max_loss", "context", "times", "phase", "policy", "seed", "window", "scale")
+    asked = {name: getattr(arguments, name, None) for name in names}
+    return adaskip_compile.plan(profile, **{name: value for name, value in asked.items() if value is not None})
 
 
 def describe(plan: Any) -> dict[str, Any]:

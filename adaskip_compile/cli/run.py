@@ -15,6 +15,7 @@ from typing import Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
+from adaskip_compile.policy_names import POLICIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=common.positive, default=64, metavar="N", help="(default: %(default)s)"
     )
     parser.add_argument("--skip", type=int, metavar="N", help="sublayers to skip when there is no plan (default: 8)")
+    parser.add_argument("--policy", choices=tuple(POLICIES), help="how to choose them (default: adaskip)")
+    parser.add_argument("--seed", type=int, metavar="N", help="what the policy 'random' draws with (default: 0)")
     parser.add_argument("--inner", choices=("inductor", "eager"), help="the backend that compiles each region")
 
 
@@ -54,7 +57,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    asked = {name: getattr(arguments, name) for name in ("profile", "skip", "inner")}
+    asked = {name: getattr(arguments, name) for name in ("profile", "skip", "policy", "seed", "inner")}
     options = {name: value for name, value in asked.items() if value is not None}
     if arguments.plan is not None:
         from adaskip_compile.plans import SkipPlan

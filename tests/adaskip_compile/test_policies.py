@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from adaskip_compile.layers import find_layers
 from adaskip_compile.planning import plan
 from adaskip_compile.plans import RampStep, SkipPlan
-from adaskip_compile.policies import POLICIES, keeps_enough, largest_skip, least_influence
+from adaskip_compile.policies import LAYER_POLICIES, SUBLAYER_POLICIES, keeps_enough, largest_skip, least_influence
+from adaskip_compile.policy_names import POLICIES
 from adaskip_compile.profiles import LayerProfile, Profile
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, decoder, measured
@@ -51,10 +52,17 @@ def layers_of(found: SkipPlan) -> list[int]:
 
 
 def test_the_policies_are_the_documented_ones() -> None:
-    assert {*POLICIES} == {
-        *("adaskip", "attention_only", "random", "loss_greedy"),
-        *("early_exit", "skip_decode", "unified", "shortgpt"),
-    }
+    assert [*POLICIES] == [
+        "adaskip",
+        "attention_only",
+        "loss_greedy",
+        "random",
+        "early_exit",
+        "skip_decode",
+        "unified",
+        "shortgpt",
+    ]
+    assert {*POLICIES} == {*SUBLAYER_POLICIES, *LAYER_POLICIES, "random"}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,7 @@ def test_layers_by_paths(paths: list[str], sizes: list[int]) -> None:
     assert [path for layer in found for path in layer] == paths
 
 
-@given(st.integers(2, 9), st.sampled_from(POLICIES), st.integers(0, 18), st.integers(0, 5))
+@given(st.integers(2, 9), st.sampled_from([*POLICIES]), st.integers(0, 18), st.integers(0, 5))
 def test_whatever_is_chosen_can_run(layers: int, policy: str, skip: int, seed: int) -> None:
     given_profile = decoder(layers)
     paths = [one.path for one in given_profile.sublayers]

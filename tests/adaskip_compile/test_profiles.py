@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,30 @@ class TestFiles:
             match=r"version 3 of the format adaskip-profile, written by adaskip-compile 7\.0; .*: upgrade with `pip",
         ):
             Profile.load(path)
+
+    def test_the_first_version_loads(self, tmp_path: Path) -> None:
+        """It had neither whole layers nor costs."""
+        payload = {name: value for name, value in asdict(decoder(4)).items() if name not in ("layers", "costs")}
+        replace(PROFILE_FORMAT, version=1).write(tmp_path / "p.json", payload)
+        assert Profile.load(tmp_path / "p.json") == decoder(4)
+
+    @pytest.mark.parametrize(
+        ("flops", "message"),
+        [
+            ("__import__('os').getcwd()", "is no expression in b, q, t"),
+            ("9**9**9**9", "is no expression in b, q, t"),
+            ("2*z", "names the symbol 'z', of which nothing is known"),
+            ("exec(q)", "calls 'exec', which is no function of shapes"),
+        ],
+    )
+    def test_a_cost_that_is_no_expression_is_refused(self, flops: str, message: str, tmp_path: Path) -> None:
+        cost = {"prefill": {"flops": flops, "weight_bytes": "0", "activation_bytes": "0", "cache_bytes": "0"}}
+        sublayers = [[one.path, 0, []] for one in decoder(1).sublayers]
+        costs = {"sublayers": sublayers, "groups": [{"kind": "ffn", "count": 2, "cost": cost}], "rest": cost}
+        costs |= {"width": 64, "element_bytes": 4, "device": "cpu"}
+        PROFILE_FORMAT.write(tmp_path / "p.json", {**asdict(decoder(1)), "costs": costs})
+        with pytest.raises(DamagedFileError, match=re.escape(message)):
+            Profile.load(tmp_path / "p.json")
 
     def test_plan_given_as_a_profile(self, tmp_path: Path) -> None:
         SkipPlan.none().save(tmp_path / "p.json")

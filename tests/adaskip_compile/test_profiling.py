@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import adaskip_compile
-from adaskip_compile import CaptureError, ProfileError, SkipPlan
+from adaskip_compile import CaptureError, Profile, ProfileError, SkipPlan
 from adaskip_compile.identity import identify
+from adaskip_compile.inspection import inspect_model
+from adaskip_compile.prediction import cost_at
 from tests.models import plain, tiny, tokens
-from tests.reference import hook_statistics
+from tests.reference import hook_statistics, measure
 from tests.tiny_checkpoints import byte_tokenizer
 
 COLUMNS = ("similarity", "scale_token", "scale_frobenius")
@@ -38,6 +42,47 @@ def test_a_profile_is_what_hooks_measure(llama):
             wanted = [getattr(call[sublayer.path], name) for call in calls]
             assert getattr(sublayer, name) == pytest.approx(wanted, abs=1e-5)
     profile.check(identify(llama))
+
+
+def test_whole_layers_are_what_hooks_measure(llama):
+    seen = []
+    handles = [
+        layer.register_forward_hook(lambda _, args, result: seen.append(measure(args[0], result).similarity))
+        for layer in llama.model.layers
+    ]
+    with torch.no_grad():
+        for sample in SAMPLES:
+            llama(sample if sample.dim() == 2 else sample[None])
+    for handle in handles:
+        handle.remove()
+    profile = adaskip_compile.profile(llama, SAMPLES, progress=False)
+    assert [layer.paths for layer in profile.layers] == [
+        (f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp") for layer in range(3)
+    ]
+    for number, layer in enumerate(profile.layers):
+        assert layer.similarity == pytest.approx(seen[number::3], abs=1e-5)
+    merged = profile.merge(profile)
+    assert merged.layers[1].mean_similarity == pytest.approx(profile.layers[1].mean_similarity)
+    assert profile.merge(replace(profile, layers=())).layers == ()
+
+
+def test_costs_are_those_of_an_inspection(llama, tmp_path):
+    """Of a prefill exactly; of a decoded token within what copying the cache costs, which the estimate leaves out."""
+    profile = adaskip_compile.profile(llama, SAMPLES[:1], progress=False)
+    costs, found = profile.costs, inspect_model(llama)
+    assert costs is not None
+    assert [(one.path, one.group) for one in costs.sublayers] == [(one.path, one.group) for one in found.sublayers]
+    assert (costs.width, costs.element_bytes, costs.device) == (64, 4, "cpu")
+    for ours, theirs in zip(costs.groups, found.groups, strict=True):
+        assert (ours.kind, ours.count) == (theirs.kind, theirs.count)
+        assert cost_at(ours.cost["prefill"], "prefill", 100) == cost_at(theirs.cost["prefill"], "prefill", 100)
+        estimate, exact = (cost_at(one.cost["decode"], "decode", 100) for one in (ours, theirs))
+        assert estimate["flops"] == exact["flops"]
+        assert estimate["weight_bytes"] == exact["weight_bytes"]
+        assert 0.4 * exact["activation_bytes"] < estimate["activation_bytes"] <= exact["activation_bytes"]
+    profile.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == profile
+    assert adaskip_compile.plan(profile, speedup=1.2, context=64).policy == "adaskip"
 
 
 def test_profiling_leaves_the_model_as_it_was(llama):

@@ -179,8 +179,9 @@ def test_what_cannot_follow_is_refused(ramp: tuple[RampStep, ...], error: type[E
 
 @pytest.mark.parametrize("fields", [{"after": -1}, {"after": 1.5}, {"after": 0, "skipped": ()}])
 def test_a_senseless_step(fields: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"skipped": (known("a", False),), **fields}
     with pytest.raises(PlanError, match=r"a ramp step begins after|changes nothing"):
-        RampStep(**{"skipped": (known("a", False),), **fields})
+        RampStep(**options)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -94,6 +94,29 @@ def test_plan_by_speed_up(profile: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(SkipPlan.load(out).paths) == 2
 
 
+def test_plan_by_another_policy(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "plan.json"
+    command = ["plan", profile, "--out", str(out), "--skip", "2", "--json", "-"]
+    assert main([*command, "--policy", "early_exit"]) == 0
+    assert list(results(capsys)["skipped"]) == [ATTENTION.format(3), FFN.format(3)]
+    assert main([*command, "--policy", "random", "--seed", "7", "--phase", "decode"]) == 0
+    [step] = results(capsys)["ramp"]
+    assert (step["after"], len(step["skipped"])) == (0, 2)
+    assert SkipPlan.load(out).policy == "random"
+    assert main(["plan", profile, "--out", str(out), "--skip", "3", "--policy", "early_exit"]) == 2
+    assert "early_exit skips whole layers" in capsys.readouterr().err
+
+
+def test_plan_for_a_goal(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "plan.json"
+    assert main(["plan", profile, "--out", str(out), "--speedup", "1.2", "--context", "64"]) == 0
+    assert SkipPlan.load(out).all_paths
+    assert main(["plan", profile, "--out", str(out), "--speedup", "9", "--context", "64"]) == 2
+    assert "speedup=9 at context=64 is out of reach" in capsys.readouterr().err
+    assert main(["plan", profile, "--out", str(out), "--max-loss", "0.1"]) == 2
+    assert "holds no joint order" in capsys.readouterr().err
+
+
 def test_plan_refuses_what_the_model_does_not_allow(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "plan.json"
     assert main(["plan", profile, "--out", str(out), "--skip", "100"]) == 2
