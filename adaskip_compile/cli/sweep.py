@@ -109,12 +109,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
     domains = read_domains(arguments.texts)
     model, tokenizer = common.load_model(arguments)
+    results = SweepResults.open(arguments.results, _about(model, domains, arguments))
     with output.status("profiling"):
-        profile = _profile(model, tokenizer, domains, arguments)
+        profile = _profile(model, tokenizer, domains, results, arguments)
     candidates = make_candidates(
         profile, arguments.skips, arguments.policies, arguments.compensations, window=arguments.window
     )
-    results = SweepResults.open(arguments.results, _about(model, profile, domains, arguments))
     _measure(model, tokenizer, domains, candidates, results, arguments, output)
     _time(model, domains, tokenizer, candidates, results, arguments, output)
     rows = make_rows(candidates, results)
@@ -144,44 +144,56 @@ def _check(arguments: argparse.Namespace) -> None:
         check_plot(arguments.plot)
 
 
-def _profile(model: Any, tokenizer: Any, domains: Sequence[Domain], arguments: argparse.Namespace) -> Profile:
+def _profile(
+    model: Any, tokenizer: Any, domains: Sequence[Domain], results: Any, arguments: argparse.Namespace
+) -> Profile:
+    """Return the profile that was named, or that an earlier run of this sweep measured, or measure it."""
+    from pathlib import Path
+
     import adaskip_compile
     from adaskip_compile.evaluation.domains import mixed_windows
     from adaskip_compile.identity import identify
     from adaskip_compile.profiles import Profile
 
-    if arguments.profile:
-        profile = Profile.load(arguments.profile)
-        profile.check(identify(model), source=arguments.profile)
+    kept = Path(arguments.results).with_suffix(".profile.json")
+    named = arguments.profile or (kept if results.path.exists() and kept.exists() else None)
+    if named is not None:
+        profile = Profile.load(named)
+        profile.check(identify(model), source=str(named))
         return profile
     samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
-    return adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=False)
+    profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=False)
+    profile.save(kept)
+    results.save()  # from here on it belongs to this sweep
+    return profile
 
 
-def _about(model: Any, profile: Profile, domains: Sequence[Domain], arguments: argparse.Namespace) -> dict[str, Any]:
+def _about(model: Any, domains: Sequence[Domain], arguments: argparse.Namespace) -> dict[str, Any]:
     """Return all that results depend on, beside the plan: they may be added to only where it is the same."""
-    import hashlib
     import platform
-    from dataclasses import asdict
 
     import torch
 
     from adaskip_compile.documents import producer
     from adaskip_compile.identity import identify
+    from adaskip_compile.profiles import PROFILE_FORMAT
 
-    texts = {
-        domain.name: hashlib.sha256(f"{domain.profiling}\0{domain.evaluation}".encode()).hexdigest()[:16]
-        for domain in domains
-    }
-    names = ("dtype", "inner", "window", "windows", "length", "context", "new_tokens", "items")
+    names = ("dtype", "inner", "window", "samples", "windows", "length", "context", "new_tokens", "items")
+    profile = _digest(repr(PROFILE_FORMAT.read(arguments.profile))) if arguments.profile else "measured by the sweep"
     return {
         "model": f"{identify(model).name} {identify(model).key}",
         "made by": f"{producer()}, torch {torch.__version__}",
         "machine": f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads",
-        "profile": hashlib.sha256(repr(asdict(profile)).encode()).hexdigest()[:16],
-        "texts": texts,
+        "profile": profile,
+        "texts": {domain.name: _digest(f"{domain.profiling}\0{domain.evaluation}") for domain in domains},
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names},
     }
+
+
+def _digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _measure(

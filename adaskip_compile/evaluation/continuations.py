@@ -19,7 +19,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Iterable[torch.Tensor], n
 
 
 def rouge_l(texts: Iterable[str], references: Iterable[str]) -> tuple[float, ...]:
-    """Return the Rouge-L F1 of each text against its reference, 0 to 1 (Lin 2004).
+    """Return the Rouge-L F1 of each text against its reference, 0 to 1 (Lin 2004); 1 for equal ones, wordless ones too.
 
     Raises:
         OptionError: The library rouge-score is not installed.
@@ -30,4 +30,7 @@ def rouge_l(texts: Iterable[str], references: Iterable[str]) -> tuple[float, ...
         raise OptionError("Rouge-L needs rouge-score: pip install 'adaskip-compile[evaluation]'") from error
     scorer = RougeScorer(["rougeL"])
     pairs = zip(texts, references, strict=True)
-    return tuple(float(scorer.score(reference, text)["rougeL"].fmeasure) for text, reference in pairs)
+    return tuple(
+        1.0 if text == reference else float(scorer.score(reference, text)["rougeL"].fmeasure)
+        for text, reference in pairs
+    )

@@ -29,11 +29,12 @@ def test_windows_of_one_length_share_a_forward_and_keep_their_order():
     samples = [
         tokens(length=length, seed=length + seed)[0] for length, seed in ((9, 0), (9, 1), (9, 2), (6, 0), (9, 3))
     ]
+    expected = [float(losses(model, ids).mean()) for ids in samples]
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     found = window_nlls(model, samples, batch=2)
     assert rows == [2, 1, 1, 1]
-    assert found == pytest.approx([float(losses(model, ids).mean()) for ids in samples], rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_decoded_tokens_are_the_last_ones_each_in_a_step_of_its_own():
