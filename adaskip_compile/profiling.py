@@ -20,7 +20,7 @@ from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
 
 
-class Prober:
+class _Prober:
     """A backend that runs each graph in full with a probe on every sublayer, and keeps the statistics."""
 
     def __init__(self) -> None:
@@ -29,7 +29,6 @@ class Prober:
         self.runs = 0
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        """Return what to run in place of ``gm``: the same, with statistics ``f32[sublayers, 3]`` kept of each call."""
         stream = straightened_stream(gm)
         self.streams.append(stream)
         probed = gm if stream.problems else run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
@@ -64,7 +63,7 @@ def profile(
         ProfileError: No samples, texts without a tokenizer, or a sample too short.
         CaptureError: The model has no residual stream, or is not captured as one graph.
     """
-    prober = Prober()
+    prober = _Prober()
 
     # An own function object: its captures are not those of the user's compiled model.
     def forward(ids: torch.Tensor) -> Any:
@@ -121,7 +120,7 @@ def _cheap_arguments(model: nn.Module) -> dict[str, Any]:
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
-def _require_one_graph(prober: Prober, calls: int) -> None:
+def _require_one_graph(prober: _Prober, calls: int) -> None:
     if prober.runs != calls:
         raise CaptureError(
             f"the model was captured in {prober.runs - calls + 1} pieces, and a profile needs one graph a forward; "

@@ -8,7 +8,7 @@ generated it: that is what measures a skip set that the window of decoded tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,18 +42,25 @@ def mean_nll(model: Any, windows: Iterable[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def decoded_nlls(model: Any, windows: Iterable[torch.Tensor], *, decoded: int, cache: Any = None) -> tuple[float, ...]:
+def decoded_nlls(
+    model: Any,
+    windows: Iterable[torch.Tensor],
+    *,
+    decoded: int,
+    after_prefill: Callable[[Any], None] | None = None,
+) -> tuple[float, ...]:
     """Return the mean negative log-likelihood, nats a token, of the last ``decoded`` tokens of each window.
 
     Each of them is predicted in a decode step, all before them in one prefill: a window is one request.
-    ``cache`` makes the cache of a request, where it is not to be the model's own.
+    ``after_prefill`` is given the cache that a prefill filled, and may change what it holds in place.
     """
     found: list[float] = []
     for window in windows:
         ids = window.to(model.device)[None]
         prompt = ids.shape[1] - decoded - 1
-        past = None if cache is None else cache()
-        past = model(input_ids=ids[:, :prompt], past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+        past = model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+        if after_prefill is not None:
+            after_prefill(past)
         rows = []
         for step in range(prompt, ids.shape[1] - 1):
             result = model(input_ids=ids[:, step : step + 1], past_key_values=past, use_cache=True)
