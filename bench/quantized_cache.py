@@ -56,13 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(study: Study, windows: dict[str, list[torch.Tensor]], bits: int | None) -> tuple[dict[str, Scores], int]:
     """Return the NLL of the decoded tokens by domain, and the bytes of the cache after a prefill."""
     held: list[int] = []
-    after = (lambda cache: held.append(cache_bytes(cache))) if bits is None else _quantiser(bits, held)
+    after = _as_it_is(held) if bits is None else _quantiser(bits, held)
     decoded = study.arguments.decoded
     scores = {
         name: Scores(decoded_nlls(study.model, some, decoded=decoded, after_prefill=after))
         for name, some in windows.items()
     }
     return scores, held[-1]
+
+
+def _as_it_is(held: list[int]) -> Callable[[Any], None]:
+    return lambda cache: held.append(cache_bytes(cache))
 
 
 def _quantiser(bits: int, held: list[int]) -> Callable[[Any], None]:
@@ -84,7 +88,7 @@ def _quantiser(bits: int, held: list[int]) -> Callable[[Any], None]:
     return quantise
 
 
-def _packed_bytes(tensor: torch.Tensor) -> int:
+def _packed_bytes(tensor: Any) -> int:
     """Return the bytes of a tensor, or of those that a packed one is made of."""
     if type(tensor) is torch.Tensor:
         return tensor.nbytes

@@ -130,6 +130,14 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise for what would only come to light after hours of measuring."""
+    from adaskip_compile.evaluation.candidates import check_names
+    from adaskip_compile.evaluation.longbench import find_task
+    from adaskip_compile.evaluation.suite import check_kinds
+
+    check_names(arguments.policies, arguments.compensations)
+    check_kinds(arguments.measures)
+    for task in _tasks(arguments):
+        find_task(task)
     if arguments.out and arguments.max_loss is None and arguments.speedup is None:
         raise OptionError("--out: what is the plan to reach? Give --max-loss or --speedup too")
     if bool(arguments.longbench) != bool(arguments.tasks):
@@ -142,6 +150,10 @@ def _check(arguments: argparse.Namespace) -> None:
         from adaskip_compile.evaluation.plots import check_plot
 
         check_plot(arguments.plot)
+
+
+def _tasks(arguments: argparse.Namespace) -> list[str]:
+    return arguments.tasks.split(",") if arguments.tasks else []
 
 
 def _profile(
@@ -214,8 +226,7 @@ def _measure(
     kinds = list(dict.fromkeys(["nll", *arguments.measures]))
     measures = make_measures(kinds, model, tokenizer, domains, sizes)
     if arguments.longbench:
-        tasks = arguments.tasks.split(",")
-        measures += longbench_measures(arguments.longbench, tasks, model, tokenizer, count=arguments.items)
+        measures += longbench_measures(arguments.longbench, _tasks(arguments), model, tokenizer, count=arguments.items)
     todo = [
         (candidate, measure)
         for candidate in candidates

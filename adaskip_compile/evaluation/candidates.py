@@ -8,11 +8,12 @@ from itertools import product
 from typing import Any
 
 import adaskip_compile
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.plans import POLICIES, SkipPlan
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 
 FULL = "full"
+COMPENSATIONS = ("scale",)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Candidate:
         return f"{self.policy}/{self.skip}/{self.compensation}" if self.policy else FULL
 
 
+def check_names(policies: Iterable[str], compensations: Iterable[str]) -> None:
+    """Raise :class:`OptionError` for a policy or a compensation that there is not."""
+    for what, names, known in (("policy", policies, POLICIES), ("compensation", compensations, COMPENSATIONS)):
+        for name in names:
+            if name not in known:
+                raise OptionError(f"{what}={name!r}: takes one of {', '.join(known)}")
+
+
 def make_plan(
     profile: Profile, *, skip: int, policy: str = "adaskip", compensation: str = "scale", **options: Any
 ) -> SkipPlan:
@@ -38,8 +47,7 @@ def make_plan(
     Raises:
         OptionError: A name is unknown, or more is asked for than this model allows.
     """
-    if compensation != "scale":
-        raise OptionError(f"compensation={compensation!r}: takes scale")
+    check_names([policy], [compensation])
     return adaskip_compile.plan(profile, skip=skip, policy=policy, **options)
 
 

@@ -67,6 +67,13 @@ def kind_of(name: str) -> str:
     return name.partition("/")[0]
 
 
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise :class:`OptionError` for a kind of measure that there is not."""
+    for kind in kinds:
+        if kind not in MEASURES:
+            raise OptionError(f"measures: {kind!r} is none; known are {', '.join(MEASURES)}")
+
+
 def make_measures(
     kinds: Sequence[str], model: Any, tokenizer: Any, domains: Sequence[Domain], sizes: Sizes = Sizes()
 ) -> list[Measure]:
@@ -77,9 +84,7 @@ def make_measures(
     Raises:
         OptionError: A kind is unknown, needs a library that is not installed, or there is not enough text.
     """
-    for kind in kinds:
-        if kind not in MEASURES:
-            raise OptionError(f"measures: {kind!r} is none; known are {', '.join(MEASURES)}")
+    check_kinds(kinds)
     made: list[Measure] = []
     for kind in kinds:
         make = {"nll": _nll, "decode": _decode, "needle": _needle, "classification": _classification, "rouge": _rouge}

@@ -51,10 +51,10 @@ def test_a_plan_is_measured_as_its_user_gets_it():
     full = window_nlls(model, [ids])
     plan = adaskip_compile.SkipPlan.from_scales({"model.layers.1.self_attn": 0.5})
     adaskip_compile.compile(model, plan, inner="eager")
-    skipped, decoded = window_nlls(model, [ids]), decoded_nlls(model, [ids], decoded=18)
+    skipped, decoded = window_nlls(model, [ids]), decoded_nlls(model, [ids], decoded=15)
     assert abs(skipped[0] - full[0]) > 1e-3
     [first, *_] = (request for request in adaskip_compile.report(model).requests)
     assert first.skipped == plan.scales
     last = adaskip_compile.report(model).requests[-1]
-    assert last.tokens["steady"] == 18
+    assert last.tokens["steady"] == 15
     assert decoded != skipped
