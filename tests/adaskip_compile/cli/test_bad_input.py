@@ -18,8 +18,10 @@ from tests.adaskip_compile.profiling_data import TINY
 from tests.tiny_checkpoints import save_tiny
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ("demo", "profile", "plan", "inspect", "run", "export")
+COMMANDS = ("demo", "profile", "plan", "inspect", "run", "sweep", "export")
 SMALL_DEMO = "--inner eager --samples 2 --length 32 --held-out 2 --prompt-tokens 40 --new-tokens 9 --rounds 1 --skip 2 --window 3"
+
+SMALL_SWEEP = "--inner eager --windows 1 --length 32 --context 32 --new-tokens 4 --window 1 --rounds 1"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,7 @@ def command_line(command: str, files: dict[str, str], out: Path, **changed: str)
         "plan": ["plan", at["profile"], "--out", str(out), "--skip", "2"],
         "inspect": ["inspect", at["model"], "--plan", at["plan"], "--html", str(out)],
         "run": f"run {at['model']} --plan {at['plan']} --prompt word --max-new-tokens 3 --inner eager --json {out}".split(),
+        "sweep": f"sweep {at['model']} --profile {at['profile']} --results {out} --skips 2 {SMALL_SWEEP}".split(),
         "export": f"export {at['model']} --plan {at['plan']} --max-length 32 --out {out}".split(),
     }[command]
 
@@ -101,8 +104,8 @@ def test_a_folder_that_cannot_be_read_is_named(
     assert str(folder) in line
 
 
-# export writes a folder, not a file: tests/adaskip_compile/test_export_folders.py
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "export"])
+# export writes a folder, not a file: tests/adaskip_compile/test_export_folders.py; sweep goes on from what it finds.
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("sweep", "export")])
 @pytest.mark.parametrize("kind", ["full", "interrupted"])
 def test_what_cannot_be_written_leaves_nothing(
     command: str,

@@ -1,0 +1,142 @@
+"""The sweep from its arguments to its files, with a tiny model and no compiler inside."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from adaskip_compile import SkipPlan
+from adaskip_compile.cli import main, sweep
+from adaskip_compile.evaluation import suite
+from tests.made_up_texts import made_up_domain, made_up_folder
+from tests.tiny_checkpoints import save_tiny
+
+SMALL = "--inner eager --windows 1 --length 48 --context 40 --new-tokens 7 --window 3 --samples 2 --rounds 2".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def sweeps(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return a function that sweeps the model with results in ``tmp_path``, on made-up text of two domains."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "adaskip_compile.evaluation.domains.built_in_domains", lambda: (made_up_domain("sea"), made_up_domain("city"))
+    )
+    return lambda *arguments: main(["sweep", model, *SMALL, *arguments])
+
+
+def test_a_sweep_ends_in_a_curve_and_a_plan(sweeps: Callable[..., int], tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    goal = [
+        "--speedup",
+        "0.01",
+        "--out",
+        "plan.json",
+        "--csv",
+        "curve.csv",
+        "--plot",
+        "curve.svg",
+        "--json",
+        "all.json",
+    ]
+    assert sweeps("--skips", "0", "2", "3", *goal) == 0
+    lines = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert [line["skipped"] for line in lines] == ["0", "2", "3"]
+    assert float(lines[0]["nll_loss"]) == 0 != float(lines[1]["nll_loss"])
+    found = json.loads((tmp_path / "all.json").read_text())
+    least = min(found["rows"][1:], key=lambda row: row["nll_loss"])
+    assert found["recommended"]["name"] == least["name"]
+    assert list(SkipPlan.load(tmp_path / "plan.json").paths) == least["skipped"]
+    assert set(least["measures"]) == {"nll/sea", "nll/city"}
+    assert (tmp_path / "curve.svg").read_text().count("<svg") == 1
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(
+    sweeps: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measured: list[str] = []
+    real = suite.window_nlls
+
+    def count(model, windows):
+        if len(measured) == 3 and stopping:
+            raise KeyboardInterrupt
+        measured.append("windows")
+        return real(model, windows)
+
+    monkeypatch.setattr(suite, "window_nlls", count)
+    stopping = True
+    assert sweeps("--skips", "2", "3") == 130
+    kept = json.loads((tmp_path / "sweep.json").read_text())["payload"]["quality"]
+    assert [len(found) for found in kept.values()] == [2, 1]
+    stopping = False
+    assert sweeps("--skips", "2", "3") == 0
+    assert len(measured) == 3 * 2
+    whole = json.loads((tmp_path / "sweep.json").read_text())["payload"]
+    assert len(whole["rounds"]) == 2
+    assert {name: whole["quality"][name] for name in ["full"]} == {"full": kept["full"]}
+    # Another skip count is added; what is known is not measured again.
+    assert sweeps("--skips", "2", "4", "--csv", "curve.csv") == 0
+    assert len(measured) == 4 * 2
+    assert [set(found) for found in json.loads((tmp_path / "sweep.json").read_text())["payload"]["rounds"][2:]] == [
+        {"full", "adaskip/4/scale"}
+    ] * 2
+    assert [line["skipped"] for line in csv.DictReader((tmp_path / "curve.csv").open())] == ["0", "2", "4"]
+
+
+def test_results_of_another_sweep_are_refused(
+    sweeps: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sweep, "_time", lambda *_: None)
+    monkeypatch.setattr("adaskip_compile.cli.tradeoff.make_rows", lambda *_: [])
+    monkeypatch.setattr("adaskip_compile.cli.sweep_tables.show", lambda *_: None)
+    assert sweeps("--skips", "2") == 0
+    before = (tmp_path / "sweep.json").read_text()
+    folder = made_up_folder(tmp_path / "texts", "city")
+    other = save_tiny(tmp_path / "other", num_hidden_layers=3)
+    for arguments, name in (
+        (["--context", "44"], "its --context is 40, and here it is 44"),
+        (["--texts", f"more={folder}"], "its texts is"),
+    ):
+        assert sweeps("--skips", "2", *arguments) == 2
+        assert name in capsys.readouterr().err
+    assert main(["sweep", str(other), *SMALL, "--skips", "2"]) == 2
+    assert "sweep.json is of another sweep: its model is 'model" in capsys.readouterr().err
+    assert (tmp_path / "sweep.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "plan.json"], "Give --max-loss or --speedup too"),
+        (["--longbench", "folder"], "--longbench and --tasks go together"),
+        (["--new-tokens", "4"], "--new-tokens must be at least 6"),
+        (["--plot", "curve.gif"], "--plot curve.gif: takes a file that ends in .png, .svg, .pdf"),
+        (["--texts", "folder"], "--texts folder: takes NAME=DIR"),
+        (["--policies", "best"], "policy='best': takes one of adaskip"),
+        (["--compensations", "best"], "compensation='best': takes"),
+        (["--skips", "100"], "at most 7 of this model's 8 sublayers"),
+        (["--measures", "nnl"], "'nnl' is none; known are nll"),
+        (["--longbench", "none", "--tasks", "treck"], "--tasks treck: there is no such task"),
+        (["--longbench", "none", "--tasks", "trec"], "--longbench none: trec.jsonl cannot be read"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_it_is_measured(
+    arguments: list[str],
+    message: str,
+    sweeps: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(suite, "window_nlls", lambda *_, **__: pytest.fail("measured"))
+    assert sweeps("--skips", "2", *arguments) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
