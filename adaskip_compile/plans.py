@@ -11,13 +11,15 @@ import difflib
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from adaskip_compile.compensation import StreamMap
 from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
+from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
 from adaskip_passes.errors import LegalityError, PlanError, ProfileError, UnknownSublayerError
 
@@ -71,9 +73,10 @@ class SkipPlan:
         policy: What chose the plan: ``adaskip``, ``explicit`` or ``none``.
         scale_kind: Which ratio the scales are, and those measured in the window: ``token`` or ``frobenius``.
         model: The model that the plan is for; None for any model that has these sublayers.
+        maps: By path, what stands in the place of a skipped sublayer instead of its scale.
 
     Raises:
-        PlanError: A sublayer is named twice, or a field has a value that makes no sense.
+        PlanError: A sublayer is named twice, a map is of one that is not skipped, or a field has a value that makes no sense.
     """
 
     skipped: tuple[SkippedSublayer, ...]
@@ -82,12 +85,16 @@ class SkipPlan:
     policy: str
     scale_kind: str
     model: ModelIdentity | None
+    maps: Mapping[str, StreamMap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         paths = [sublayer.path for sublayer in self.skipped]
         for path in paths:
             if paths.count(path) > 1:
                 raise PlanError(f"a plan names each sublayer once, and {path} {paths.count(path)} times here")
+        for path in self.maps:
+            if path not in paths:
+                raise PlanError(f"a map is given for {path}, which the plan does not skip")
         if self.beta is not None and not is_finite_number(self.beta):
             raise PlanError(f"beta is {self.beta!r}; it takes a finite number or None")
         if type(self.window) is not int or self.window < 0:
@@ -151,10 +158,12 @@ class SkipPlan:
         width = max(map(len, ("sublayer", *self.paths)))
         count = "1 sublayer" if len(self.skipped) == 1 else f"{len(self.skipped)} sublayers"
         lines = [f"skips {count}; {online}; scale: {self.scale_kind}, policy: {self.policy}"]
-        lines.append(f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}")
+        lines.append(f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}{'  in its place' if self.maps else ''}")
         for sublayer in self.skipped:
             similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
-            lines.append(f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}")
+            row = f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}"
+            found = self.maps.get(sublayer.path)
+            lines.append(row if found is None else f"{row}  {found}")
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -163,7 +172,8 @@ class SkipPlan:
         Raises:
             FileError: The file cannot be written.
         """
-        PLAN_FORMAT.write(path, asdict(self))
+        maps = write_maps(path, {name: (one,) for name, one in self.maps.items()})
+        PLAN_FORMAT.write(path, {**asdict(replace(self, maps={})), "maps": maps})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
@@ -179,6 +189,7 @@ class SkipPlan:
                 **payload,
                 "skipped": skipped,
                 "model": ModelIdentity.from_payload(payload["model"]),
+                "maps": {name: one for name, (one,) in read_maps(path, payload.get("maps")).items()},
             }
             return cls(**fields)
         except KeyError as error:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from adaskip_compile.compensation import StreamMap
 from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
+from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_passes.errors import OptionError, ProfileError
 
 SCALE_KINDS = ("token", "frobenius")
@@ -104,12 +106,36 @@ class SublayerProfile:
 
 
 @dataclass(frozen=True)
+class JointStep:
+    """One step of a joint order: skip ``path`` too.
+
+    Args:
+        path: The sublayer that is skipped from this step on.
+        compensation: What stood in its place when the loss was measured.
+        loss: The mean divergence from the full model, in nats a token, with it and all before it skipped.
+
+    Raises:
+        ProfileError: The loss is not a finite number.
+    """
+
+    path: str
+    compensation: str
+    loss: float
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.loss):
+            raise ProfileError(f"the loss after skipping {self.path} is {self.loss!r}; it takes a finite number")
+
+
+@dataclass(frozen=True)
 class Profile:
     """What was measured of every sublayer of one model.
 
     Args:
         model: The model that was measured; None where it cannot be told from others.
         sublayers: All sublayers, in the order of the residual stream.
+        maps: By path, what :func:`adaskip_compile.fit` fitted to stand in the place of a sublayer, one of each form.
+        joint_order: What :func:`adaskip_compile.order_by_loss` found to skip, one after another.
 
     Raises:
         ProfileError: There are no sublayers, two have one path, or they differ in their number of samples.
@@ -117,6 +143,8 @@ class Profile:
 
     model: ModelIdentity | None
     sublayers: tuple[SublayerProfile, ...]
+    maps: Mapping[str, tuple[StreamMap, ...]] = field(default_factory=dict)
+    joint_order: tuple[JointStep, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sublayers:
@@ -131,6 +159,9 @@ class Profile:
                     f"every sublayer sees every sample, but {paths[0]} saw {self.samples} and {sublayer.path} "
                     f"{sublayer.samples}"
                 )
+        for path in (*self.maps, *(step.path for step in self.joint_order)):
+            if path not in paths:
+                raise ProfileError(f"a map or a step of the joint order is of {path}, which is no sublayer here")
 
     @property
     def samples(self) -> int:
@@ -143,6 +174,8 @@ class Profile:
 
     def merge(self, *others: Profile) -> Profile:
         """Return the profile of the samples of this one and ``others``.
+
+        Maps and joint orders of several do not add up: the result has none where two of them have some.
 
         Raises:
             ProfileError: They are of different models, or of different sublayers.
@@ -163,7 +196,8 @@ class Profile:
         Raises:
             FileError: The file cannot be written.
         """
-        PROFILE_FORMAT.write(path, asdict(self))
+        maps = write_maps(path, self.maps)
+        PROFILE_FORMAT.write(path, {**asdict(replace(self, maps={})), "maps": maps})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -175,7 +209,8 @@ class Profile:
         payload = PROFILE_FORMAT.read(path)
         try:
             sublayers = tuple(_sublayer_from(entry) for entry in payload["sublayers"])
-            return cls(ModelIdentity.from_payload(payload["model"]), sublayers)
+            steps = tuple(JointStep(**entry) for entry in payload.get("joint_order", ()))
+            return cls(ModelIdentity.from_payload(payload["model"]), sublayers, read_maps(path, payload.get("maps")), steps)
         except (AttributeError, KeyError, TypeError, ProfileError) as error:
             raise PROFILE_FORMAT.damaged(path, _reason(error)) from error
 
@@ -190,7 +225,13 @@ class Profile:
                 f"cannot merge profiles: one has {len(self.sublayers)} sublayers and another {len(other.sublayers)}"
             )
         pairs = zip(self.sublayers, other.sublayers, strict=True)
-        return Profile(self.model or other.model, tuple(ours.merge(theirs) for ours, theirs in pairs))
+        with_maps, with_order = ([one for one in (self, other) if held(one)] for held in (_has_maps, _has_order))
+        return Profile(
+            self.model or other.model,
+            tuple(ours.merge(theirs) for ours, theirs in pairs),
+            with_maps[0].maps if len(with_maps) == 1 else {},
+            with_order[0].joint_order if len(with_order) == 1 else (),
+        )
 
 
 def is_finite_number(value: object) -> bool:

@@ -46,7 +46,7 @@ class Request:
     captures: list[str] = field(default_factory=list)
     storages: list[StorageWeakRef] = field(default_factory=list)
     length: int = 0
-    scale_inputs: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    stand_ins: dict[tuple[str, ...], tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     @property
     def skipped(self) -> dict[str, float]:
@@ -170,7 +170,7 @@ class RequestTable:
                 seconds=dict(request.seconds),
                 notes=[*request.notes, f"copied from request {request.number}"],
                 captures=[],
-                scale_inputs={},
+                stand_ins={},
             )
             if not certain:
                 copied.extra = {}
