@@ -30,6 +30,9 @@ DOMAINS: tuple[Domain, ...] = ("english", "code")
 # Shorter paragraphs (headings, grammar rules) recur in many topics and say nothing of one quoting another.
 _TELLING_PARAGRAPH = 80
 
+# A piece of text begins at a line, unless that would leave less than this share of it.
+_ENOUGH = 0.9
+
 
 @dataclass(frozen=True)
 class Text:
@@ -59,6 +62,22 @@ def held_out_texts(count: int = 8, *, characters: int = 10_000) -> tuple[Text, .
     return _texts("held-out", count, characters)
 
 
+def spread(stream: str, count: int, characters: int, *, name: str = "built-in") -> list[str]:
+    """Return ``count`` pieces of ``stream``, of ``characters`` each, evenly spread, each beginning at a line or a word.
+
+    Raises:
+        OptionError: it is too short for that; the message calls it by ``name``.
+    """
+    available = len(stream) // characters
+    if count > available:
+        raise OptionError(
+            f"there are only {available} {name} texts of {characters} characters in a domain, not {count}: "
+            "ask for fewer or shorter ones, or name text files of your own"
+        )
+    starts = (index * available // count * characters for index in range(count))
+    return [_from_a_beginning(stream[start : start + characters]) for start in starts]
+
+
 def windows(
     tokenizer: Any, texts: Iterable[str], length: int, *, per_text: int | None = None
 ) -> Iterator[torch.Tensor]:
@@ -82,30 +101,28 @@ def windows(
             yield torch.tensor([*prefix, *ids[index * room : (index + 1) * room]])
 
 
+def _from_a_beginning(piece: str) -> str:
+    """Return ``piece`` from its second line on; from its second word on, where that would leave too little."""
+    below = piece.partition("\n")[2]
+    return below if len(below) >= _ENOUGH * len(piece) else piece.partition(" ")[2]
+
+
 def _texts(split: Split, count: int, characters: int) -> tuple[Text, ...]:
     if count < 1 or characters < 1:
         raise OptionError(f"count and characters must be positive, not {count} and {characters}")
     shares = dict.fromkeys(DOMAINS, count // 2)
     shares[DOMAINS[0]] += count % 2
-    pieces = {domain: _spread(_stream(domain, split), share, characters) for domain, share in shares.items()}
+    pieces = {domain: spread(built_in_text(domain, split), share, characters) for domain, share in shares.items()}
     return tuple(Text(DOMAINS[index % 2], pieces[DOMAINS[index % 2]][index // 2]) for index in range(count))
 
 
-def _spread(stream: str, count: int, characters: int) -> list[str]:
-    """Return ``count`` pieces of ``stream``, evenly spread, each beginning at a line."""
-    available = len(stream) // characters
-    if count > available:
-        raise OptionError(
-            f"there are only {available} built-in texts of {characters} characters in a domain, not {count}: "
-            "ask for fewer or shorter ones, or name text files of your own"
-        )
-    starts = (index * available // count * characters for index in range(count))
-    return [stream[start : start + characters].partition("\n")[2] for start in starts]
-
-
 @cache
-def _stream(domain: Domain, split: Split) -> str:
-    """Return all text of one domain and split, documents in the order of their digests."""
+def built_in_text(domain: Domain, split: Split) -> str:
+    """Return all built-in text of one domain and split, documents in the order of their digests.
+
+    Raises:
+        MissingFileError: this Python was installed without its sources or topics.
+    """
     documents = _topics() if domain == "english" else _sources()
     digests = {hashlib.sha256(f"{domain}/{name}".encode()).digest(): name for name in documents}
     parity = 0 if split == "profiling" else 1

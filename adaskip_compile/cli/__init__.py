@@ -11,13 +11,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from adaskip_compile.cli import demo, export, inspect, plan, profile, run
+from adaskip_compile.cli import demo, export, inspect, plan, profile, run, sweep
 from adaskip_compile.cli.completion import SHELLS, PrintCompletion
 from adaskip_compile.cli.output import Output, complain
 from adaskip_compile.documents import producer
 from adaskip_passes.errors import AdaSkipError
 
-COMMANDS = (demo, profile, plan, inspect, run, export)
+COMMANDS = (demo, profile, plan, inspect, run, sweep, export)
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -31,6 +31,7 @@ examples:
   adaskip plan profile.json --skip 8 --out plan.json
   adaskip inspect smollm2 --profile profile.json --plan plan.json
   adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
+  adaskip sweep smollm2 --max-loss 0.3 --out plan.json
   adaskip export smollm2 --plan plan.json --out exported
 
 'adaskip COMMAND --help' tells more about each.

@@ -111,7 +111,7 @@ def _race(
 
 def _quality(model: Any, tokenizer: Any, plan: Any, arguments: argparse.Namespace) -> dict[str, float]:
     import adaskip_compile
-    from adaskip_compile.cli.measure import mean_nll
+    from adaskip_compile.evaluation.likelihood import mean_nll
     from adaskip_compile.plans import SkipPlan
     from adaskip_compile.texts import held_out_texts, windows
 

@@ -1,4 +1,4 @@
-"""Measuring generation: time to the first token and for each later one, cache memory, quality.
+"""Measuring generation: time to the first token and for each later one, cache memory.
 
 What is compared is run in turn in one process, so that the machine's moods meet all of it alike.
 """
@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
-
-# Positions whose logits are turned into float32 losses at a time: bounds memory at large vocabularies.
-_LOSS_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -92,23 +88,6 @@ def cache_bytes(cache: Any) -> int:
                 storage = value.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-@torch.no_grad()
-def mean_nll(model: Any, samples: Iterable[torch.Tensor]) -> float:
-    """Return the mean negative log-likelihood, nats a token, of windows of token ids ``(tokens,)``.
-
-    Each window is one prefill through whatever ``model`` runs when it is called.
-    """
-    total, count = 0.0, 0
-    for sample in samples:
-        ids = sample.to(model.device)
-        logits = model(input_ids=ids[None]).logits[0, :-1]
-        for start in range(0, len(logits), _LOSS_CHUNK):
-            part, targets = logits[start : start + _LOSS_CHUNK], ids[1:][start : start + _LOSS_CHUNK]
-            total += float(functional.cross_entropy(part.float(), targets, reduction="sum"))
-        count += len(logits)
-    return total / count
 
 
 class _Clock:

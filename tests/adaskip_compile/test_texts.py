@@ -15,7 +15,7 @@ def test_the_domains_take_turns():
 
 def test_texts_are_the_same_every_time():
     first = profiling_texts(6)
-    texts._stream.cache_clear()
+    texts.built_in_text.cache_clear()
     assert profiling_texts(6) == first
 
 
@@ -26,7 +26,7 @@ def test_texts_have_the_length_asked_for():
 
 def test_no_line_of_a_topic_is_profiled_and_measured():
     def telling(split):
-        return {part.strip() for part in texts._stream("english", split).split("\n\n") if len(part.strip()) >= 80}
+        return {part.strip() for part in texts.built_in_text("english", split).split("\n\n") if len(part.strip()) >= 80}
 
     profiled, measured = telling("profiling"), telling("held-out")
     assert len(profiled) > 100
@@ -36,7 +36,7 @@ def test_no_line_of_a_topic_is_profiled_and_measured():
 
 @pytest.mark.parametrize("domain", texts.DOMAINS)
 def test_neither_split_is_starved(domain):
-    profiled, measured = len(texts._stream(domain, "profiling")), len(texts._stream(domain, "held-out"))
+    profiled, measured = len(texts.built_in_text(domain, "profiling")), len(texts.built_in_text(domain, "held-out"))
     assert min(profiled, measured) > 100_000
 
 

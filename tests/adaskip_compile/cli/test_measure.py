@@ -2,12 +2,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
-from torch.nn import functional
 
-from adaskip_compile.cli import measure
-from adaskip_compile.cli.measure import Generation, Spread, cache_bytes, generate, mean_nll, take_turns
+from adaskip_compile.cli.measure import Generation, Spread, cache_bytes, generate, take_turns
 from tests.models import tiny, tokens
 
 
@@ -63,14 +60,3 @@ def test_storage_that_layers_share_counts_once():
         SimpleNamespace(keys=keys[..., :2], values=None),
     ]
     assert cache_bytes(SimpleNamespace(layers=layers)) == keys.numel() * 4
-
-
-@pytest.mark.parametrize("chunk", [3, 256])
-def test_mean_nll_is_cross_entropy_over_all_tokens(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "_LOSS_CHUNK", chunk)
-    model = tiny("llama")
-    samples = [tokens(length=11, seed=1)[0], tokens(length=6, seed=2)[0]]
-    losses = [
-        functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none").detach() for ids in samples
-    ]
-    assert mean_nll(model, samples) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)

@@ -1,0 +1,295 @@
+"""Measure quality against speed over skip counts, policies and compensations, and recommend a plan.
+
+Every plan is measured on text that it was not profiled on, and timed in rounds in which all take turns. Results are
+kept in the file --results after every step: run the same command again to go on after an interrupt, or with more
+--skips to add to them. Ends in a table, a CSV file, a plot, and the plan that is best for --max-loss or --speedup.
+
+Built-in text is technical English and code; each --texts NAME=DIR adds a folder of text files as a domain of its own.
+Half of the files of each are for profiling, the others for measuring.
+
+examples:
+  adaskip sweep smollm2 --skips 0 4 8 12 16 --max-loss 0.3 --out plan.json
+  adaskip sweep smollm2 --inner eager --windows 1 --length 512 --context 512 --rounds 1
+  adaskip sweep ./my-model --texts news=./articles --measures nll needle --speedup 1.2 --out plan.json --plot curve.svg
+  adaskip sweep ./my-model --longbench ./LongBench --tasks trec,triviaqa --items 50
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from adaskip_compile.cli import arguments as common
+from adaskip_compile.cli.output import Output
+from adaskip_passes.errors import OptionError
+
+if TYPE_CHECKING:
+    from adaskip_compile.cli.tradeoff import Row
+    from adaskip_compile.evaluation.candidates import Candidate
+    from adaskip_compile.evaluation.domains import Domain
+    from adaskip_compile.profiles import Profile
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this command takes."""
+    common.add_model_arguments(parser)
+    _add_plan_arguments(parser)
+    _add_measure_arguments(parser)
+    timing = parser.add_argument_group("what is timed")
+    timing.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="(default: %(default)s)")
+    _add_counts(
+        timing,
+        ("context", 2048, "tokens of the timed prompt"),
+        ("new-tokens", 48, "tokens generated after it"),
+        ("rounds", 3, "times that each plan is timed"),
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--results", default="sweep.json", metavar="PATH", help="kept here (default: %(default)s)")
+    results.add_argument("--csv", metavar="PATH", help="write the table as CSV")
+    results.add_argument("--plot", metavar="PATH", help="draw the curve: .png, .svg or .pdf")
+    goal = results.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--max-loss", type=float, metavar="X", help="recommend the fastest that loses at most X nats a token"
+    )
+    goal.add_argument("--speedup", type=float, metavar="A", help="recommend the best that is at least A times as fast")
+    results.add_argument("--out", metavar="PATH", help="write the recommended plan")
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    plans = parser.add_argument_group("what is compared")
+    plans.add_argument(
+        "--profile", metavar="PATH", help="a file that 'adaskip profile' wrote (default: measured first)"
+    )
+    plans.add_argument(
+        "--skips", type=int, nargs="+", default=[0, 4, 8, 12, 16], metavar="K", help="(default: 0 4 8 12 16)"
+    )
+    plans.add_argument("--policies", nargs="+", default=["adaskip"], metavar="NAME", help="(default: adaskip)")
+    plans.add_argument("--compensations", nargs="+", default=["scale"], metavar="NAME", help="(default: scale)")
+    plans.add_argument(
+        "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: %(default)s)"
+    )
+    _add_counts(plans, ("samples", 20, "windows to profile on"))
+
+
+def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
+    measures = parser.add_argument_group("what is measured")
+    measures.add_argument("--texts", nargs="+", default=[], metavar="NAME=DIR", help="folders of text files")
+    measures.add_argument(
+        "--measures",
+        nargs="+",
+        default=["nll"],
+        metavar="NAME",
+        help="nll, decode, needle, classification, rouge (default: nll, which is always measured)",
+    )
+    measures.add_argument("--longbench", metavar="DIR", help="a folder with the JSONL files of LongBench")
+    measures.add_argument("--tasks", metavar="A,B", help="which of its English tasks, such as trec,triviaqa")
+    measures.add_argument("--items", type=common.positive, metavar="N", help="items of each task (default: all)")
+    _add_counts(
+        measures,
+        ("windows", 2, "windows of text a domain"),
+        ("length", 1024, "tokens in each, and in each that is profiled on"),
+    )
+
+
+def _add_counts(group: Any, *counts: tuple[str, int, str]) -> None:
+    for name, default, what in counts:
+        text = f"{what} (default: %(default)s)"
+        group.add_argument(f"--{name}", type=common.positive, default=default, metavar="N", help=text)
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Carry the command out and return its exit code."""
+    _check(arguments)
+    from adaskip_compile.cli import sweep_tables
+    from adaskip_compile.cli.tradeoff import make_rows, recommend
+    from adaskip_compile.evaluation.candidates import make_candidates
+    from adaskip_compile.evaluation.domains import read_domains
+    from adaskip_compile.evaluation.sweep_results import SweepResults
+
+    domains = read_domains(arguments.texts)
+    model, tokenizer = common.load_model(arguments)
+    results = SweepResults.open(arguments.results, _about(model, domains, arguments))
+    with output.status("profiling"):
+        profile = _profile(model, tokenizer, domains, results, arguments)
+    candidates = make_candidates(
+        profile, arguments.skips, arguments.policies, arguments.compensations, window=arguments.window
+    )
+    _measure(model, tokenizer, domains, candidates, results, arguments, output)
+    _time(model, domains, tokenizer, candidates, results, arguments, output)
+    rows = make_rows(candidates, results)
+    sweep_tables.show(output, rows)
+    _write(rows, arguments, output)
+    found: dict[str, Any] = {"results": arguments.results, "rows": sweep_tables.as_json(rows)}
+    if arguments.max_loss is not None or arguments.speedup is not None:
+        best = recommend(rows, max_loss=arguments.max_loss, speedup=arguments.speedup)
+        found["recommended"] = _recommend(best, arguments, output)
+    output.results(found)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise for what would only come to light after hours of measuring."""
+    if arguments.out and arguments.max_loss is None and arguments.speedup is None:
+        raise OptionError("--out: what is the plan to reach? Give --max-loss or --speedup too")
+    if bool(arguments.longbench) != bool(arguments.tasks):
+        raise OptionError("--longbench and --tasks go together: the folder, and which of its tasks")
+    if arguments.new_tokens < arguments.window + 3:
+        raise OptionError(
+            f"--new-tokens must be at least {arguments.window + 3}, to see past a window of {arguments.window}"
+        )
+    if arguments.plot:
+        from adaskip_compile.evaluation.plots import check_plot
+
+        check_plot(arguments.plot)
+
+
+def _profile(
+    model: Any, tokenizer: Any, domains: Sequence[Domain], results: Any, arguments: argparse.Namespace
+) -> Profile:
+    """Return the profile that was named, or that an earlier run of this sweep measured, or measure it."""
+    from pathlib import Path
+
+    import adaskip_compile
+    from adaskip_compile.evaluation.domains import mixed_windows
+    from adaskip_compile.identity import identify
+    from adaskip_compile.profiles import Profile
+
+    kept = Path(arguments.results).with_suffix(".profile.json")
+    named = arguments.profile or (kept if results.path.exists() and kept.exists() else None)
+    if named is not None:
+        profile = Profile.load(named)
+        profile.check(identify(model), source=str(named))
+        return profile
+    samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
+    profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=False)
+    profile.save(kept)
+    results.save()  # from here on it belongs to this sweep
+    return profile
+
+
+def _about(model: Any, domains: Sequence[Domain], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return all that results depend on, beside the plan: they may be added to only where it is the same."""
+    import platform
+
+    import torch
+
+    from adaskip_compile.documents import producer
+    from adaskip_compile.identity import identify
+    from adaskip_compile.profiles import PROFILE_FORMAT
+
+    names = ("dtype", "inner", "window", "samples", "windows", "length", "context", "new_tokens", "items")
+    profile = _digest(repr(PROFILE_FORMAT.read(arguments.profile))) if arguments.profile else "measured by the sweep"
+    return {
+        "model": f"{identify(model).name} {identify(model).key}",
+        "made by": f"{producer()}, torch {torch.__version__}",
+        "machine": f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads",
+        "profile": profile,
+        "texts": {domain.name: _digest(f"{domain.profiling}\0{domain.evaluation}") for domain in domains},
+        **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names},
+    }
+
+
+def _digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    domains: Sequence[Domain],
+    candidates: Sequence[Candidate],
+    results: Any,
+    arguments: argparse.Namespace,
+    output: Output,
+) -> None:
+    """Measure the quality of every plan, but for what the results hold already."""
+    import adaskip_compile
+    from adaskip_compile.evaluation.suite import Sizes, longbench_measures, make_measures
+
+    sizes = Sizes(windows=arguments.windows, length=arguments.length, contexts=(arguments.context,))
+    adaskip_compile.compile(model, candidates[0].plan, inner=arguments.inner)
+    kinds = list(dict.fromkeys(["nll", *arguments.measures]))
+    measures = make_measures(kinds, model, tokenizer, domains, sizes)
+    if arguments.longbench:
+        tasks = arguments.tasks.split(",")
+        measures += longbench_measures(arguments.longbench, tasks, model, tokenizer, count=arguments.items)
+    todo = [
+        (candidate, measure)
+        for candidate in candidates
+        for measure in measures
+        if measure.name not in results.quality.get(candidate.name, {})
+    ]
+    with output.progress("measuring quality", len(todo)) as advance:
+        for candidate, measure in todo:
+            adaskip_compile.compile(model, candidate.plan, inner=arguments.inner)
+            results.add_quality(candidate.name, measure.name, measure.run(model))
+            advance()
+
+
+def _time(
+    model: Any,
+    domains: Sequence[Domain],
+    tokenizer: Any,
+    candidates: Sequence[Candidate],
+    results: Any,
+    arguments: argparse.Namespace,
+    output: Output,
+) -> None:
+    """Time every plan in turn with the full model, but for those that were timed often enough already."""
+    from functools import partial
+
+    import adaskip_compile
+    from adaskip_compile.cli.measure import Generation, generate, take_turns
+
+    full, *others = candidates
+    lacking = [one for one in others if results.timed(one.name) < arguments.rounds]
+    if not lacking and results.timed(full.name) >= arguments.rounds:
+        return
+    [prompt] = domains[0].windows(tokenizer, "evaluation", 1, arguments.context)
+    ids = prompt[None].to(model.device)
+    with output.progress("timing", (1 + len(lacking)) * (1 + arguments.rounds)) as advance:
+
+        def timed(plan: Any) -> Generation:
+            adaskip_compile.compile(model, plan, inner=arguments.inner)
+            generation = generate(model, ids, arguments.new_tokens)
+            advance()
+            return generation
+
+        ways = {one.name: partial(timed, one.plan) for one in (full, *lacking)}
+        take_turns(ways, 1)  # captures and compiles; not timed
+        for _ in range(arguments.rounds):
+            found = {name: runs[0] for name, runs in take_turns(ways, 1).items()}
+            results.cache_bytes |= {name: run.cache_bytes for name, run in found.items()}
+            results.add_round(
+                {name: (run.first, sum(run.later), run.steady(arguments.window)) for name, run in found.items()}
+            )
+
+
+def _write(rows: Sequence[Row], arguments: argparse.Namespace, output: Output) -> None:
+    from adaskip_compile.cli.tradeoff import as_csv, draw_curve
+    from adaskip_compile.whole_files import write_text
+
+    if arguments.csv:
+        write_text(arguments.csv, as_csv(rows), option="--csv")
+        output.say(f"written to {arguments.csv}")
+    if arguments.plot:
+        from adaskip_compile.evaluation.plots import write_plot
+
+        xlabel = f"speed-up of a request of {arguments.context} + {arguments.new_tokens} tokens"
+        ylabel = "NLL above the full model's, nats a token"
+        write_plot(arguments.plot, arguments.model, xlabel, ylabel, lambda axes: draw_curve(axes, rows))
+        output.say(f"drawn in {arguments.plot}")
+
+
+def _recommend(best: Row, arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
+    from adaskip_compile.cli.plan import describe
+
+    speed = best.request.format(1, 2, "x")
+    output.say(f"\nrecommended: {best.candidate.name}, {speed} as fast, loses {best.loss:.3f} nats a token")
+    if arguments.out:
+        best.candidate.plan.save(arguments.out)
+        output.say(f"written to {arguments.out}")
+    return {"name": best.candidate.name, "plan": arguments.out, **describe(best.candidate.plan)}

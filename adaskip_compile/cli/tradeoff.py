@@ -1,0 +1,138 @@
+"""Quality against speed: the rows of a sweep's table, its plot, and which plan to recommend."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaskip_compile.cli.measure import Spread
+from adaskip_compile.evaluation.candidates import FULL, Candidate
+from adaskip_compile.evaluation.scores import Scores
+from adaskip_compile.evaluation.suite import kind_of
+from adaskip_compile.evaluation.sweep_results import TIMES, SweepResults
+from adaskip_passes.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a sweep found of one candidate.
+
+    ``loss`` is the NLL above the full model's, nats a token, the mean over the domains, each counting the same; ``measures``
+    the scores by measure. Speed-ups are against the full model in the same round: of the time to the first token
+    (``prefill``), of a token after the window (``decode``), and of the whole request (``request``).
+    """
+
+    candidate: Candidate
+    loss: float
+    measures: dict[str, Scores]
+    prefill: Spread
+    decode: Spread
+    request: Spread
+    cache_bytes: int
+
+
+def make_rows(candidates: Sequence[Candidate], results: SweepResults) -> list[Row]:
+    """Return a row for each candidate, in their order; every measure and timing must be there."""
+    measures = {
+        name: {measure: Scores(tuple(values)) for measure, values in found.items()}
+        for name, found in results.quality.items()
+    }
+    full = _mean_nll(measures[FULL])
+    return [
+        Row(
+            candidate,
+            _mean_nll(measures[candidate.name]) - full,
+            measures[candidate.name],
+            _speedup(results, candidate.name, "first"),
+            _speedup(results, candidate.name, "step"),
+            _speedup(results, candidate.name, "first", "later"),
+            results.cache_bytes[candidate.name],
+        )
+        for candidate in candidates
+    ]
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Return the table as CSV: a line a candidate; a mean and a standard error for each measure."""
+    names = list(rows[0].measures)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    speeds = [f"{what}_speedup{end}" for what in ("prefill", "decode", "request") for end in ("", "_low", "_high")]
+    scores = [f"{name}{end}" for name in names for end in ("", "_error")]
+    writer.writerow(["policy", "compensation", "skipped", "nll_loss", *speeds, "cache_bytes", *scores])
+    for row in rows:
+        one = row.candidate
+        spreads = [number for each in (row.prefill, row.decode, row.request) for number in _numbers(each)]
+        values = [number for name in names for number in (row.measures[name].mean, row.measures[name].error)]
+        numbers = [f"{number:.6g}" for number in (row.loss, *spreads)]
+        writer.writerow(
+            [one.policy or FULL, one.compensation, one.skip, *numbers, row.cache_bytes, *(f"{v:.6g}" for v in values)]
+        )
+    return text.getvalue()
+
+
+def draw_curve(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw the loss over the speed-up of the whole request, a line for each policy and compensation."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows[1:]:
+        lines.setdefault(f"{row.candidate.policy}, {row.candidate.compensation}", []).append(row)
+    for label, found in lines.items():
+        curve = [rows[0], *found]
+        speeds = [row.request.median for row in curve]
+        spread = [
+            [row.request.median - row.request.low for row in curve],
+            [row.request.high - row.request.median for row in curve],
+        ]
+        axes.errorbar(speeds, [row.loss for row in curve], xerr=spread, fmt="o-", capsize=2, label=label)
+        for row in found:
+            axes.annotate(row.candidate.skip, (row.request.median, row.loss), xytext=(4, 4), textcoords="offset points")
+    axes.legend()
+
+
+def recommend(rows: Sequence[Row], *, max_loss: float | None = None, speedup: float | None = None) -> Row:
+    """Return the fastest plan that loses at most ``max_loss`` NLL, or the one that loses least and is fast enough.
+
+    Fast is the median speed-up of the whole request.
+
+    Raises:
+        PlanError: No plan is good or fast enough; the message says what the best one reaches.
+    """
+    plans = [row for row in rows if row.candidate.policy]
+    if not plans:
+        raise PlanError("there is no plan to recommend: give --skips above 0")
+    if max_loss is not None:
+        good = [row for row in plans if row.loss <= max_loss]
+        if not good:
+            best = min(plans, key=lambda row: row.loss)
+            raise PlanError(
+                f"no plan loses at most {max_loss:g} nats a token: {best.candidate.name} loses least, {best.loss:.3f}. "
+                "Try smaller --skips, or allow more with --max-loss"
+            )
+        return max(good, key=lambda row: row.request.median)
+    fast = [row for row in plans if speedup is None or row.request.median >= speedup]
+    if not fast:
+        best = max(plans, key=lambda row: row.request.median)
+        raise PlanError(
+            f"no plan is {speedup:g} times as fast: {best.candidate.name} is fastest, {best.request.median:.2f}x. "
+            "Try greater --skips, or ask for less with --speedup"
+        )
+    return min(fast, key=lambda row: row.loss)
+
+
+def _mean_nll(measures: dict[str, Scores]) -> float:
+    found = [scores.mean for name, scores in measures.items() if kind_of(name) == "nll"]
+    return sum(found) / len(found)
+
+
+def _speedup(results: SweepResults, name: str, *what: str) -> Spread:
+    """Return the ratio of the full model's time to this one's, the sum of ``what``, each round compared with itself."""
+    columns = [TIMES.index(column) for column in what]
+    pairs = [(found[FULL], found[name]) for found in results.rounds if name in found and FULL in found]
+    return Spread.of(sum(full[at] for at in columns) / sum(ours[at] for at in columns) for full, ours in pairs)
+
+
+def _numbers(spread: Spread) -> tuple[float, float, float]:
+    return spread.median, spread.low, spread.high

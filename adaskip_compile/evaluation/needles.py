@@ -1,0 +1,99 @@
+"""Needle retrieval, in the style of RULER's keys and values (arXiv 2404.06654): is a fact in a long text still found?
+
+A filler text holds sentences that give codes to names; the prompt ends by asking for one of them. Everything is drawn
+from a seed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from adaskip_compile.evaluation.generation import continue_greedily
+from adaskip_passes.errors import OptionError
+
+_FIRST = "amber brave calm dusty eager faint golden hollow icy jolly".split()
+_SECOND = "anchor bridge castle desert engine falcon garden harbour island jungle".split()
+_HEAD = "The text below holds some codes. Remember them.\n\n"
+_FACT = "\nThe code of the {name} is {code}.\n"
+_QUESTION = "\n\nWhat is the code of the {name}?\nThe code of the {name} is"
+
+# Depths at which the needle that is asked for stands, as shares of the text.
+DEPTHS = (0.1, 0.5, 0.9)
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A prompt of token ids ``(tokens,)`` and the code that it asks for, which stands at ``depth`` of the text."""
+
+    ids: torch.Tensor
+    code: str
+    depth: float
+
+
+def make_needles(
+    tokenizer: Any,
+    filler: Sequence[str],
+    *,
+    context: int,
+    count: int,
+    depths: Sequence[float] = DEPTHS,
+    distractors: int = 3,
+    seed: int = 0,
+) -> list[Needle]:
+    """Return ``count`` prompts of exactly ``context`` tokens, the depths and the texts of ``filler`` in turn.
+
+    Beside the needle that is asked for, each holds ``distractors`` others, at random depths. A filler that is too short
+    begins again.
+
+    Raises:
+        OptionError: ``context`` leaves no room for filler.
+    """
+    draw = random.Random(seed)
+    texts = [_ids(tokenizer, text) for text in filler]
+    return [
+        _make_needle(tokenizer, texts[index % len(texts)], context, depths[index % len(depths)], distractors, draw)
+        for index in range(count)
+    ]
+
+
+def retrieved(model: Any, tokenizer: Any, needles: Iterable[Needle]) -> tuple[float, ...]:
+    """Return for each needle whether the greedy continuation begins with its code: 1 or 0."""
+    room = len(_ids(tokenizer, " " + "0" * _DIGITS)) + 1  # and one to see that the number ends there
+    found = []
+    for needle in needles:
+        text = tokenizer.decode(continue_greedily(model, needle.ids, room))
+        found.append(float(re.match(rf"\s*{needle.code}(?!\d)", text) is not None))
+    return tuple(found)
+
+
+def _make_needle(
+    tokenizer: Any, filler: list[int], context: int, depth: float, distractors: int, draw: random.Random
+) -> Needle:
+    names = draw.sample([" ".join(pair) for pair in product(_FIRST, _SECOND)], 1 + distractors)
+    codes = [str(draw.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)) for _ in names]
+    facts = [_ids(tokenizer, _FACT.format(name=name, code=code)) for name, code in zip(names, codes, strict=True)]
+    head = [*tokenizer("").input_ids, *_ids(tokenizer, _HEAD)]
+    question = _ids(tokenizer, _QUESTION.format(name=names[0]))
+    room = context - len(head) - len(question) - sum(map(len, facts))
+    if room < 1:
+        raise OptionError(
+            f"contexts: {context} tokens are too few for needles; at least {context - room + 1} are needed"
+        )
+    start = draw.randrange(len(filler))
+    body = (filler[start:] + filler * (1 + room // len(filler)))[:room]
+    places = [int(depth * room), *(draw.randrange(room) for _ in range(distractors))]
+    for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
+        body[place:place] = fact  # from the last to the first, so that no place moves
+    return Needle(torch.tensor([*head, *body, *question]), codes[0], depth)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

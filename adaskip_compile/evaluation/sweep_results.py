@@ -1,0 +1,82 @@
+"""What a sweep has found so far, kept in a file so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.evaluation.candidates import FULL
+from adaskip_passes.errors import ForeignFileError
+
+SWEEP_FORMAT = DocumentFormat("adaskip-sweep", 1, remedy="run `adaskip sweep MODEL --results` with another file")
+
+# One timed request: the seconds to the first token, of all later ones together, and of each one after the window.
+TIMES = ("first", "later", "step")
+
+
+class SweepResults:
+    """The results of one sweep.
+
+    ``about`` says of what: the model, texts, sizes and machine. ``quality`` has the values of the items by candidate
+    and measure; ``rounds`` the times (:data:`TIMES`, seconds) by candidate, a dict for each round in which they took
+    turns; ``cache_bytes`` what the KV cache of each held.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
+        self.path, self.about = Path(path), dict(about)
+        self.quality: dict[str, dict[str, list[float]]] = {}
+        self.rounds: list[dict[str, list[float]]] = []
+        self.cache_bytes: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], about: Mapping[str, Any]) -> SweepResults:
+        """Return the results in the file at ``path``, or empty ones where there is no such file.
+
+        Raises:
+            FileError: The file cannot be read, or is no file of results.
+            ForeignFileError: It is of another model, of other texts or of other arguments; the message says which.
+        """
+        results = cls(path, about)
+        if not results.path.exists():
+            return results
+        payload = SWEEP_FORMAT.read(path)
+        results._check(payload.get("about"))
+        try:
+            results.quality = {name: dict(found) for name, found in payload["quality"].items()}
+            results.rounds = [dict(found) for found in payload["rounds"]]
+            results.cache_bytes = dict(payload["cache_bytes"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SWEEP_FORMAT.damaged(path, "it lacks what a sweep records") from error
+        return results
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        payload = {"about": self.about, "quality": self.quality, "rounds": self.rounds, "cache_bytes": self.cache_bytes}
+        SWEEP_FORMAT.write(self.path, payload)
+
+    def add_quality(self, candidate: str, measure: str, values: tuple[float, ...]) -> None:
+        """Record the values of one measure under one plan."""
+        self.quality.setdefault(candidate, {})[measure] = list(values)
+        self.save()
+
+    def add_round(self, times: Mapping[str, tuple[float, float, float]]) -> None:
+        """Record a round in which candidates took turns: the :data:`TIMES` of each."""
+        self.rounds.append({name: list(found) for name, found in times.items()})
+        self.save()
+
+    def timed(self, candidate: str) -> int:
+        """Return in how many rounds a candidate was timed beside the full model."""
+        return sum(candidate in found and FULL in found for found in self.rounds)
+
+    def _check(self, theirs: Any) -> None:
+        if not isinstance(theirs, dict):
+            raise SWEEP_FORMAT.damaged(self.path, "it does not say what it is about")
+        for name in dict.fromkeys([*self.about, *theirs]):
+            if theirs.get(name) != self.about.get(name):
+                raise ForeignFileError(
+                    f"{self.path} is of another sweep: its {name} is {theirs.get(name)!r}, and here it is "
+                    f"{self.about.get(name)!r}. Name another file with --results, or delete this one"
+                )

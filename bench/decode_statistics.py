@@ -1,0 +1,47 @@
+"""Similarity and scale of every sublayer in each decode step of real requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaskip_passes.insert_probes import InsertProbes
+from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.straighten_stream import straightened_stream
+
+
+@torch.no_grad()
+def decode_statistics(model: Any, prompts: Iterable[torch.Tensor], steps: int) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Return the paths of the sublayers, and what probes on all of them see while ``steps`` tokens are decoded greedily.
+
+    The statistics are ``f64[requests, steps, sublayers, 3]``: similarity, scale by tokens, scale by norms.
+    Nothing is skipped, and ``prompts`` are token ids ``(tokens,)``.
+    """
+    paths: list[tuple[str, ...]] = []
+    rows: list[torch.Tensor] = []
+
+    def probe(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        stream = straightened_stream(gm)
+        paths.append(stream.paths)
+        probed = run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
+
+        def run(*values: Any) -> Any:
+            *outputs, found = probed.forward(*values)
+            rows.append(found)
+            return tuple(outputs)
+
+        return run
+
+    compiled = torch.compile(model._call_impl, backend=probe, dynamic=True)
+    requests = []
+    for prompt in prompts:
+        result = compiled(input_ids=prompt[None].to(model.device), use_cache=True, logits_to_keep=1)
+        rows.clear()  # what prefill saw
+        for _ in range(steps):
+            chosen = result.logits[:, -1:].argmax(-1)
+            result = compiled(input_ids=chosen, past_key_values=result.past_key_values, use_cache=True)
+        requests.append(torch.stack(rows).double())
+    return paths[0], torch.stack(requests)
