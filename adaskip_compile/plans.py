@@ -166,6 +166,11 @@ class SkipPlan:
             lines.append(row if found is None else f"{row}  {found}")
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the plan says as JSON holds it; of maps their form, rank and error."""
+        maps = {path: {"form": one.form, "rank": one.rank, "error": one.error} for path, one in self.maps.items()}
+        return {**asdict(replace(self, maps={})), "maps": maps}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``, whole or not at all.
 
@@ -173,7 +178,7 @@ class SkipPlan:
             FileError: The file cannot be written.
         """
         maps = write_maps(path, {name: (one,) for name, one in self.maps.items()})
-        PLAN_FORMAT.write(path, {**asdict(replace(self, maps={})), "maps": maps})
+        PLAN_FORMAT.write(path, {**self.to_dict(), "maps": maps})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:

@@ -19,6 +19,11 @@ from adaskip_passes.stream_maps import FORMS, emit_map, part_shapes
 SCALES_INPUT = "adaskip_scales"
 
 
+def map_input(index: int, part: str) -> str:
+    """Return the name of the input that one tensor of the map of sublayer ``index`` comes in through."""
+    return f"adaskip_{index}_{part}"
+
+
 @dataclass(frozen=True)
 class SkipSublayers:
     """Replace each sublayer in ``paths`` by ``b = scale * a``.
@@ -105,7 +110,7 @@ class _StandIns:
         form, rank = self.forms[sublayer.path]
         shapes = part_shapes(form, stream.shape[-1], rank)
         parts = [
-            self._input(f"adaskip_{sublayer.index}_{part}", shapes[part], stream.dtype, like=stream)
+            self._input(map_input(sublayer.index, part), shapes[part], stream.dtype, like=stream)
             for part in FORMS[form]
         ]
         return emit_map(self.graph, form, a, parts)
