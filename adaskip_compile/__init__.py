@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from adaskip_compile.analysis import analyze
     from adaskip_compile.backend import compile
     from adaskip_compile.exporting import ExportedGraphs, export
+    from adaskip_compile.fitting import fit
+    from adaskip_compile.joint_order import order_by_loss
     from adaskip_compile.options import Options
     from adaskip_compile.planning import plan
     from adaskip_compile.plans import SkippedSublayer, SkipPlan
     from adaskip_compile.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling import profile
     from adaskip_compile.reports import Report, report
+    from adaskip_compile.tuning import tune
     from adaskip_passes.errors import (
         AdaSkipError,
         CaptureError,
@@ -67,9 +70,12 @@ __all__ = [
     "analyze",
     "compile",
     "export",
+    "fit",
+    "order_by_loss",
     "plan",
     "profile",
     "report",
+    "tune",
 ]
 
 # Where each name comes from. They are imported when they are first used: PyTorch takes seconds, and neither
@@ -85,9 +91,12 @@ _HOMES = {
     "analyze": "analysis",
     "compile": "backend",
     "export": "exporting",
+    "fit": "fitting",
+    "order_by_loss": "joint_order",
     "plan": "planning",
     "profile": "profiling",
     "report": "reports",
+    "tune": "tuning",
 }
 
 

@@ -63,13 +63,13 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
     if session.compiled is None:
         make_room_for_graphs()
         session.compiled = constant_floats(
-            torch.compile(model._call_impl, backend=_SessionBackend(session), dynamic=True)
+            torch.compile(model._call_impl, backend=SessionBackend(session), dynamic=True)
         )
     model._compiled_call_impl = session.compiled
     return model
 
 
-class _SessionBackend:
+class SessionBackend:
     """The backend of one session: graphs need not be matched to a model again."""
 
     __name__ = "adaskip"
@@ -78,4 +78,5 @@ class _SessionBackend:
         self._session = session
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile one graph that Dynamo captured."""
         return self._session.admit(gm, example_inputs)

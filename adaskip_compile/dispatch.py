@@ -53,11 +53,15 @@ class Variant:
     seconds: float
 
 
-def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...]) -> tuple[Pass, ...]:
+# (path, form, rank) of each map of the stream that stands for a skipped sublayer, as ``skip-sublayers`` takes them.
+Maps = tuple[tuple[str, str, int], ...]
+
+
+def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps = ()) -> tuple[Pass, ...]:
     """Return the pipeline that specialises a graph."""
     return (
         InsertProbes(probed),  # first: it needs the stream as captured, and only measures
-        SkipSublayers(skipped),  # then the skips: probed sublayers stay, so the probes stand
+        SkipSublayers(skipped, maps),  # then the skips: probed sublayers stay, so the probes stand
         EliminateDeadCode(),  # last: what the skips have cut off
     )
 
@@ -113,7 +117,7 @@ class Dispatcher:
         request.check(frozenset(request.skipped))
         variant = self._variant_for(request, phase)
         started = time.perf_counter()
-        outputs = variant.run(*inputs, *self._scales(request, variant.skipped, inputs))
+        outputs = variant.run(*inputs, *self._stand_ins(request, variant.skipped, inputs))
         request.seconds[phase] += time.perf_counter() - started
         variant.shapes.check(inputs, outputs)
         if phase == "prefill":
@@ -122,7 +126,7 @@ class Dispatcher:
 
     def prepare(self, request: Request) -> None:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
-        upcoming = replace(request, scales=dict(request.scales), extra=dict(request.extra), scale_inputs={})
+        upcoming = replace(request, scales=dict(request.scales), extra=dict(request.extra), stand_ins={})
         upcoming.take_ramp_steps(self._stateful)
         self._variant_for(upcoming, self._phase(upcoming))
 
@@ -204,41 +208,49 @@ class Dispatcher:
             return ()
         return tuple(path for path in self._ffns if path not in skipped)
 
-    def _scales(self, request: Request, paths: tuple[str, ...], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """Return the scales input of a variant that skips ``paths``: one tensor, or nothing where it skips none."""
+    def _stand_ins(self, request: Request, paths: tuple[str, ...], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        """Return what a variant that skips ``paths`` takes in their place: scales and tensors of maps; nothing for none."""
         if not paths:
             return ()
-        if paths not in request.scale_inputs:
+        if paths not in request.stand_ins:
             device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
-            skipped = request.skipped
+            skipped, maps = request.skipped, request.plan.maps
             values = [skipped.get(path, 1.0) for path in self.stream.paths]
-            request.scale_inputs[paths] = torch.tensor(values, dtype=torch.float32, device=device)
-        return (request.scale_inputs[paths],)
+            held = [torch.tensor(values, dtype=torch.float32, device=device)]
+            for path in paths:
+                if path in maps:
+                    stream = fake_tensor(self.stream.by_path(path).stream_in)
+                    assert stream is not None
+                    held += maps[path].parts(stream.dtype, device)
+            request.stand_ins[paths] = tuple(held)
+        return request.stand_ins[paths]
 
     def _variant_for(self, request: Request, phase: str) -> Variant:
         """Return the variant that ``request`` calls for in ``phase``."""
         skipped = request.skipped
         paths = tuple(path for path in self.stream.paths if path in skipped)
-        return self._variant(paths, self._probes(request, phase, skipped))
+        known = request.plan.maps
+        maps = tuple((path, known[path].form, known[path].rank) for path in paths if path in known)
+        return self._variant(paths, self._probes(request, phase, skipped), maps)
 
-    def _variant(self, skipped: tuple[str, ...], probed: tuple[str, ...]) -> Variant:
+    def _variant(self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps = ()) -> Variant:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         lowering = _EAGER if self.session.learning else self.lowering
-        key = (skipped, probed, lowering.inner)
+        key = (skipped, probed, maps, lowering.inner)
         with self._lock:
-            variant = self.variants.pop(key, None) or self._specialise(skipped, probed, lowering)
+            variant = self.variants.pop(key, None) or self._specialise(skipped, probed, maps, lowering)
             self.variants[key] = variant  # the last used comes last
             if len(self.variants) > _VARIANTS:
                 self.variants.popitem(last=False)
         return variant
 
-    def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], lowering: Lowering) -> Variant:
+    def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps, lowering: Lowering) -> Variant:
         started = time.perf_counter()
         if lowering not in self._prepared:
             self._prepared[lowering] = lowering.prepare(self.gm, self.stream)
             if lowering.uncut:
                 self.session.note(f"{lowering.uncut}; each skip set compiles it as a whole")
-        passes = passes_for(skipped, probed)
+        passes = passes_for(skipped, probed, maps)
         if self.session.options.debug_dir is not None:
             self._write_debug_folder(passes, skipped, probed)
         try:

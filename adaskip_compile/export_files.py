@@ -112,7 +112,7 @@ def describe(
 def _program(folder: Path, name: str, specialised: SpecialisedPhase, max_length: int) -> dict[str, Any]:
     program = specialised.program
     plan = {
-        key: value for key, value in asdict(specialised.plan).items() if key != "model"
+        key: value for key, value in specialised.plan.to_dict().items() if key != "model"
     }  # the manifest says it once
     ids, logits = specialised.phase.input_ids, _outputs(program)
     tokens = {"from": 2, "to": max_length} if name == "prefill" else {"from": 1, "to": 1}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from adaskip_compile import exported_runner
@@ -22,10 +23,12 @@ from adaskip_compile.static_capture import CapturedPhase, StaticSteps, capture_s
 from adaskip_passes.bake_scales import BakeScales
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
+from adaskip_passes.graph import fake_tensor
 from adaskip_passes.pipeline import Pass, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.skip_sublayers import SkipSublayers, map_input
 from adaskip_passes.straighten_stream import straightened_stream
+from adaskip_passes.stream_maps import FORMS
 
 RUNNER = "generate.py"
 
@@ -141,7 +144,7 @@ def _specialise(
 ) -> SpecialisedPhase:
     stream = straightened_stream(phase.gm)
     result = run_pipeline(phase.gm, stream, _passes(plan, stream))
-    program = make_program(phase, result.gm, model, steps.cache, max_length)
+    program = make_program(phase, result.gm, model, steps.cache, max_length, added=_map_inputs(plan, stream))
     return SpecialisedPhase(phase, plan, result, program)
 
 
@@ -156,11 +159,24 @@ def _passes(plan: SkipPlan, stream: ResidualStream) -> tuple[Pass, ...]:
     for path in plan.paths:
         stream.by_path(path)
     paths = tuple(path for path in stream.paths if path in plan.scales)
+    maps = tuple((path, plan.maps[path].form, plan.maps[path].rank) for path in paths if path in plan.maps)
     return (
-        SkipSublayers(paths),
+        SkipSublayers(paths, maps),
         BakeScales(tuple((path, plan.scales[path]) for path in paths)),  # the skips put in what it reads
         EliminateDeadCode(),  # last: what the skips have cut off
     )
+
+
+def _map_inputs(plan: SkipPlan, stream: ResidualStream) -> dict[str, torch.Tensor]:
+    """Return the tensors of the plan's maps, by the names of the inputs that ``skip-sublayers`` makes for them."""
+    found = {}
+    for path, one in plan.maps.items():
+        sublayer = stream.by_path(path)
+        like = fake_tensor(sublayer.stream_in)
+        assert like is not None
+        for name, tensor in zip(FORMS[one.form], one.parts(like.dtype, like.device), strict=True):
+            found[map_input(sublayer.index, name)] = tensor
+    return found
 
 
 def _require_one_cache(phases: Mapping[str, SpecialisedPhase]) -> None:

@@ -69,13 +69,13 @@ def reach_speedup(
     if policy not in WEIGHING:
         choices = _by_count(profile, policy, phase, seed)
     else:
-        choices = [_most(profile, predicted, _candidates(profile, policy), phases)]
+        choices = [_most(profile, predicted, _candidates(profile, policy, stand_ins), phases)]
     reached = [choice for choice in choices if all(predicted.speedup(one, choice.of(one)) >= goal for one in phases)]
     if not reached:
         raise _out_of_reach(predicted, choices, speedup, context, phases, policy)
     if policy not in WEIGHING:
         return reached[0]
-    return _cheapest(profile, predicted, _candidates(profile, policy), phases, goal) or reached[0]
+    return _cheapest(profile, predicted, _candidates(profile, policy, stand_ins), phases, goal) or reached[0]
 
 
 def within_loss(profile: Profile, max_loss: float) -> tuple[str, ...]:
@@ -89,14 +89,16 @@ def within_loss(profile: Profile, max_loss: float) -> tuple[str, ...]:
     return choose(profile, "loss_greedy", min(count, largest_skip(profile, "loss_greedy")))
 
 
-def _candidates(profile: Profile, policy: str) -> dict[str, float]:
-    """Return the predicted damage of each sublayer that may be skipped, by path."""
+def _candidates(profile: Profile, policy: str, stand_ins: Mapping[str, Cost] | None) -> dict[str, float]:
+    """Return the predicted damage of each sublayer that may be skipped, by path; with ``stand_ins``, only of those."""
     if policy == "loss_greedy":
         order = joint_order(profile)
         before = (0.0, *(loss for _, loss in order))
         damages = {path: loss - base for (path, loss), base in zip(order, before, strict=False)}
     else:
         damages = {found.path: 1.0 - found.mean_similarity for found in profile.sublayers}
+    if stand_ins is not None:
+        damages = {path: damage for path, damage in damages.items() if path in stand_ins}
     # What other sublayers read the values of cannot go without them.
     shared = {one.path for one in profile.costs.sublayers if one.shared_with} if profile.costs is not None else set()
     kept = _kept(profile, damages)

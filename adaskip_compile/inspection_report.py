@@ -141,4 +141,4 @@ def _timer(timer: Timer) -> dict[str, Any]:
 
 def _plan(found: Inspection) -> dict[str, Any]:
     assert found.plan is not None
-    return {"format": PLAN_FORMAT.name, **asdict(found.plan), "model": None, "watched": sorted(found.watched)}
+    return {"format": PLAN_FORMAT.name, **found.plan.to_dict(), "model": None, "watched": sorted(found.watched)}

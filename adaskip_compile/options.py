@@ -68,6 +68,9 @@ class Options:
     scale: str = "token"
     """The ratio of norms that makes up for a skipped sublayer: `token` (mean over tokens) or `frobenius` (whole tensor)."""
 
+    compensation: str = "scale"
+    """What stands in the place of a skipped sublayer: its `scale`, `none`, or a map that the profile holds: `channel`, `low_rank`, `affine`."""
+
     learn: int = 20
     """How many requests run in full to learn from, where neither a plan nor a profile is given."""
 
@@ -99,12 +102,13 @@ class Options:
 
     def _check_planning(self) -> None:
         choice = {"skip": self.skip, "window": self.window, "scale": self.scale, "seed": self.seed, "phase": self.phase}
-        check_plan_options(speedup=self.speedup, policy=self.policy, **choice)
+        check_plan_options(speedup=self.speedup, policy=self.policy, compensation=self.compensation, **choice)
         self._check_type("times", Measured, Roofline)
         timed = self.times is not None
         check_goal(speedup=self.speedup, policy=self.policy, context=self.context, max_loss=self.max_loss, timed=timed)
         if self.profile is None and self.plan is None:
             goal = next((name for name in ("context", "max_loss") if getattr(self, name) is not None), None)
+            goal = goal or ("compensation" if self.compensation not in ("none", "scale") else None)
             if goal or self.policy in PROFILED_POLICIES:
                 asked = f"{goal}={getattr(self, goal)!r}" if goal else f"policy={self.policy!r}"
                 raise OptionError(f"{asked} needs a profile: what is learned from requests does not tell enough")
@@ -119,7 +123,7 @@ class Options:
         >>> Options.from_mapping({"polcy": "adaskip"})
         Traceback (most recent call last):
         adaskip_passes.errors.OptionError: unknown option 'polcy': did you mean 'policy'? Options are plan, profile, \
-skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, learn, cache_dir, inner, regions, debug_dir
+skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, inner, regions, debug_dir
         """
         known = [field.name for field in fields(cls)]
         for name in options or {}:

@@ -7,13 +7,15 @@ import os
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.goals import Choice, in_phase, reach_speedup, within_loss
 from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
 from adaskip_compile.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
-from adaskip_compile.policy_names import POLICIES
+from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.prediction import Timer
 from adaskip_compile.profiles import SCALE_KINDS, Profile, is_finite_number
+from adaskip_compile.stand_ins import stand_in_costs
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def plan(
     phase: str = "both",
     max_loss: float | None = None,
     times: Timer | str | os.PathLike[str] | None = None,
+    compensation: str = "scale",
 ) -> SkipPlan:
     """Choose offline what to skip.
 
@@ -60,21 +63,41 @@ def plan(
             profile predicts at most.
         times: What tells times for ``context``: a calibration of this machine or the file of one, or any other
             :class:`~adaskip_compile.prediction.Timer`; by default a roofline of round figures.
+        compensation: What stands in the place of a skipped sublayer: its ``scale`` (paper Eq. 4), ``none``, or one of
+            the maps that :func:`adaskip_compile.fit` gave the profile: ``channel``, ``low_rank`` or ``affine``.
 
     Raises:
         OptionError: An option has a value that it cannot take, or that is more than this model allows. For a speed-up
             out of reach, the message says what can be reached.
         FileError: ``times`` names a file that cannot be used.
     """
-    check_plan_options(skip=skip, speedup=speedup, policy=policy, window=window, scale=scale, seed=seed, phase=phase)
+    check_plan_options(
+        skip=skip,
+        speedup=speedup,
+        policy=policy,
+        window=window,
+        scale=scale,
+        seed=seed,
+        phase=phase,
+        compensation=compensation,
+    )
     check_goal(speedup=speedup, policy=policy, context=context, max_loss=max_loss, timed=times is not None)
     if max_loss is not None:
-        return _fixed(profile, in_phase(profile, within_loss(profile, max_loss), phase), "loss_greedy", scale)
-    if context is not None:
+        made = _fixed(profile, in_phase(profile, within_loss(profile, max_loss), phase), "loss_greedy", scale)
+    elif context is not None:
         assert speedup is not None
-        goal = reach_speedup(profile, speedup, context, policy=policy, times=times, phase=phase, seed=seed)
-        return _fixed(profile, goal, policy, scale)
-    chosen = _choose(profile, policy, skip, speedup, seed)
+        costs = stand_in_costs(profile, compensation)
+        goal = reach_speedup(
+            profile, speedup, context, policy=policy, times=times, phase=phase, seed=seed, stand_ins=costs
+        )
+        made = _fixed(profile, goal, policy, scale)
+    else:
+        made = _of_count(profile, _choose(profile, policy, skip, speedup, seed), policy, phase, window, scale)
+    return compensated(made, profile, compensation)
+
+
+def _of_count(profile: Profile, chosen: tuple[str, ...], policy: str, phase: str, window: int, scale: str) -> SkipPlan:
+    """Return the plan that skips ``chosen`` in ``phase``, and what the policy adds while a request is decoded."""
     if policy == "skip_decode" and phase == "decode":
         return _skip_decode_ramp(profile, chosen, window, scale)
     made = _fixed(profile, in_phase(profile, chosen, phase), policy, scale)
@@ -93,13 +116,19 @@ def check_plan_options(
     scale: str,
     seed: int = 0,
     phase: str = "both",
+    compensation: str = "scale",
 ) -> None:
     """Raise :class:`OptionError` for a value that no model could be planned with."""
     if type(skip) is not int or skip < 0:
         raise OptionError(f"skip={skip!r}: takes a number of sublayers, 0 or more")
     if speedup is not None and (not is_finite_number(speedup) or speedup < 1):
         raise OptionError(f"speedup={speedup!r}: takes a ratio of 1 or more, such as 1.14, or None")
-    for name, value, known in (("policy", policy, POLICIES), ("scale", scale, SCALE_KINDS), ("phase", phase, PHASES)):
+    for name, value, known in (
+        ("policy", policy, POLICIES),
+        ("scale", scale, SCALE_KINDS),
+        ("phase", phase, PHASES),
+        ("compensation", compensation, COMPENSATIONS),
+    ):
         if value not in known:
             raise OptionError(f"{name}={value!r}: takes one of {', '.join(known)}")
     if type(window) is not int or window < 0:
@@ -138,6 +167,7 @@ def plan_by_options(profile: Profile, options: Options) -> SkipPlan:
         phase=options.phase,
         max_loss=options.max_loss,
         times=options.times,
+        compensation=options.compensation,
     )
 
 

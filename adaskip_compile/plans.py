@@ -10,14 +10,16 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
+from adaskip_compile.compensation import StreamMap
 from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
+from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
 from adaskip_passes.errors import LegalityError, PlanError, ProfileError, UnknownSublayerError
 
@@ -96,9 +98,10 @@ class SkipPlan:
         scale_kind: Which ratio the scales are, and those measured in the window: ``token`` or ``frobenius``.
         model: The model that the plan is for; None for any model that has these sublayers.
         ramp: What changes as the request is decoded, earliest first.
+        maps: By path, what stands in the place of a skipped sublayer instead of its scale.
 
     Raises:
-        PlanError: A sublayer is named twice, or a field has a value that makes no sense.
+        PlanError: A sublayer is named twice, a map is of one that is not skipped, or a field has a value that makes no sense.
         LegalityError: The ramp lets a stateful sublayer run again.
     """
 
@@ -109,10 +112,14 @@ class SkipPlan:
     scale_kind: str
     model: ModelIdentity | None
     ramp: tuple[RampStep, ...] = ()
+    maps: Mapping[str, StreamMap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_once(sublayer.path for sublayer in self.skipped)
         _check_ramp(self.skipped, self.ramp)
+        for path in self.maps:
+            if path not in self.all_paths:
+                raise PlanError(f"a map is given for {path}, which the plan does not skip")
         if self.beta is not None and not is_finite_number(self.beta):
             raise PlanError(f"beta is {self.beta!r}; it takes a finite number or None")
         if type(self.window) is not int or self.window < 0:
@@ -195,12 +202,24 @@ class SkipPlan:
         count = "1 sublayer" if len(self.skipped) == 1 else f"{len(self.skipped)} sublayers"
         lines = [f"skips {count}; {online}; scale: {self.scale_kind}, policy: {self.policy}"]
         width = max(map(len, ("sublayer", *self.all_paths)))
-        heading = f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}"
-        lines += [heading, *_rows(self.skipped, width)] if self.skipped else []
+        heading = f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}{'  in its place' if self.maps else ''}"
+        lines += [heading, *self._rows(self.skipped, width)] if self.skipped else []
         for step in self.ramp:
             lines.append(f"from decoded token {step.after} on {_change(step)}")
-            lines += [heading, *_rows(step.skipped, width)] if step.skipped else []
+            lines += [heading, *self._rows(step.skipped, width)] if step.skipped else []
         return "\n".join(lines)
+
+    def _rows(self, skipped: Iterable[SkippedSublayer], width: int) -> Iterable[str]:
+        for sublayer in skipped:
+            similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
+            row = f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}"
+            found = self.maps.get(sublayer.path)
+            yield row if found is None else f"{row}  {found}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the plan says as JSON holds it; of maps their form, rank and error."""
+        maps = {path: {"form": one.form, "rank": one.rank, "error": one.error} for path, one in self.maps.items()}
+        return {**asdict(replace(self, maps={})), "maps": maps}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``, whole or not at all.
@@ -208,7 +227,8 @@ class SkipPlan:
         Raises:
             FileError: The file cannot be written.
         """
-        PLAN_FORMAT.write(path, asdict(self))
+        maps = write_maps(path, {name: (one,) for name, one in self.maps.items()})
+        PLAN_FORMAT.write(path, {**self.to_dict(), "maps": maps})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
@@ -223,7 +243,8 @@ class SkipPlan:
                 **payload,
                 "skipped": _sublayers(payload["skipped"]),
                 "model": ModelIdentity.from_payload(payload["model"]),
-                "ramp": tuple(map(_ramp_step, payload.get("ramp", ()))),  # version 1 had none
+                "ramp": tuple(map(_ramp_step, payload.get("ramp", ()))),  # version 1 had none, and no maps
+                "maps": {name: one for name, (one,) in read_maps(path, payload.get("maps")).items()},
             }
             return cls(**fields)
         except KeyError as error:
@@ -260,12 +281,6 @@ def _check_ramp(skipped: tuple[SkippedSublayer, ...], ramp: tuple[RampStep, ...]
             if sublayer.path in now:
                 raise PlanError(f"the ramp skips {sublayer.path} after {step.after} tokens, and it is skipped already")
             now[sublayer.path] = sublayer
-
-
-def _rows(skipped: Iterable[SkippedSublayer], width: int) -> Iterable[str]:
-    for sublayer in skipped:
-        similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
-        yield f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}"
 
 
 def _change(step: RampStep) -> str:

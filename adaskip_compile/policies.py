@@ -68,13 +68,12 @@ def joint_order(profile: Profile) -> tuple[tuple[str, float], ...]:
     Raises:
         OptionError: It was not measured.
     """
-    found: tuple[tuple[str, float], ...] = getattr(profile, "joint_order", ())
-    if not found:
+    if not profile.joint_order:
         raise OptionError(
             "this profile holds no joint order of sublayers, which loss_greedy and max_loss need: measure one with "
-            "`adaskip profile MODEL --joint`"
+            "adaskip_compile.order_by_loss(model, profile, samples) or `adaskip profile MODEL --joint N`"
         )
-    return found
+    return tuple((step.path, step.loss) for step in profile.joint_order)
 
 
 def last_layers(profile: Profile, layers: Sequence[Layer], count: int) -> tuple[Layer, ...]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from adaskip_compile.compensation import StreamMap
 from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
+from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.model_costs import ModelCosts
 from adaskip_passes.errors import DamagedFileError, OptionError, ProfileError
 
@@ -138,6 +140,28 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
+class JointStep:
+    """One step of a joint order: skip ``path`` too.
+
+    Args:
+        path: The sublayer that is skipped from this step on.
+        compensation: What stood in its place when the loss was measured.
+        loss: The mean divergence from the full model, in nats a token, with it and all before it skipped.
+
+    Raises:
+        ProfileError: The loss is not a finite number.
+    """
+
+    path: str
+    compensation: str
+    loss: float
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.loss):
+            raise ProfileError(f"the loss after skipping {self.path} is {self.loss!r}; it takes a finite number")
+
+
+@dataclass(frozen=True)
 class Profile:
     """What was measured of every sublayer of one model.
 
@@ -146,6 +170,8 @@ class Profile:
         sublayers: All sublayers, in the order of the residual stream.
         layers: Those layers that were measured as a whole; profiles of earlier versions have none.
         costs: What the sublayers cost, to plan for a speed-up at a context length; None where it is not known.
+        maps: By path, what :func:`adaskip_compile.fit` fitted to stand in the place of a sublayer, one of each form.
+        joint_order: What :func:`adaskip_compile.order_by_loss` found to skip, one after another.
 
     Raises:
         ProfileError: There are no sublayers, two have one path, or they differ in their number of samples.
@@ -155,6 +181,8 @@ class Profile:
     sublayers: tuple[SublayerProfile, ...]
     layers: tuple[LayerProfile, ...] = ()
     costs: ModelCosts | None = None
+    maps: Mapping[str, tuple[StreamMap, ...]] = field(default_factory=dict)
+    joint_order: tuple[JointStep, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sublayers:
@@ -176,6 +204,9 @@ class Profile:
                 )
         if self.costs is not None and [one.path for one in self.costs.sublayers] != paths:
             raise ProfileError("the costs are not of these sublayers")
+        for path in (*self.maps, *(step.path for step in self.joint_order)):
+            if path not in paths:
+                raise ProfileError(f"a map or a step of the joint order is of {path}, which is no sublayer here")
 
     @property
     def samples(self) -> int:
@@ -188,6 +219,8 @@ class Profile:
 
     def merge(self, *others: Profile) -> Profile:
         """Return the profile of the samples of this one and ``others``.
+
+        Maps and joint orders of several do not add up: the result has none where two of them have some.
 
         Raises:
             ProfileError: They are of different models, or of different sublayers.
@@ -209,7 +242,8 @@ class Profile:
             FileError: The file cannot be written.
         """
         costs = None if self.costs is None else self.costs.to_payload()
-        PROFILE_FORMAT.write(path, {**asdict(replace(self, costs=None)), "costs": costs})
+        plain = asdict(replace(self, costs=None, maps={}))
+        PROFILE_FORMAT.write(path, {**plain, "costs": costs, "maps": write_maps(path, self.maps)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -221,11 +255,13 @@ class Profile:
         payload = PROFILE_FORMAT.read(path)
         try:
             sublayers = tuple(SublayerProfile(**_tuples(entry)) for entry in payload["sublayers"])
-            # Version 1 had neither layers nor costs.
+            # Version 1 had none of what follows.
             layers = tuple(LayerProfile(**_tuples(entry)) for entry in payload.get("layers", ()))
             costs = payload.get("costs")
             known = None if costs is None else ModelCosts.from_payload(costs)
-            return cls(ModelIdentity.from_payload(payload["model"]), sublayers, layers, known)
+            steps = tuple(JointStep(**entry) for entry in payload.get("joint_order", ()))
+            maps = read_maps(path, payload.get("maps"))
+            return cls(ModelIdentity.from_payload(payload["model"]), sublayers, layers, known, maps, steps)
         except (AttributeError, KeyError, TypeError, ValueError, ProfileError, DamagedFileError) as error:
             raise PROFILE_FORMAT.damaged(path, _reason(error)) from error
 
@@ -247,6 +283,8 @@ class Profile:
             tuple(ours.merge(theirs) for ours, theirs in pairs),
             tuple(ours.merge(theirs) for ours, theirs in layers),
             self.costs or other.costs,
+            {} if self.maps and other.maps else {**self.maps, **other.maps},
+            () if self.joint_order and other.joint_order else self.joint_order or other.joint_order,
         )
 
 

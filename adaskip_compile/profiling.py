@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import fx, nn
@@ -20,6 +21,8 @@ from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
+
+Item = TypeVar("Item")
 
 
 class _Prober:
@@ -63,35 +66,74 @@ def profile(
     ``samples`` are texts, which need a ``tokenizer``, or token ids ``(tokens,)`` or ``(batch, tokens)``
     of at least two tokens; at most ``max_samples`` are used (the authors use 20). The mean over tokens
     of a sample is paper Eq. 2 and 3; the profile keeps one value a sample. Each whole layer's similarity is
-    measured too, for policies that skip whole layers, and what the sublayers cost is read from the graph. With ``progress`` a bar is shown on a terminal.
+    measured too, for policies that skip whole layers, and what the sublayers cost is read from the graph. With
+    ``progress`` a bar is shown on a terminal.
 
     Raises:
         ProfileError: No samples, texts without a tokenizer, or a sample too short.
         CaptureError: The model has no residual stream, or is not captured as one graph.
     """
     prober = _Prober()
+    tokens = run_samples(model, prober, samples, tokenizer=tokenizer, max_samples=max_samples, progress=progress)
+    stream = prober.streams[0]
+    return make_profile(identify(model), stream, prober.rows, tokens, whole_layers(stream.paths), prober.costs)
+
+
+class StreamBackend(Protocol):
+    """A Dynamo backend that finds the residual stream of each graph it is given, and counts the runs of its graphs."""
+
+    streams: list[ResidualStream]
+    runs: int
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        """Return what runs ``gm``."""
+        ...
+
+
+def run_samples(
+    model: nn.Module,
+    backend: StreamBackend,
+    samples: Iterable[str | torch.Tensor],
+    *,
+    tokenizer: Any,
+    max_samples: int,
+    progress: bool,
+    title: str = "profiling",
+) -> list[int]:
+    """Run ``model`` over ``samples`` through ``backend``, prefill only, and return the number of tokens of each.
+
+    Raises:
+        ProfileError: No samples, texts without a tokenizer, or a sample too short.
+        CaptureError: The model has no residual stream, or is not captured as one graph.
+    """
 
     # An own function object: its captures are not those of the user's compiled model.
     def forward(ids: torch.Tensor) -> Any:
         return model._call_impl(ids, **_cheap_arguments(model))
 
-    compiled = torch.compile(forward, backend=prober, dynamic=True)
+    compiled = torch.compile(forward, backend=backend, dynamic=True)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens: list[int] = []
+    with evaluating(model):
+        for ids in show_progress(token_ids(samples, tokenizer, max_samples), max_samples, progress, title):
+            compiled(ids.to(device))
+            tokens.append(ids.numel())
+            _require_one_graph(backend, len(tokens))
+    if not tokens:
+        raise ProfileError("no samples to profile on: give at least one text or tensor of token ids")
+    return tokens
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have ``model`` run without dropout and gradients, and leave it as it was."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for ids in _show(_token_ids(samples, tokenizer, max_samples), max_samples, progress):
-                compiled(ids.to(device))
-                tokens.append(ids.numel())
-                _require_one_graph(prober, len(tokens))
+            yield
     finally:
         model.train(was_training)
-    if not tokens:
-        raise ProfileError("no samples to profile on: give at least one text or tensor of token ids")
-    stream = prober.streams[0]
-    return make_profile(identify(model), stream, prober.rows, tokens, whole_layers(stream.paths), prober.costs)
 
 
 def whole_layers(paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -99,7 +141,8 @@ def whole_layers(paths: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(layer for layer in find_layers(paths) if len(layer) > 1)
 
 
-def _token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[torch.Tensor]:
+def token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[torch.Tensor]:
+    """Yield up to ``limit`` of ``samples`` as token ids ``(batch, tokens)``; :class:`ProfileError` for what is no sample."""
     for index, sample in enumerate(islice(samples, limit)):
         if isinstance(sample, str):
             if tokenizer is None:
@@ -111,16 +154,17 @@ def _token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[t
         yield ids
 
 
-def _show(ids: Iterator[torch.Tensor], total: int, progress: bool) -> Iterator[torch.Tensor]:
+def show_progress(items: Iterable[Item], total: int, progress: bool, title: str) -> Iterator[Item]:
+    """Yield ``items``, with a bar on standard error where that is a terminal and ``progress`` is asked for."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("profiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # On standard error: what is printed on standard output may be read by a program.
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task("profiling", total=total)
-        for count, item in enumerate(ids, 1):
+        task = bar.add_task(title, total=total)
+        for count, item in enumerate(items, 1):
             yield item
             bar.update(task, completed=count)
         bar.update(task, total=bar.tasks[task].completed)
@@ -132,7 +176,7 @@ def _cheap_arguments(model: nn.Module) -> dict[str, Any]:
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
-def _require_one_graph(prober: _Prober, calls: int) -> None:
+def _require_one_graph(prober: StreamBackend, calls: int) -> None:
     if prober.runs != calls:
         raise CaptureError(
             f"the model was captured in {prober.runs - calls + 1} pieces, and a profile needs one graph a forward; "

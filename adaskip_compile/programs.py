@@ -20,19 +20,26 @@ _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 def make_program(
-    phase: CapturedPhase, gm: fx.GraphModule, model: nn.Module, cache: Mapping[str, torch.Tensor], max_length: int
+    phase: CapturedPhase,
+    gm: fx.GraphModule,
+    model: nn.Module,
+    cache: Mapping[str, torch.Tensor],
+    max_length: int,
+    *,
+    added: Mapping[str, torch.Tensor],
 ) -> torch.export.ExportedProgram:
     """Return the program of ``gm``, the specialised graph of ``phase``.
 
     ``program(input_ids, cache_position) -> logits``, as ExecuTorch's exports have it: ids ``i64[batch, tokens]``,
     the places of these tokens in their text ``i64[tokens]``, and the logits of the last one
     ``[batch, 1, vocabulary]``. Tokens are from 2 to ``max_length`` in prefill, and 1 in decode. The program
-    holds the weights and the parts of ``cache`` (zeroed) that the graph still reads, and no others.
+    holds the weights and the parts of ``cache`` (zeroed) that the graph still reads, and no others. ``added`` are the
+    values, by name, of the inputs that passes have added; they count as weights.
 
     Raises:
         CaptureError: ``torch.export`` refuses the graph, or it calls an operator that PyTorch alone does not have.
     """
-    module = _bind(phase, gm, model, cache)
+    module = _bind(phase, gm, model, cache, added)
     tokens = torch.export.Dim("tokens", min=2, max=max_length)
     program = _export(phase, module, ({1: tokens}, {0: tokens}) if phase.name == "prefill" else None)
     for part in program.graph_module.modules():
@@ -63,7 +70,11 @@ def _export(phase: CapturedPhase, module: fx.GraphModule, dynamic: Any) -> torch
 
 
 def _bind(
-    phase: CapturedPhase, gm: fx.GraphModule, model: nn.Module, cache: Mapping[str, torch.Tensor]
+    phase: CapturedPhase,
+    gm: fx.GraphModule,
+    model: nn.Module,
+    cache: Mapping[str, torch.Tensor],
+    added: Mapping[str, torch.Tensor],
 ) -> fx.GraphModule:
     """Return ``gm`` with its inputs bound: all but the ids and positions become attributes of a module."""
     graph, root = fx.Graph(), nn.Module()
@@ -73,7 +84,11 @@ def _bind(
     names = _tensor_names(model, cache)
     inputs = gm.graph.find_nodes(op="placeholder")
     images: dict[fx.Node, Any] = {}
-    # Inputs that passes have added come last, and nothing reads them any more.
+    # Inputs that passes have added come last.
+    for node in inputs[len(phase.values) :]:
+        if node.users:
+            value = nn.Parameter(added[node.name], requires_grad=False)
+            images[node] = graph.get_attr(_hold(root, f"compensation.{node.name}", value, cache))
     for node, value in zip(inputs, phase.values, strict=False):
         if not node.users:
             continue

@@ -48,7 +48,7 @@ class Request:
     captures: list[str] = field(default_factory=list)
     storages: list[StorageWeakRef] = field(default_factory=list)
     length: int = 0
-    scale_inputs: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    stand_ins: dict[tuple[str, ...], tuple[torch.Tensor, ...]] = field(default_factory=dict)
     ramp: tuple[RampStep, ...] = ()
 
     @property
@@ -91,7 +91,7 @@ class Request:
                 self.extra.pop(sublayer.path, None)
             self.holes |= frozenset(sublayer.path for sublayer in step.skipped) & stateful
             self.ramp = tuple(later)
-            self.scale_inputs.clear()
+            self.stand_ins.clear()
 
     def record_window(self, rows: torch.Tensor, paths: tuple[str, ...]) -> None:
         """Take the statistics of one decoded token, ``f32[len(paths), 3]``; after the last one, choose the extra FFNs."""
@@ -113,7 +113,7 @@ class Request:
         column = 1 if self.plan.scale_kind == "token" else 2
         measured = {path: (row[0], row[column]) for path, row in zip(self.window_paths, means, strict=True)}
         self.extra = extra_sublayers(self.plan, measured, stateful=self.holes)
-        self.scale_inputs.clear()
+        self.stand_ins.clear()
 
 
 class RequestTable:
@@ -205,7 +205,7 @@ class RequestTable:
                 seconds=dict(request.seconds),
                 notes=[*request.notes, f"copied from request {request.number}"],
                 captures=[],
-                scale_inputs={},
+                stand_ins={},
             )
             if not certain:
                 copied.extra = {}

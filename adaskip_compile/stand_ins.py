@@ -9,11 +9,11 @@ from __future__ import annotations
 import sympy
 
 from adaskip_compile.model_costs import Group
+from adaskip_compile.policy_names import COMPENSATIONS
 from adaskip_compile.prediction import ROOFLINES, Roofline, Timer
+from adaskip_compile.profiles import Profile
 from adaskip_passes.cost import B, Cost, Q
 from adaskip_passes.errors import OptionError
-
-STAND_INS = ("none", "scale", "channel", "low_rank", "affine")
 
 
 def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 4) -> Cost:
@@ -25,8 +25,8 @@ def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 
     >>> print(stand_in_cost("low_rank", 576, rank=64))
     147456*b*q flops, 297216 weight bytes, 5120*b*q activation bytes, 0 cache bytes
     """
-    if kind not in STAND_INS:
-        raise OptionError(f"compensation={kind!r}: takes one of {', '.join(STAND_INS)}")
+    if kind not in COMPENSATIONS:
+        raise OptionError(f"compensation={kind!r}: takes one of {', '.join(COMPENSATIONS)}")
     if kind in ("none", "scale"):
         return Cost()
     products = {"channel": 0, "low_rank": 2 * rank * width, "affine": width * width}[kind]
@@ -37,6 +37,14 @@ def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 
         weight_bytes=sympy.Integer((products + vectors) * element_bytes),
         activation_bytes=moved * element_bytes * B * Q,
     )
+
+
+def stand_in_costs(profile: Profile, compensation: str) -> dict[str, Cost] | None:
+    """Return what ``compensation`` costs in place of each sublayer that the profile has such a map of; None for no map."""
+    if compensation in ("none", "scale"):
+        return None
+    held = ((path, one) for path, ones in profile.maps.items() for one in ones if one.form == compensation)
+    return {path: stand_in_cost(one.form, one.tensors["shift"].numel(), rank=one.rank) for path, one in held}
 
 
 def stand_in_seconds(

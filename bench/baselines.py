@@ -20,7 +20,8 @@ from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
 from adaskip_compile.evaluation.candidates import FULL, make_plan
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Measure, Sizes, kind_of, make_measures
-from adaskip_compile.plans import POLICIES, SkipPlan
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.policy_names import POLICIES
 from adaskip_passes.errors import OptionError
 from bench.studies import Study, study_parser
 

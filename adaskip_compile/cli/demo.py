@@ -75,9 +75,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _learn(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: bool) -> Any:
     import adaskip_compile
+    from adaskip_compile.evaluation.candidates import complete_profile
 
     samples = choose_samples(tokenizer, None, arguments.samples, arguments.length)
     profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=watched)
+    needed = {"policies": [arguments.policy], "compensations": [arguments.compensation]}
+    profile = complete_profile(model, profile, samples, **needed, most=arguments.skip, progress=watched)
     return planning.make_plan(profile, arguments)
 
 

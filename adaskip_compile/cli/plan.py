@@ -11,6 +11,7 @@ examples:
   adaskip plan profile.json --skip 8 --out plan.json
   adaskip plan profile.json --speedup 1.33 --window 20 --out plan.json
   adaskip plan profile.json --skip 8 --policy shortgpt --out plan.json
+  adaskip plan profile.json --skip 8 --policy loss_greedy --compensation low_rank --out plan.json
   adaskip plan profile.json --speedup 1.25 --context 4096 --times this-machine.json --out plan.json
 """
 
@@ -20,7 +21,7 @@ import argparse
 from typing import Any
 
 from adaskip_compile.cli.output import Output
-from adaskip_compile.policy_names import POLICIES
+from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +67,14 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale",
         choices=("token", "frobenius"),
         default="token",
-        help="how a skipped sublayer is made up for (default: %(default)s)",
+        help="how a scale is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compensation",
+        choices=tuple(COMPENSATIONS),
+        default="scale",
+        help="what stands in the place of a skipped sublayer (default: %(default)s). "
+        + "; ".join(f"{name}: {what}" for name, what in COMPENSATIONS.items()),
     )
 
 
@@ -86,7 +94,19 @@ def make_plan(profile: Any, arguments: argparse.Namespace) -> Any:
     """Return the plan that the arguments ask for."""
     import adaskip_compile
 
-    names = ("skip", "speedup", "max_loss", "context", "times", "phase", "policy", "seed", "window", "scale")
+    names = (
+        "skip",
+        "speedup",
+        "max_loss",
+        "context",
+        "times",
+        "phase",
+        "policy",
+        "seed",
+        "window",
+        "scale",
+        "compensation",
+    )
     asked = {name: getattr(arguments, name, None) for name in names}
     return adaskip_compile.plan(profile, **{name: value for name, value in asked.items() if value is not None})
 
@@ -99,6 +119,7 @@ def describe(plan: Any) -> dict[str, Any]:
         "window": plan.window,
         "policy": plan.policy,
         "scale_kind": plan.scale_kind,
+        "maps": plan.to_dict()["maps"],
         "ramp": [
             {
                 "after": step.after,

@@ -3,8 +3,12 @@
 Without --texts, built-in text is used: technical English and code, in turn. The profile that is written
 is what 'adaskip plan' decides from; profiles of one model can be merged.
 
+With --compensation, maps are fitted that can stand in the place of sublayers; with --joint, it is tried out which
+sublayers the model's predictions miss least when they are skipped together. Both are kept with the profile.
+
 examples:
   adaskip profile smollm2 --out profile.json
+  adaskip profile smollm2 --out profile.json --compensation low_rank --joint 24
   adaskip profile ./my-model --out profile.json --texts chapter1.txt chapter2.txt --length 4096
 """
 
@@ -32,6 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=common.positive, default=2048, metavar="N", help="tokens a sample (default: %(default)s)"
     )
+    parser.add_argument(
+        "--compensation",
+        nargs="+",
+        default=[],
+        choices=("channel", "low_rank", "affine"),
+        metavar="FORM",
+        help="fit maps of these forms too: channel, low_rank, affine",
+    )
+    parser.add_argument(
+        "--rank", type=common.positive, metavar="R", help="of low_rank (default: an eighth of the stream's width)"
+    )
+    parser.add_argument(
+        "--joint", type=common.positive, metavar="N", help="put N sublayers in the order to skip them by joint loss"
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -43,12 +61,41 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     model, tokenizer = common.load_model(arguments)
     samples = choose_samples(tokenizer, texts, arguments.samples, arguments.length)
     profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=output.watched)
+    profile = _learn_more(model, profile, samples, arguments, output)
     profile.save(arguments.out)
     output.show(profile_table(profile))
+    for step in profile.joint_order:
+        output.say(f"skipping {step.path} too loses {step.loss:.3f} nats a token in all")
     output.say(f"\n{profile.samples} samples, written to {arguments.out}")
     output.say(f"next: adaskip plan {arguments.out} --out plan.json")
-    output.results({"profile": arguments.out, "samples": profile.samples, "sublayers": describe(profile)})
+    output.results(
+        {"profile": arguments.out, "samples": profile.samples, "sublayers": describe(profile), **more(profile)}
+    )
     return 0
+
+
+def _learn_more(
+    model: Any, profile: Any, samples: list[torch.Tensor], arguments: argparse.Namespace, output: Output
+) -> Any:
+    """Return ``profile`` with the maps and the joint order that the arguments ask for."""
+    import adaskip_compile
+
+    if arguments.compensation:
+        profile = adaskip_compile.fit(
+            model,
+            profile,
+            samples,
+            forms=arguments.compensation,
+            rank=arguments.rank,
+            max_samples=arguments.samples,
+            progress=output.watched,
+        )
+    if arguments.joint:
+        tried_with = arguments.compensation[-1] if arguments.compensation else "scale"
+        profile = adaskip_compile.order_by_loss(
+            model, profile, samples, compensation=tried_with, most=arguments.joint, progress=output.watched
+        )
+    return profile
 
 
 def choose_samples(tokenizer: Any, texts: list[str] | None, count: int, length: int) -> list[torch.Tensor]:
@@ -76,3 +123,11 @@ def describe(profile: Any) -> list[dict[str, Any]]:
         }
         for sublayer in profile.ranking()
     ]
+
+
+def more(profile: Any) -> dict[str, Any]:
+    """Return what a profile holds beside measurements: the errors of its maps, and its joint order."""
+    return {
+        "maps": {path: {one.form: one.error for one in ones} for path, ones in profile.maps.items()},
+        "joint_order": [{"path": step.path, "loss": step.loss} for step in profile.joint_order],
+    }

@@ -163,21 +163,25 @@ def _profile(
     from pathlib import Path
 
     import adaskip_compile
+    from adaskip_compile.evaluation.candidates import complete_profile
     from adaskip_compile.evaluation.domains import mixed_windows
     from adaskip_compile.identity import identify
     from adaskip_compile.profiles import Profile
 
     kept = Path(arguments.results).with_suffix(".profile.json")
     named = arguments.profile or (kept if results.path.exists() and kept.exists() else None)
+    samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
     if named is not None:
         profile = Profile.load(named)
         profile.check(identify(model), source=str(named))
-        return profile
-    samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
-    profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=False)
-    profile.save(kept)
-    results.save()  # from here on it belongs to this sweep
-    return profile
+    else:
+        profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=False)
+    names = (arguments.policies, arguments.compensations)
+    complete = complete_profile(model, profile, samples, *names, most=max(arguments.skips), progress=False)
+    if named is None or complete is not profile:
+        complete.save(kept)
+        results.save()  # from here on it belongs to this sweep
+    return complete
 
 
 def _about(model: Any, domains: Sequence[Domain], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
+
 import adaskip_compile
-from adaskip_compile.plans import POLICIES, SkipPlan
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
+from adaskip_passes.stream_maps import FORMS
 
 FULL = "full"
-COMPENSATIONS = ("scale",)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,35 @@ def check_names(policies: Iterable[str], compensations: Iterable[str]) -> None:
         for name in names:
             if name not in known:
                 raise OptionError(f"{what}={name!r}: takes one of {', '.join(known)}")
+
+
+def complete_profile(
+    model: Any,
+    profile: Profile,
+    samples: Sequence[torch.Tensor],
+    policies: Iterable[str],
+    compensations: Iterable[str],
+    *,
+    most: int,
+    progress: bool = True,
+) -> Profile:
+    """Return ``profile`` with the maps and the joint order that the named plans need, learned from ``samples``.
+
+    ``most`` sublayers are put in order. What the profile holds already is not learned again.
+    """
+    held = {one.form for ones in profile.maps.values() for one in ones}
+    forms = [name for name in compensations if name in FORMS]
+    if not {*forms} <= held:
+        every = [found.path for found in profile.sublayers]
+        profile = adaskip_compile.fit(
+            model, profile, samples, forms=forms, sublayers=every, max_samples=len(samples), progress=progress
+        )
+    if "loss_greedy" in policies and len(profile.joint_order) < most:
+        tried_with = next(iter(forms), "scale")
+        profile = adaskip_compile.order_by_loss(
+            model, profile, samples, compensation=tried_with, most=most, progress=progress
+        )
+    return profile
 
 
 def make_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,8 +14,14 @@ from adaskip_passes.graph import add_placeholder, call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.state import output_values
+from adaskip_passes.stream_maps import FORMS, emit_map, part_shapes
 
 SCALES_INPUT = "adaskip_scales"
+
+
+def map_input(index: int, part: str) -> str:
+    """Return the name of the input that one tensor of the map of sublayer ``index`` comes in through."""
+    return f"adaskip_{index}_{part}"
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,15 @@ class SkipSublayers:
         before:  %attn = linear(%mixed, %o_proj)             after:  %scale = getitem(%adaskip_scales, 0)
                  %b = add(%a, %attn)                                 %b_skipped = mul(%a, %scale)
 
+    ``maps`` gives (path, form, rank) of the sublayers whose place a map of the stream takes instead
+    (:mod:`adaskip_passes.stream_maps`). Its tensors come in through inputs of their own, after the scales, map by map
+    in stream order::
+
+        after:   %h = rms_norm(%a)
+                 %h2 = linear(%h, %adaskip_2_down)
+                 %h3 = linear(%h2, %adaskip_2_up, %adaskip_2_shift)
+                 %b_skipped = add(%a, %h3)
+
     The sublayer's cache writes go. A cache output that the caller still expects becomes a view of the
     same output of a kept sublayer, so it has the right shape and holds no memory. Where no kept
     sublayer has one of that shape, the first skipped one goes on computing it, for all to view.
@@ -35,6 +51,7 @@ class SkipSublayers:
 
     name: ClassVar[str] = "skip-sublayers"
     paths: tuple[str, ...] = ()
+    maps: tuple[tuple[str, str, int], ...] = ()
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Skip ``paths``; those that the stream has already skipped are left as they are.
@@ -50,14 +67,14 @@ class SkipSublayers:
             _require_unshared(sublayer, gone)
             if sublayer.path in stream.probed:
                 raise PassError(f"cannot skip {sublayer.path}: it is probed; probe only sublayers that stay")
-        scales = _Scales(gm, len(stream.sublayers))
+        stand_ins = _StandIns(gm, len(stream.sublayers), {path: (form, rank) for path, form, rank in self.maps})
         skipped = tuple(path for path in stream.paths if path in gone)
         _borrow_cache_outputs(gm, stream, gone)
         replaced: dict[fx.Node, fx.Node] = {}
         for sublayer in chosen:
             # The stream before may be the end of a sublayer that has just been replaced.
             current = sublayer.mapped(lambda node: replaced.get(node, node))
-            replaced[sublayer.stream_out] = _bypass(gm.graph, current, scales, stream.sublayers[0].stream_in)
+            replaced[sublayer.stream_out] = _bypass(gm.graph, current, stand_ins, stream.sublayers[0].stream_in)
         stream = stream.mapped(lambda node: replaced.get(node, node))
         return PassResult(replace(stream, skipped=skipped), True, len(chosen))
 
@@ -70,34 +87,52 @@ def _require_unshared(sublayer: Sublayer, gone: set[str]) -> None:
         )
 
 
-class _Scales:
-    """The input that the scales come in through, and the fake value of one of them."""
+class _StandIns:
+    """Computes what stands in the place of skipped sublayers, and the inputs that it takes."""
 
-    def __init__(self, gm: fx.GraphModule, count: int) -> None:
+    def __init__(self, gm: fx.GraphModule, count: int, forms: Mapping[str, tuple[str, int]]) -> None:
+        self.graph, self.forms = gm.graph, forms
+        self.device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
         known = [node for node in gm.graph.find_nodes(op="placeholder") if node.name == SCALES_INPUT]
-        self.graph, self.input = gm.graph, known[0] if known else self._added(gm, count)
+        self.scales = known[0] if known else self._input(SCALES_INPUT, (count,), torch.float32)
         self.one: torch.Tensor | None = None
 
-    def _added(self, gm: fx.GraphModule, count: int) -> fx.Node:
-        device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
-        return add_placeholder(gm.graph, SCALES_INPUT, torch.ones(count, dtype=torch.float32, device=device))
+    def of(self, sublayer: Sublayer) -> fx.Node:
+        """Compute b from a, in the dtype of a."""
+        a = sublayer.stream_in
+        stream = fake_tensor(a)
+        assert stream is not None
+        if sublayer.path not in self.forms:
+            # A scale of no dimensions changes neither shape nor dtype.
+            return call(self.graph, torch.mul, a, self._scale(sublayer.index), like=stream)
+        form, rank = self.forms[sublayer.path]
+        shapes = part_shapes(form, stream.shape[-1], rank)
+        parts = [
+            self._input(map_input(sublayer.index, part), shapes[part], stream.dtype, like=stream)
+            for part in FORMS[form]
+        ]
+        return emit_map(self.graph, form, a, parts)
 
-    def of(self, index: int) -> fx.Node:
-        """Read the scale of one sublayer, ``f32[]``."""
-        scale = call(self.graph, "select", self.input, 0, index, like=self.one)
+    def _scale(self, index: int) -> fx.Node:
+        scale = call(self.graph, "select", self.scales, 0, index, like=self.one)
         self.one = fake_tensor(scale)
         return scale
 
+    def _input(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor | None = None
+    ) -> fx.Node:
+        device = self.device if like is None else like.device
+        return add_placeholder(self.graph, name, torch.empty(shape, dtype=dtype, device=device))
 
-def _bypass(graph: fx.Graph, sublayer: Sublayer, scales: _Scales, first: fx.Node) -> fx.Node:
-    """Put ``scale * a`` in the place of b, erase b and the sublayer's writes, and return it; ``first`` begins the stream."""
+
+def _bypass(graph: fx.Graph, sublayer: Sublayer, stand_ins: _StandIns, first: fx.Node) -> fx.Node:
+    """Put what stands in for the sublayer in the place of b, erase b and the sublayer's writes, and return it; ``first`` begins the stream."""
     a, b = sublayer.stream_in, sublayer.stream_out
     wanted, got = fake_tensor(b), fake_tensor(a)
     assert wanted is not None
     assert got is not None
     with graph.inserting_before(b):
-        # A scale of no dimensions changes neither shape nor dtype.
-        scaled = call(graph, torch.mul, a, scales.of(sublayer.index), like=got)
+        scaled = stand_ins.of(sublayer)
         if got.dim() > wanted.dim():
             scaled = call(graph, "flatten", scaled, 0, got.dim() - wanted.dim())
         elif got.dim() < wanted.dim():

@@ -1,0 +1,115 @@
+"""How much of the paper's loss is left at the same number of skipped sublayers, with what calibration can add?
+
+The paper's plan (most similar sublayers, a scale in their place) against other compensations of the same sublayers, the
+sublayers of the joint order, and its maps tuned together. Profile, maps, order and tuning see the profiling halves of
+all domains mixed; losses are NLL above the full model's on the evaluation halves, and their share of the paper's loss.
+
+    python -m bench.compensation --model smollm2 --skips 8 16 [--texts NAME=DIR ...]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import adaskip_compile
+from adaskip_compile.compensated_plans import compensated
+from adaskip_compile.evaluation.domains import mixed_windows
+from adaskip_compile.evaluation.scores import Scores
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.profiles import Profile
+from bench.studies import Study, mean_over_domains, study_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write the page."""
+    parser = study_parser(str(__doc__), samples=24, length=1024, windows=2, judged=4, steps=150)
+    parser.add_argument("--skips", type=int, nargs="+", default=[8, 16], metavar="K")
+    parser.add_argument("--forms", nargs="+", default=["channel", "low_rank", "affine"], metavar="NAME")
+    parser.add_argument("--plans", type=Path, metavar="DIR", help="keep the profile and the tuned plans here")
+    arguments = parser.parse_args(argv)
+    study = Study("compensation", "How much of the paper's loss is left at equal skip counts?", arguments)
+    texts = mixed_windows(study.domains, study.tokenizer, "profiling", arguments.samples, arguments.length)
+    profile = _learned(study, texts)
+    windows = study.windows()
+    full = study.nlls(SkipPlan.none(), windows)
+    study.say("NLL of the full model, nats a token:", "")
+    study.table(("", *windows, "mean"), [_row("full model", full)])
+    for skip in arguments.skips:
+        study.say(f"## {skip} sublayers skipped", "")
+        plans = _plans(study, profile, skip, texts)
+        _losses(study, {name: study.nlls(plan, windows) for name, plan in plans.items()}, full)
+    study.write()
+    return 0
+
+
+def _learned(study: Study, texts: Sequence[Any]) -> Profile:
+    """Return a profile with maps and a joint order, and say what each step of learning took."""
+    how = study.arguments
+    more = {"max_samples": len(texts), "progress": True}
+    profile = _timed(study, "profile", lambda: adaskip_compile.profile(study.model, texts, **more))
+    profile = _timed(study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=how.forms, **more))
+    few = {"max_samples": how.judged, "max_tokens": 384, "most": max(how.skips), "candidates": 2 * max(how.skips)}
+    found = _timed(
+        study,
+        "order",
+        lambda: adaskip_compile.order_by_loss(study.model, profile, texts, compensation="low_rank", **few),
+    )
+    if how.plans is not None:
+        found.save(how.plans / f"{study.stem}.json")
+    return found
+
+
+def _plans(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> dict[str, SkipPlan]:
+    how = study.arguments
+    paper = adaskip_compile.plan(profile, skip=skip)
+    scales = {found.path: found.mean_scale() for found in profile.sublayers}
+    chosen = {step.path for step in profile.joint_order[:skip]}
+    joint = SkipPlan.from_scales({path: scale for path, scale in scales.items() if path in chosen})
+    plans = {"most similar, scale (paper)": paper}
+    plans |= {f"most similar, {form}": compensated(paper, profile, form) for form in ("none", *how.forms)}
+    plans |= {f"joint order, {form}": compensated(joint, profile, form) for form in ("scale", *how.forms)}
+    start = plans["joint order, low_rank"]
+    tuned = _timed(
+        study,
+        f"tune {skip}",
+        lambda: adaskip_compile.tune(study.model, start, texts, steps=how.steps, max_samples=len(texts)),
+    )
+    if how.plans is not None:
+        tuned.save(how.plans / f"{study.stem}_{skip}.json")
+    return plans | {"joint order, low_rank, tuned": tuned}
+
+
+def _timed(study: Study, what: str, work: Callable[[], Any]) -> Any:
+    started = time.perf_counter()
+    result = work()
+    study.say(f"{what}: {time.perf_counter() - started:.0f} s", "")
+    return result
+
+
+def _losses(study: Study, scores: Mapping[str, Mapping[str, Scores]], full: Mapping[str, Scores]) -> None:
+    """Add a table of losses by domain, and of their shares of the first row's."""
+    losses = {
+        name: [*(found[domain].mean - full[domain].mean for domain in full), _mean_loss(found, full)]
+        for name, found in scores.items()
+    }
+    paper = next(iter(losses.values()))
+    rows = [
+        (name, *(f"{loss:+.3f} ({loss / base:.2f})" for loss, base in zip(found, paper, strict=True)))
+        for name, found in losses.items()
+    ]
+    study.table(("NLL lost (share of the paper's)", *full, "mean"), rows)
+
+
+def _mean_loss(found: Mapping[str, Scores], full: Mapping[str, Scores]) -> float:
+    return mean_over_domains(found) - mean_over_domains(full)
+
+
+def _row(name: str, scores: Mapping[str, Scores]) -> tuple[str, ...]:
+    return (name, *map(str, scores.values()), f"{mean_over_domains(scores):.3f}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
