@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adaskip_compile.exporting import ExportedGraphs, export
     from adaskip_compile.options import Options
     from adaskip_compile.planning import plan
-    from adaskip_compile.plans import SkippedSublayer, SkipPlan
+    from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
     from adaskip_compile.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling import profile
     from adaskip_compile.reports import Report, report
@@ -58,6 +58,7 @@ __all__ = [
     "PlanError",
     "Profile",
     "ProfileError",
+    "RampStep",
     "Report",
     "SkipPlan",
     "SkippedSublayer",
@@ -78,6 +79,7 @@ _HOMES = {
     "ExportedGraphs": "exporting",
     "Options": "options",
     "Profile": "profiles",
+    "RampStep": "plans",
     "Report": "reports",
     "SkipPlan": "plans",
     "SkippedSublayer": "plans",
