@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaskip_compile.joint_order import order_by_loss
     from adaskip_compile.options import Options
     from adaskip_compile.planning import plan
-    from adaskip_compile.plans import SkippedSublayer, SkipPlan
+    from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
     from adaskip_compile.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling import profile
     from adaskip_compile.reports import Report, report
@@ -61,6 +61,7 @@ __all__ = [
     "PlanError",
     "Profile",
     "ProfileError",
+    "RampStep",
     "Report",
     "SkipPlan",
     "SkippedSublayer",
@@ -84,6 +85,7 @@ _HOMES = {
     "ExportedGraphs": "exporting",
     "Options": "options",
     "Profile": "profiles",
+    "RampStep": "plans",
     "Report": "reports",
     "SkipPlan": "plans",
     "SkippedSublayer": "plans",

@@ -39,7 +39,7 @@ def graphml(found: Inspection) -> str:
             shape="" if value is None else f"{value.dtype} {tuple(map(str, value.shape))}".removeprefix("torch."),
             sublayer="" if one is None else one.path,
             kind="" if one is None else one.kind,
-            skipped=one is not None and one.path in found.skipped,
+            skipped=one is not None and one.path in found.skipped_in(captured.phase),
         )
         drawn.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
     return "\n".join(networkx.generate_graphml(drawn)) + "\n"

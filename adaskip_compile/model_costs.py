@@ -98,7 +98,8 @@ class ModelCosts:
     def to_payload(self) -> dict[str, Any]:
         """Return the costs as dicts, lists, strings and numbers; expressions are text in ``b``, ``q`` and ``t``."""
         return {
-            "sublayers": [[one.path, one.group, list(one.shared_with)] for one in self.sublayers],
+            "sublayers": {one.path: one.group for one in self.sublayers},
+            "shared_with": {one.path: list(one.shared_with) for one in self.sublayers if one.shared_with},
             "groups": [{"kind": group.kind, "count": group.count, "cost": _texts(group.cost)} for group in self.groups],
             "rest": _texts(self.rest),
             "width": self.width,
@@ -117,8 +118,9 @@ class ModelCosts:
             Group(index, str(entry["kind"]), int(entry["count"]), _costs(entry["cost"]))
             for index, entry in enumerate(payload["groups"])
         )
+        shared = payload["shared_with"]
         sublayers = tuple(
-            CostedSublayer(str(path), group, tuple(readers)) for path, group, readers in payload["sublayers"]
+            CostedSublayer(path, group, tuple(shared.get(path, ()))) for path, group in payload["sublayers"].items()
         )
         sizes = {name: int(payload[name]) for name in ("width", "element_bytes")}
         return cls(sublayers, groups, _costs(payload["rest"]), **sizes, device=str(payload["device"]))

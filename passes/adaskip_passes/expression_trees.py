@@ -87,6 +87,8 @@ def from_text(text: str, symbols: Mapping[str, Any]) -> Any:
     """
     try:
         return from_tree(_tree(ast.parse(text, mode="eval").body), symbols)
+    except DamagedFileError:
+        raise
     except (SyntaxError, TypeError, ValueError, RecursionError) as error:
         raise DamagedFileError(f"{text!r} is no expression in {', '.join(symbols)}") from error
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import gc
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import CaptureError, ForeignFileError, LegalityError, OptionError, SkipPlan, UnknownSublayerError
+from adaskip_compile import (
+    CaptureError,
+    ForeignFileError,
+    LegalityError,
+    OptionError,
+    PlanError,
+    RampStep,
+    SkipPlan,
+    UnknownSublayerError,
+)
 from adaskip_compile.export_folders import EXPORT_FORMAT
 from adaskip_compile.exported_runner import ExportedModel
 from adaskip_compile.identity import identify
@@ -221,6 +231,14 @@ def test_plans_that_leave_different_caches_are_refused(tmp_path):
         LegalityError, match=r"model\.layers\.1\.self_attn, model\.layers\.2\.self_attn: skipped by one"
     ):
         adaskip_compile.export(model, plan, tmp_path / "out", decode_plan=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_that_changes_while_it_runs_is_refused(tmp_path):
+    model = model_of("llama")
+    ramp = (RampStep(0, SkipPlan.from_scales({"model.layers.1.mlp": 0.9}).skipped),)
+    with pytest.raises(PlanError, match="this plan has a ramp, and programs do not change while they run"):
+        adaskip_compile.export(model, replace(SkipPlan.none(), ramp=ramp), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from adaskip_compile.inspection import inspect_model
 from adaskip_compile.inspection_report import inspection_report
 from adaskip_compile.model_costs import REST
 from adaskip_compile.phase_graphs import capture_phases, hollow_copy
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.plans import RampStep, SkipPlan
 from adaskip_compile.prediction import ROOFLINES, Measured, Roofline, likely_skips, predict
 from adaskip_passes.cost import find_costs
 from adaskip_passes.errors import OptionError, UnknownSublayerError
@@ -90,8 +91,6 @@ def test_a_plan_is_carried_out_on_paper_in_each_phase():
 
 
 def test_with_a_threshold_the_window_is_probed():
-    from dataclasses import replace
-
     plan = replace(SkipPlan.from_scales({ATTENTION.format(1): 0.9}, window=4), beta=0.9)
     found = inspect_model(on_meta("llama"), plan=plan)
     assert found.watched == {FFN.format(0), FFN.format(1)}
@@ -99,6 +98,25 @@ def test_with_a_threshold_the_window_is_probed():
     assert (probes.phase, probes.matched) == ("window", 2)
     row = inspection_report(found, ROOFLINES["cpu"], 64)["sublayers"][1]
     assert row["phases"] == {"prefill": "kept", "window": "probed", "steady": "open"}
+
+
+def test_a_ramp_is_carried_out_on_paper_where_decode_ends():
+    more = SkipPlan.from_scales({ATTENTION.format(1): 0.9}).skipped
+    plan = SkipPlan.from_scales({FFN.format(0): 1.1})
+    plan = replace(plan, ramp=(RampStep(0, more), RampStep(3, (), (FFN.format(0),))), window=2, beta=0.9)
+    found = inspect_model(on_meta("llama"), plan=plan)
+    skips = {step.phase: step.text for step in found.steps if step.text.startswith("skip-sublayers") and step.modified}
+    assert skips == {
+        "prefill": f"skip-sublayers{{paths=({FFN.format(0)!r},)}}",
+        "window": f"skip-sublayers{{paths=({FFN.format(0)!r}, {ATTENTION.format(1)!r})}}",
+        "steady": f"skip-sublayers{{paths=({ATTENTION.format(1)!r},)}}",
+    }
+    report = inspection_report(found, ROOFLINES["cpu"], 64)
+    assert report["skip_sets"] == {"plan": [FFN.format(0)], "plan in decode": [ATTENTION.format(1)]}
+    phases = {row["path"]: row["phases"] for row in report["sublayers"]}
+    assert phases[FFN.format(0)] == {"prefill": "skipped", "window": "skipped", "steady": "kept"}
+    assert phases[ATTENTION.format(1)] == {"prefill": "kept", "window": "skipped", "steady": "skipped"}
+    assert json.loads(json.dumps(report["plan"]))["ramp"][1]["resumed"] == [FFN.format(0)]
 
 
 def test_a_plan_of_another_model_is_refused():

@@ -215,9 +215,9 @@ class TestFiles:
     )
     def test_a_cost_that_is_no_expression_is_refused(self, flops: str, message: str, tmp_path: Path) -> None:
         cost = {"prefill": {"flops": flops, "weight_bytes": "0", "activation_bytes": "0", "cache_bytes": "0"}}
-        sublayers = [[one.path, 0, []] for one in decoder(1).sublayers]
+        sublayers = {one.path: 0 for one in decoder(1).sublayers}
         costs = {"sublayers": sublayers, "groups": [{"kind": "ffn", "count": 2, "cost": cost}], "rest": cost}
-        costs |= {"width": 64, "element_bytes": 4, "device": "cpu"}
+        costs |= {"shared_with": dict[str, list[str]](), "width": 64, "element_bytes": 4, "device": "cpu"}
         PROFILE_FORMAT.write(tmp_path / "p.json", {**asdict(decoder(1)), "costs": costs})
         with pytest.raises(DamagedFileError, match=re.escape(message)):
             Profile.load(tmp_path / "p.json")
