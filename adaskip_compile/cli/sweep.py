@@ -102,7 +102,7 @@ def _tasks(arguments: argparse.Namespace) -> list[str]:
 def _profile(
     model: Any, tokenizer: Any, domains: Sequence[Domain], results: Any, arguments: argparse.Namespace
 ) -> Profile:
-    """Return the profile that was named, or that an earlier run of this sweep measured, or measure it."""
+    """Return the profile that an earlier run of this sweep kept, or the one that was named, or measure it."""
     from pathlib import Path
 
     import adaskip_compile
@@ -111,7 +111,7 @@ def _profile(
     from adaskip_compile.profiles import Profile
 
     kept = Path(arguments.results).with_suffix(".profile.json")
-    named = arguments.profile or (kept if results.path.exists() and kept.exists() else None)
+    named = kept if results.path.exists() and kept.exists() else arguments.profile
     if named is not None:
         profile = Profile.load(named)
         profile.check(identify(model), source=str(named))

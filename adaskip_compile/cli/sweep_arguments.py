@@ -15,10 +15,19 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", metavar="PATH", help="a file that 'adaskip profile' wrote (default: measured first)"
     )
     plans.add_argument(
-        "--skips", type=int, nargs="+", default=[0, 4, 8, 12, 16], metavar="K", help="(default: 0 4 8 12 16)"
+        "--skips",
+        type=int,
+        nargs="+",
+        default=[0, 4, 8, 12, 16],
+        metavar="K",
+        help="numbers of sublayers to skip (default: 0 4 8 12 16)",
     )
-    plans.add_argument("--policies", nargs="+", default=["adaskip"], metavar="NAME", help="(default: adaskip)")
-    plans.add_argument("--compensations", nargs="+", default=["scale"], metavar="NAME", help="(default: scale)")
+    plans.add_argument(
+        "--policies", nargs="+", default=["adaskip"], metavar="NAME", help="how to choose them (default: adaskip)"
+    )
+    plans.add_argument(
+        "--compensations", nargs="+", default=["scale"], metavar="NAME", help="what makes up for them (default: scale)"
+    )
     plans.add_argument(
         "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: %(default)s)"
     )
