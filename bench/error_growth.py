@@ -57,7 +57,7 @@ def _plot(study: Study, together: dict[int, float], sums: dict[int, float]) -> N
         axes.plot(list(sums), list(sums.values()), "x--", label="sum of single losses")
         axes.legend()
 
-    study.plot(f"Growth of the loss: {study.arguments.model}", "sublayers skipped", "NLL above the full model's", draw)
+    study.plot(f"Growth of the loss: {study.shown}", "sublayers skipped", "NLL above the full model's", draw)
 
 
 if __name__ == "__main__":

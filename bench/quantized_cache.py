@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(study: Study, windows: dict[str, list[torch.Tensor]], bits: int | None) -> tuple[dict[str, Scores], int]:
     """Return the NLL of the decoded tokens by domain, and the bytes of the cache after a prefill."""
     held: list[int] = []
-    after = _as_it_is(held) if bits is None else _quantiser(bits, held)
+    after = _as_it_is(held) if bits is None else quantiser(bits, held)
     decoded = study.arguments.decoded
     scores = {
         name: Scores(decoded_nlls(study.model, some, decoded=decoded, after_prefill=after))
@@ -69,7 +69,8 @@ def _as_it_is(held: list[int]) -> Callable[[Any], None]:
     return lambda cache: held.append(cache_bytes(cache))
 
 
-def _quantiser(bits: int, held: list[int]) -> Callable[[Any], None]:
+def quantiser(bits: int, held: list[int]) -> Callable[[Any], None]:
+    """Return what quantises the entries of a cache in place, and adds to ``held`` the bytes that they take packed."""
     from transformers.cache_utils import QuantoQuantizedLayer
 
     layer = QuantoQuantizedLayer(nbits=bits, q_group_size=64)

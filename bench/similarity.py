@@ -62,7 +62,7 @@ def _plot(study: Study, rows: Sequence[tuple[str, str, float, float]]) -> None:
                 axes.plot(range(len(values)), values, style, markersize=4, label=f"{kind}, {phase}")
         axes.legend()
 
-    study.plot(f"Similarity by depth: {study.arguments.model}", "layer", "cosine of the stream before and after", draw)
+    study.plot(f"Similarity by depth: {study.shown}", "layer", "cosine of the stream before and after", draw)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class Study:
         self.name, self.arguments = name, arguments
         self.model, self.tokenizer = load_checkpoint(arguments.model)
         self.domains = read_domains(arguments.texts)
-        self.stem = f"{name}_{Path(arguments.model).stem}"
+        # Pages are read elsewhere: where a model lies on this machine is nobody's business.
+        self.shown = Path(arguments.model).stem if Path(arguments.model).exists() else arguments.model
+        self.stem = f"{name}_{self.shown.replace('/', '-')}"
         self.lines = [f"# {question}", "", self._circumstances(), ""]
 
     def profile(self, domains: Sequence[Domain] | None = None) -> Profile:
@@ -96,7 +98,7 @@ class Study:
         )
         texts = ", ".join(domain.name for domain in self.domains)
         return (
-            f"`python -m bench.{self.name} --model {self.arguments.model}`: {sizes}; domains: {texts}. "
+            f"`python -m bench.{self.name} --model {self.shown}`: {sizes}; domains: {texts}. "
             f"float32, {self.model.device.type}, Python {platform.python_version()}, {versions}."
         )
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
+from adaskip_compile.cli import sweep_arguments
 from adaskip_compile.cli.output import Output
 from adaskip_passes.errors import OptionError
 
@@ -34,68 +35,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this command takes."""
     common.add_model_arguments(parser)
-    _add_plan_arguments(parser)
-    _add_measure_arguments(parser)
-    timing = parser.add_argument_group("what is timed")
-    timing.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="(default: %(default)s)")
-    _add_counts(
-        timing,
-        ("context", 2048, "tokens of the timed prompt"),
-        ("new-tokens", 48, "tokens generated after it"),
-        ("rounds", 3, "times that each plan is timed"),
-    )
-    results = parser.add_argument_group("results")
-    results.add_argument("--results", default="sweep.json", metavar="PATH", help="kept here (default: %(default)s)")
-    results.add_argument("--csv", metavar="PATH", help="write the table as CSV")
-    results.add_argument("--plot", metavar="PATH", help="draw the curve: .png, .svg or .pdf")
-    goal = results.add_mutually_exclusive_group()
-    goal.add_argument(
-        "--max-loss", type=float, metavar="X", help="recommend the fastest that loses at most X nats a token"
-    )
-    goal.add_argument("--speedup", type=float, metavar="A", help="recommend the best that is at least A times as fast")
-    results.add_argument("--out", metavar="PATH", help="write the recommended plan")
-
-
-def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    plans = parser.add_argument_group("what is compared")
-    plans.add_argument(
-        "--profile", metavar="PATH", help="a file that 'adaskip profile' wrote (default: measured first)"
-    )
-    plans.add_argument(
-        "--skips", type=int, nargs="+", default=[0, 4, 8, 12, 16], metavar="K", help="(default: 0 4 8 12 16)"
-    )
-    plans.add_argument("--policies", nargs="+", default=["adaskip"], metavar="NAME", help="(default: adaskip)")
-    plans.add_argument("--compensations", nargs="+", default=["scale"], metavar="NAME", help="(default: scale)")
-    plans.add_argument(
-        "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: %(default)s)"
-    )
-    _add_counts(plans, ("samples", 20, "windows to profile on"))
-
-
-def _add_measure_arguments(parser: argparse.ArgumentParser) -> None:
-    measures = parser.add_argument_group("what is measured")
-    measures.add_argument("--texts", nargs="+", default=[], metavar="NAME=DIR", help="folders of text files")
-    measures.add_argument(
-        "--measures",
-        nargs="+",
-        default=["nll"],
-        metavar="NAME",
-        help="nll, decode, needle, classification, rouge (default: nll, which is always measured)",
-    )
-    measures.add_argument("--longbench", metavar="DIR", help="a folder with the JSONL files of LongBench")
-    measures.add_argument("--tasks", metavar="A,B", help="which of its English tasks, such as trec,triviaqa")
-    measures.add_argument("--items", type=common.positive, metavar="N", help="items of each task (default: all)")
-    _add_counts(
-        measures,
-        ("windows", 2, "windows of text a domain"),
-        ("length", 1024, "tokens in each, and in each that is profiled on"),
-    )
-
-
-def _add_counts(group: Any, *counts: tuple[str, int, str]) -> None:
-    for name, default, what in counts:
-        text = f"{what} (default: %(default)s)"
-        group.add_argument(f"--{name}", type=common.positive, default=default, metavar="N", help=text)
+    sweep_arguments.add_plan_arguments(parser)
+    sweep_arguments.add_measure_arguments(parser)
+    sweep_arguments.add_timing_arguments(parser)
+    sweep_arguments.add_result_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -159,7 +102,7 @@ def _tasks(arguments: argparse.Namespace) -> list[str]:
 def _profile(
     model: Any, tokenizer: Any, domains: Sequence[Domain], results: Any, arguments: argparse.Namespace
 ) -> Profile:
-    """Return the profile that was named, or that an earlier run of this sweep measured, or measure it."""
+    """Return the profile that an earlier run of this sweep kept, or the one that was named, or measure it."""
     from pathlib import Path
 
     import adaskip_compile
@@ -169,7 +112,7 @@ def _profile(
     from adaskip_compile.profiles import Profile
 
     kept = Path(arguments.results).with_suffix(".profile.json")
-    named = arguments.profile or (kept if results.path.exists() and kept.exists() else None)
+    named = kept if results.path.exists() and kept.exists() else arguments.profile
     samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
     if named is not None:
         profile = Profile.load(named)

@@ -1,0 +1,77 @@
+"""The studies of quality in bench/: what they compute, on tiny models and made-up text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+import adaskip_compile
+from adaskip_compile import SkipPlan
+from adaskip_compile.evaluation.likelihood import decoded_nlls
+from bench import error_growth
+from bench.decode_statistics import decode_statistics
+from bench.hit_rates import hit_rate
+from bench.quantized_cache import quantiser
+from tests.made_up_texts import made_up_domain
+from tests.models import tiny, tokens
+from tests.reference import hook_statistics
+from tests.tiny_checkpoints import save_tiny
+
+
+def test_a_hit_is_among_the_top_of_both():
+    assert hit_rate([3, 2, 1, 0], [3, 2, 1, 0], 2) == 1
+    assert hit_rate([3, 2, 1, 0], [3, 1, 2, 0], 2) == 0.5
+    assert hit_rate([3, 2, 1, 0], [0, 1, 2, 3], 2) == 0
+
+
+def test_error_growth_compares_the_losses_together_with_their_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(
+        "adaskip_compile.evaluation.domains.built_in_domains", lambda: (made_up_domain("sea"), made_up_domain("city"))
+    )
+    model = save_tiny(tmp_path / "model")
+    sizes = "--samples 2 --length 48 --windows 1 --skips 1 3 --threads 1".split()
+    assert error_growth.main(["--model", str(model), *sizes, "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "error_growth_model.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    one, three = ([float(cell) for cell in row[:3]] for row in rows if row[0] in ("1", "3"))
+    alone = [float(row[1]) for row in rows if row[0].startswith("`")]
+    assert one[1] == pytest.approx(one[2], abs=2e-3)  # one sublayer together is that one alone
+    assert three[2] == pytest.approx(sum(alone), abs=2e-3)
+    assert abs(three[1] - three[2]) > 1e-3
+    assert (tmp_path / "error_growth_model.png").exists()
+    assert str(tmp_path) not in page
+
+
+def test_decode_statistics_are_those_that_hooks_see():
+    model, prompt = tiny("llama"), tokens(length=9)[0]
+    paths, found = decode_statistics(model, [prompt], 3)
+    assert found.shape == (1, 3, 4, 3)
+    with hook_statistics(model) as calls:
+        model.generate(prompt[None], attention_mask=torch.ones(1, 9), max_new_tokens=4, do_sample=False)
+    _prefill, *steps = calls
+    expected = [[step[path].similarity for path in paths] for step in steps]
+    assert found[0, :, :, 0] == pytest.approx(torch.tensor(expected).double(), rel=1e-4)
+
+
+def test_a_cache_quantised_after_prefill_is_what_transformers_quantised_cache_gives():
+    bits = 4
+    pytest.importorskip("optimum.quanto")
+    from transformers import QuantizedCache
+
+    model, ids = tiny("llama", hidden_size=256, num_hidden_layers=3), tokens(length=90)[0]
+    past = QuantizedCache(backend="quanto", config=model.config, nbits=bits, residual_length=128, q_group_size=64)
+    with torch.no_grad():
+        model(input_ids=ids[None, :79], past_key_values=past, use_cache=True)
+        steps = [model(input_ids=ids[None, at : at + 1], past_key_values=past).logits[0, -1] for at in range(79, 89)]
+    expected = float(functional.cross_entropy(torch.stack(steps), ids[-10:]))
+    adaskip_compile.compile(model, SkipPlan.none(), inner="eager")
+    held: list[int] = []
+    assert decoded_nlls(model, [ids], decoded=10, after_prefill=quantiser(bits, held)) == pytest.approx([expected])
+    elements = 3 * 2 * 2 * 79 * 64  # layers, keys and values, heads, tokens, width
+    assert elements * bits / 8 < held[0] < elements * (bits + 1.5) / 8
+    [full] = decoded_nlls(model, [ids], decoded=10)
+    assert full != pytest.approx(expected, rel=1e-6)
