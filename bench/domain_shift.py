@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study("domain_shift", "What does a plan lose on other texts than it was profiled on?", arguments)
     windows = study.windows()
     sources = {domain.name: [domain] for domain in study.domains} | {MIXED: list(study.domains)}
-    profiles = {name: study.profile(domains) for name, domains in sources.items()}
+    profiles = {
+        name: study.profile(domains, compensations=arguments.compensations) for name, domains in sources.items()
+    }
     full = study.nlls(SkipPlan.none(), windows)
     study.say("NLL of the full model, nats a token:", "")
     study.table(("", *windows), [("full model", *(str(scores) for scores in full.values()))])

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compensation", default="scale", metavar="NAME")
     arguments = parser.parse_args(argv)
     study = Study("quantized_cache", "Skipping and a quantised KV cache, alone and together", arguments)
-    profile, windows = study.profile(), study.windows()
+    profile, windows = study.profile(compensations=[arguments.compensation]), study.windows()
     plans = {FULL: SkipPlan.none()} | {
         f"{skip} skipped": make_plan(profile, skip=skip, compensation=arguments.compensation)
         for skip in arguments.skips

@@ -13,6 +13,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
+from adaskip_compile.evaluation.candidates import complete_profile
 from adaskip_compile.evaluation.domains import Domain, mixed_windows, read_domains
 from adaskip_compile.evaluation.likelihood import window_nlls
 from adaskip_compile.evaluation.scores import Scores
@@ -48,11 +49,22 @@ class Study:
         self.stem = f"{name}_{self.shown.replace('/', '-')}"
         self.lines = [f"# {question}", "", self._circumstances(), ""]
 
-    def profile(self, domains: Sequence[Domain] | None = None) -> Profile:
-        """Return what ``--samples`` windows of ``--length`` tokens say, of the profiling halves of ``domains`` in turn."""
+    def profile(
+        self,
+        domains: Sequence[Domain] | None = None,
+        *,
+        policies: Sequence[str] = (),
+        compensations: Sequence[str] = (),
+        most: int = 0,
+    ) -> Profile:
+        """Return what ``--samples`` windows of ``--length`` tokens say, of the profiling halves of ``domains`` in turn.
+
+        With what ``policies`` and ``compensations`` need to skip up to ``most`` sublayers, learned from the same windows.
+        """
         how = self.arguments
         chosen = mixed_windows(domains or self.domains, self.tokenizer, "profiling", how.samples, how.length)
-        return adaskip_compile.profile(self.model, chosen, max_samples=how.samples, progress=False)
+        found = adaskip_compile.profile(self.model, chosen, max_samples=how.samples, progress=False)
+        return complete_profile(self.model, found, chosen, policies, compensations, most=most, progress=False)
 
     def windows(self) -> dict[str, list[torch.Tensor]]:
         """Return ``--windows`` windows of ``--length`` tokens of the evaluation half of each domain, by its name."""

@@ -35,10 +35,12 @@ class Row:
 
 
 def make_rows(candidates: Sequence[Candidate], results: SweepResults) -> list[Row]:
-    """Return a row for each candidate, in their order; every measure and timing must be there."""
+    """Return a row for each candidate, in their order, with the measures that all of them have."""
+    found = [results.quality[candidate.name] for candidate in candidates]
+    common = [name for name in found[0] if all(name in each for each in found)]
     measures = {
-        name: {measure: Scores(tuple(values)) for measure, values in found.items()}
-        for name, found in results.quality.items()
+        candidate.name: {name: Scores(tuple(each[name])) for name in common}
+        for candidate, each in zip(candidates, found, strict=True)
     }
     full = _mean_nll(measures[FULL])
     return [

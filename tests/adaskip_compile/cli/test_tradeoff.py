@@ -44,6 +44,13 @@ def test_losses_and_speed_ups_are_against_the_full_model(results: SweepResults):
     assert four.measures["nll/sea"].error == pytest.approx(0.5)
 
 
+def test_a_measure_that_only_some_plans_have_is_left_out(results: SweepResults):
+    results.add_quality(FULL, "rouge", (1.0,))  # an earlier run measured more, of fewer plans
+    for row in make_rows(CANDIDATES, results):
+        assert list(row.measures) == ["nll/sea", "nll/city"]
+    assert list(make_rows(CANDIDATES[:1], results)[0].measures)[-1] == "rouge"
+
+
 def test_the_csv_has_a_line_a_plan(results: SweepResults):
     lines = list(csv.DictReader(io.StringIO(as_csv(make_rows(CANDIDATES, results)))))
     assert [(line["policy"], line["skipped"]) for line in lines] == [("full", "0"), ("adaskip", "4"), ("adaskip", "8")]

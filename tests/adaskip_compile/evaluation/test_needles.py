@@ -32,6 +32,13 @@ def test_prompts_have_the_length_asked_for_and_hold_the_code_at_its_depth():
         assert text.index(f"is {needle.code}.") / len(text) == pytest.approx(needle.depth, abs=0.1)
 
 
+def test_no_fact_lies_inside_another():
+    tokenizer = byte_tokenizer()
+    for needle in make_needles(tokenizer, FILLER, context=700, count=20):
+        facts = re.findall(r"\nThe code of the \w+ \w+ is \d{5}\.\n", tokenizer.decode(needle.ids))
+        assert len(facts) == 4
+
+
 def test_the_same_seed_draws_the_same_needles():
     draws = [make_needles(byte_tokenizer(), FILLER, context=600, count=2, seed=seed) for seed in (1, 1, 2)]
     codes = [[needle.code for needle in draw] for draw in draws]
