@@ -22,7 +22,7 @@ from adaskip_compile.policies import keeps_enough
 from adaskip_compile.policy_names import POLICIES
 from adaskip_compile.predicted_times import predict_times
 from adaskip_compile.prediction import Measured, Roofline
-from adaskip_compile.profiles import LayerProfile, Profile
+from adaskip_compile.profiles import JointStep, LayerProfile, Profile
 from adaskip_compile.stand_ins import stand_in_cost
 from adaskip_passes.cost import Cost, Q, T
 from adaskip_passes.errors import OptionError
@@ -182,8 +182,8 @@ def test_of_the_other_policies_it_is_the_smallest_number() -> None:
 def test_damage_by_the_joint_order() -> None:
     """What each sublayer adds to the loss counts, and sublayers beyond the order are never skipped."""
     order = [*FFNS[:4], *ATTENTIONS[:4]]
-    given_profile = replace(SIMILAR)
-    object.__setattr__(given_profile, "joint_order", tuple((path, 0.1 * place) for place, path in enumerate(order, 1)))
+    steps = tuple(JointStep(path, "scale", 0.1 * place) for place, path in enumerate(order, 1))
+    given_profile = replace(SIMILAR, joint_order=steps)
     found = plan(given_profile, speedup=1.25, context=1000, times=TIMES, policy="loss_greedy")
     assert {*found.paths, *found.paths_at(0)} <= {*order}
     assert found.paths != plan(SIMILAR, speedup=1.25, context=1000, times=TIMES).paths
