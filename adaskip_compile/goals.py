@@ -54,7 +54,8 @@ def reach_speedup(
     ``adaskip`` and ``loss_greedy`` weigh each sublayer's damage against the time that it saves: 1 - similarity, or
     what skipping it adds to the loss in the joint order. Of the other policies it is the smallest number of
     sublayers that does. ``phase`` restricts the goal to one phase; the other arguments are those of
-    :func:`~adaskip_compile.predicted_times.predict_times`.
+    :func:`~adaskip_compile.predicted_times.predict_times`. With ``stand_ins``, those two choose only among the
+    sublayers that have one.
 
     Raises:
         OptionError: It cannot be reached; the message says what can.

@@ -72,13 +72,22 @@ class Learner:
         return profile
 
     def plan(self, profile: Profile) -> SkipPlan:
-        """Return the plan that the options ask for; where that is more than this model allows, the most that it does."""
+        """Return the plan that the options ask for; where this model allows it not, the most below that it does."""
         try:
             return plan_by_options(profile, self.options)
         except OptionError as error:
-            most = largest_skip(profile, self.options.policy, self.options.seed)
-            self._note(f"{error}; skips {most}")
-            return plan_by_options(profile, replace(self.options, skip=most, speedup=None))
+            found = self._most_allowed(profile)
+            self._note(f"{error}; skips {len(found.all_paths)}")
+            return found
+
+    def _most_allowed(self, profile: Profile) -> SkipPlan:
+        limit = largest_skip(profile, self.options.policy, self.options.seed)
+        for count in range(limit if self.options.speedup is not None else min(limit, self.options.skip), 0, -1):
+            try:
+                return plan_by_options(profile, replace(self.options, skip=count, speedup=None))
+            except OptionError:  # no whole layers
+                continue
+        return plan_by_options(profile, replace(self.options, skip=0, speedup=None))
 
 
 def make_profile(

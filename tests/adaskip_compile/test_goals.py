@@ -22,7 +22,7 @@ from adaskip_compile.policies import keeps_enough
 from adaskip_compile.policy_names import POLICIES
 from adaskip_compile.predicted_times import predict_times
 from adaskip_compile.prediction import Measured, Roofline
-from adaskip_compile.profiles import LayerProfile, Profile
+from adaskip_compile.profiles import JointStep, LayerProfile, Profile
 from adaskip_compile.stand_ins import stand_in_cost
 from adaskip_passes.cost import Cost, Q, T
 from adaskip_passes.errors import OptionError
@@ -182,8 +182,8 @@ def test_of_the_other_policies_it_is_the_smallest_number() -> None:
 def test_damage_by_the_joint_order() -> None:
     """What each sublayer adds to the loss counts, and sublayers beyond the order are never skipped."""
     order = [*FFNS[:4], *ATTENTIONS[:4]]
-    given_profile = replace(SIMILAR)
-    object.__setattr__(given_profile, "joint_order", tuple((path, 0.1 * place) for place, path in enumerate(order, 1)))
+    steps = tuple(JointStep(path, "scale", 0.1 * place) for place, path in enumerate(order, 1))
+    given_profile = replace(SIMILAR, joint_order=steps)
     found = plan(given_profile, speedup=1.25, context=1000, times=TIMES, policy="loss_greedy")
     assert {*found.paths, *found.paths_at(0)} <= {*order}
     assert found.paths != plan(SIMILAR, speedup=1.25, context=1000, times=TIMES).paths
@@ -225,12 +225,13 @@ def test_what_others_read_the_values_of_stays() -> None:
 def test_a_stand_in_dearer_than_the_sublayer_is_never_chosen(timer: Roofline | Measured) -> None:
     given_profile = replace(SIMILAR, costs=COSTS)
     without = reach_speedup(given_profile, 1.2, 1000, times=timer)
+    scales = {one: stand_in_cost("scale", 64) for one in PATHS}
     dear = Cost(flops=10_000 * Q, weight_bytes=sympy.Integer(10**9))
     path = next(iter(sorted(without.prefill)))
-    found = reach_speedup(given_profile, 1.2, 1000, times=timer, stand_ins={path: dear})
+    found = reach_speedup(given_profile, 1.2, 1000, times=timer, stand_ins=scales | {path: dear})
     assert path in without.prefill
     assert path not in found.prefill | found.decode
-    free = reach_speedup(given_profile, 1.2, 1000, times=timer, stand_ins={path: stand_in_cost("scale", 64)})
+    free = reach_speedup(given_profile, 1.2, 1000, times=timer, stand_ins=scales)
     assert free == without
 
 

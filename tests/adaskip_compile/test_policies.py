@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_compile.layers import find_layers
+from adaskip_compile.learning import Learner
+from adaskip_compile.options import Options
 from adaskip_compile.planning import plan
 from adaskip_compile.plans import RampStep, SkipPlan
 from adaskip_compile.policies import LAYER_POLICIES, SUBLAYER_POLICIES, keeps_enough, largest_skip, least_influence
 from adaskip_compile.policy_names import POLICIES
-from adaskip_compile.profiles import LayerProfile, Profile
+from adaskip_compile.profiles import JointStep, LayerProfile, Profile
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, decoder, measured
 
@@ -25,7 +27,7 @@ FFN = (0.10, 0.91, 0.94, 0.70, 0.96, 0.60)
 LAYERS = (0.05, 0.70, 0.99, 0.90, 0.60, 0.50)
 
 
-def profile(names: str = "model.layers.{}.", joint: tuple[tuple[str, float], ...] = ()) -> Profile:
+def profile(names: str = "model.layers.{}.", joint: tuple[JointStep, ...] = ()) -> Profile:
     sublayers = [
         measured(f"{names.format(index)}{part}", similarity)
         for index, pair in enumerate(zip(ATTENTION, FFN, strict=True))
@@ -35,12 +37,14 @@ def profile(names: str = "model.layers.{}.", joint: tuple[tuple[str, float], ...
         LayerProfile(tuple(one.path for one in sublayers[2 * index : 2 * index + 2]), (similarity,))
         for index, similarity in enumerate(LAYERS)
     ]
-    made = Profile(TINY, tuple(sublayers), tuple(layers))
-    object.__setattr__(made, "joint_order", joint)
-    return made
+    return Profile(TINY, tuple(sublayers), tuple(layers), joint_order=joint)
 
 
-JOINT = (("model.layers.3.self_attn", 0.1), ("model.layers.2.mlp", 0.15), ("model.layers.0.self_attn", 0.4))
+JOINT = (
+    JointStep("model.layers.3.self_attn", "scale", 0.1),
+    JointStep("model.layers.2.mlp", "scale", 0.15),
+    JointStep("model.layers.0.self_attn", "scale", 0.4),
+)
 
 
 def layers_of(found: SkipPlan) -> list[int]:
@@ -147,6 +151,17 @@ def test_too_many(options: dict[str, Any], message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+def test_while_learning_the_most_below_is_skipped() -> None:
+    """A request is under way: what cannot be had is noted, and never more is skipped than was asked for."""
+    notes: list[str] = []
+    learner = Learner(Options(policy="early_exit", skip=5), None, notes.append)
+    assert len(learner.plan(profile()).skipped) == 4
+    assert notes == [
+        "early_exit skips whole layers, which of this model hold no 5 sublayers together: skip 4 or 6; skips 4"
+    ]
+    assert len(Learner(Options(skip=40), None, notes.append).plan(profile()).skipped) == largest_skip(profile())
+
+
 def test_target_acceleration_counts_layers() -> None:
     """M - M / alpha layers: of 6, 6 - 6 / 1.5 = 2."""
     assert layers_of(plan(profile(), speedup=1.5, policy="early_exit")) == [4, 5]
@@ -191,8 +206,8 @@ def test_whatever_is_chosen_can_run(layers: int, policy: str, skip: int, seed: i
     given_profile = decoder(layers)
     paths = [one.path for one in given_profile.sublayers]
     whole = tuple(LayerProfile(layer, (0.5,)) for layer in find_layers(paths))
-    given_profile = replace(given_profile, layers=whole)
-    object.__setattr__(given_profile, "joint_order", tuple((path, 0.1 * place) for place, path in enumerate(paths)))
+    joint = tuple(JointStep(path, "scale", 0.1 * place) for place, path in enumerate(paths))
+    given_profile = replace(given_profile, layers=whole, joint_order=joint)
     limit = largest_skip(given_profile, policy, seed)
     try:
         found = plan(given_profile, skip=skip, policy=policy, seed=seed)
