@@ -127,30 +127,36 @@ def token_major(shape: Sequence[Any]) -> tuple[Any, ...]:
 
 def _operands(node: fx.Node | None, stream: ResidualStream) -> tuple[fx.Node | None, fx.Node] | None:
     """Return what ``node`` concatenates, ``past`` None where it is empty; None where ``node`` is no append."""
+    value, parts = fake_tensor(node), _concatenated(node)
+    if value is None or parts is None:
+        return None
+    past, new = parts
+    if not _alike(past, value) or not _alike(new, value) or not _of_this_call(new, stream):
+        return None
+    before = fake_tensor(past)
+    if before is not None and tuple(before.shape) == (0,):
+        return None, new
+    given_in = past.op == "placeholder" and not held_by_module(past)
+    return (past, new) if given_in and before is not None and before.dim() == value.dim() else None
+
+
+def _concatenated(node: fx.Node | None) -> tuple[fx.Node, fx.Node] | None:
+    """Return the two values that ``node`` joins along their tokens, None where it does not."""
     value = fake_tensor(node)
     if node is None or value is None or node.op != "call_function" or op_name(node) not in ("cat", "concat"):
         return None
-    given = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
     tensors, dim = given.get("tensors", ()), given.get("dim", 0)
-    if value.dim() < 3 or dim not in (_TOKENS, value.dim() + _TOKENS) or len(tensors) != 2:
+    if value.dim() < 3 or dim not in (_TOKENS, value.dim() + _TOKENS):
         return None
-    past, new = tensors
-    if not _alike(past, value) or not _alike(new, value) or not _of_this_call(new, stream):
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
         return None
-    if _is_empty(past):
-        return None, new
-    given_in = past.op == "placeholder" and not held_by_module(past) and fake_tensor(past).dim() == value.dim()
-    return (past, new) if given_in else None
+    return tuple(tensors)
 
 
 def _alike(node: Any, value: torch.Tensor) -> bool:
     one = fake_tensor(node)
     return one is not None and one.dtype == value.dtype and one.device == value.device
-
-
-def _is_empty(node: fx.Node) -> bool:
-    value = fake_tensor(node)
-    return value is not None and tuple(value.shape) == (0,)
 
 
 def _of_this_call(new: fx.Node, stream: ResidualStream) -> bool:

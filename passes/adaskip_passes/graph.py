@@ -66,7 +66,7 @@ def fake_mode(graph: fx.Graph) -> AbstractContextManager[Any]:
 
 
 def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
-    """Append an input ``name`` after the last placeholder of ``graph``, shaped like ``example``, or it where it is fake."""
+    """Append an input ``name`` after the last placeholder of ``graph``, with the fake value of ``example``."""
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
