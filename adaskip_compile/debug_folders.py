@@ -1,8 +1,8 @@
 """Debug folders: each graph before and after every pass, what changed, and a script that does it again.
 
 With ``debug_dir=`` set, each graph that is specialised gets a folder there, such as
-``001-MyDecoder-prefill-8-skipped``. In it are the texts ``0-captured.txt``, ``1-insert-probes.txt``,
-``2-skip-sublayers.txt`` ... and the differences between them, the ``sublayers.txt``, the ``history.txt`` of the
+``001-MyDecoder-prefill-8-skipped``. In it are the texts ``0-captured.txt``, ``1-append-in-place.txt``,
+``2-insert-probes.txt`` ... and the differences between them, the ``sublayers.txt``, the ``history.txt`` of the
 passes, the captured ``graph.json`` (no weights), and ``repro.py``, which runs the passes again on that.
 Where a pass fails, its broken graph is there too, and the error says where.
 """

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from adaskip_compile.cache_growth import CacheGrowth
 from adaskip_compile.capture import capture_reason, forget_marks
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_compile.shape_checks import ShapeCheck
+from adaskip_passes.append_in_place import AppendInPlace
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.graph import fake_tensor
@@ -42,13 +44,15 @@ log = logging.getLogger(__name__)
 class Variant:
     """A graph specialised for one skip set and one set of probes.
 
-    ``shapes`` checks the cache outputs of skipped sublayers, for which those of kept ones stand.
+    ``shapes`` checks the cache outputs of skipped sublayers, for which those of kept ones stand; ``grown`` tells
+    which of the cache entries that grow it has a use for.
     """
 
     skipped: tuple[str, ...]
     probed: tuple[str, ...]
     run: Runnable
     shapes: ShapeCheck
+    grown: tuple[bool, ...]
     history: tuple[PassRecord, ...]
     seconds: float
 
@@ -99,6 +103,7 @@ class Dispatcher:
         self._counters = tuple(place[node] for node in find_counters(gm, stream))
         self._token_input = _token_input(inputs, stream)
         self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
+        self._growth = CacheGrowth(gm, stream, session.storages)
         self._ffns = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and not item.stateful)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -107,7 +112,8 @@ class Dispatcher:
         reason = self.session.why_unskipped()
         if reason is not None:
             self.session.note(reason)
-            return self._variant((), ()).run(*inputs)
+            variant = self._variant((), ())
+            return variant.run(*inputs, *self._grown(variant, inputs))
         request = self._request(inputs)
         if self.calls == 1:
             request.captures.append(f"{self.stream.phase}: {self.captured_because or 'the first graph'}")
@@ -117,7 +123,8 @@ class Dispatcher:
         request.check(frozenset(request.skipped))
         variant = self._variant_for(request, phase)
         started = time.perf_counter()
-        outputs = variant.run(*inputs, *self._stand_ins(request, variant.skipped, inputs))
+        added = (*self._grown(variant, inputs), *self._stand_ins(request, variant.skipped, inputs))
+        outputs = variant.run(*inputs, *added)
         request.seconds[phase] += time.perf_counter() - started
         variant.shapes.check(inputs, outputs)
         if phase == "prefill":
@@ -208,6 +215,10 @@ class Dispatcher:
             return ()
         return tuple(path for path in self._ffns if path not in skipped)
 
+    def _grown(self, variant: Variant, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        """Return the cache entries as this call shall leave them, with room for its tokens."""
+        return self._growth.entries(variant.grown, inputs, *self._rows_and_tokens(inputs))
+
     def _stand_ins(self, request: Request, paths: tuple[str, ...], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Return what a variant that skips ``paths`` takes in their place: scales and tensors of maps; nothing for none."""
         if not paths:
@@ -247,7 +258,7 @@ class Dispatcher:
     def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps, lowering: Lowering) -> Variant:
         started = time.perf_counter()
         if lowering not in self._prepared:
-            self._prepared[lowering] = lowering.prepare(self.gm, self.stream)
+            self._prepared[lowering] = lowering.prepare(self._growth.gm, self._growth.stream)
             if lowering.uncut:
                 self.session.note(f"{lowering.uncut}; each skip set compiles it as a whole")
         passes = passes_for(skipped, probed, maps)
@@ -259,18 +270,21 @@ class Dispatcher:
             raise
         except PassError:
             # A region cannot go that still gives a skipped cache entry its shape; a part of it can.
-            result, lowering = run_pipeline(self.gm, self.stream, passes), Lowering(lowering.inner, "whole")
+            result = run_pipeline(self._growth.gm, self._growth.stream, passes)
+            lowering = Lowering(lowering.inner, "whole")
+        grown = self._growth.used(result.gm)
         run = lowering.lower(result.gm)
         seconds = time.perf_counter() - started
         log.info(
             "%s: made the %s graph that skips %d and probes %d sublayers, in %.1f s",
             *(self.session.model_name, self.stream.phase, len(skipped), len(probed), seconds),
         )
-        return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), result.history, seconds)
+        return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), grown, result.history, seconds)
 
     def _write_debug_folder(self, passes: Sequence[Pass], skipped: tuple[str, ...], probed: tuple[str, ...]) -> None:
         """Run ``passes`` on the graph as it was captured, op by op, for people to read."""
         title = f"{self.session.model_name}-{self.stream.phase}-{len(skipped)}-skipped-{len(probed)}-probed"
+        passes = (AppendInPlace(), *passes)
         run_passes(self.gm, self.stream, passes, debug_dir=self.session.options.debug_dir, title=title)
 
     def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:

@@ -51,8 +51,8 @@ class RequestReport:
 
     ``skipped``, ``ramped`` and ``extra`` map sublayer paths to scales: the prefill set, what the plan's ramp has
     added by now, and what the window added. ``resumed`` are those of the prefill set that run again.
-    ``kv_bytes`` is the memory that its cache held after its last step. ``captures`` says which graphs had to be
-    captured while it ran, and why; none in steady state.
+    ``kv_bytes`` is the memory that its cache held after its last step, room to grow included. ``captures`` says which
+    graphs had to be captured while it ran, and why; none in steady state.
     """
 
     number: int

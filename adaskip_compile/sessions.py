@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from adaskip_compile.capture import captured_module, graph_break
 from adaskip_compile.dispatch import Dispatcher
+from adaskip_compile.growing_storage import GrowingStorages
 from adaskip_compile.identity import ModelIdentity, identify
 from adaskip_compile.learning import Learner
 from adaskip_compile.options import Options
@@ -35,6 +36,7 @@ class Session:
     def __init__(self, module: nn.Module | None, options: Options) -> None:
         self.options = options
         self.requests = RequestTable()
+        self.storages = GrowingStorages()
         self.graphs: list[Dispatcher] = []
         self.unskipped: list[str] = []
         self.notes: list[str] = []

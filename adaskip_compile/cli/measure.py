@@ -80,7 +80,7 @@ def take_turns(ways: Mapping[str, Callable[[], Generation]], rounds: int) -> dic
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of memory that a KV cache holds: storage that layers share counts once."""
+    """Return the bytes of memory that a KV cache holds, room to grow included: storage that layers share counts once."""
     storages: dict[int, int] = {}
     for layer in cache.layers:
         for value in vars(layer).values():

@@ -66,14 +66,13 @@ def fake_mode(graph: fx.Graph) -> AbstractContextManager[Any]:
 
 
 def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
-    """Append an input ``name`` after the last placeholder of ``graph``, shaped like ``example``."""
+    """Append an input ``name`` after the last placeholder of ``graph``, with the fake value of ``example``."""
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
         node = graph.placeholder(name)
     mode = fake_mode(graph)
-    node.meta["example_value"] = (
-        mode.from_tensor(example, static_shapes=True) if isinstance(mode, FakeTensorMode) else example
-    )
+    real = isinstance(mode, FakeTensorMode) and not isinstance(example, FakeTensor)
+    node.meta["example_value"] = mode.from_tensor(example, static_shapes=True) if real else example
     return node
 
 

@@ -90,24 +90,26 @@ def test_each_specialised_graph_has_a_folder(tmp_path: Path):
     first = folders[0]
     assert {file.name for file in first.iterdir()} == {
         "0-captured.txt",
-        "1-insert-probes.txt",
-        "1-insert-probes.diff",
-        "2-skip-sublayers.txt",
-        "2-skip-sublayers.diff",
-        "3-eliminate-dead-code.txt",
-        "3-eliminate-dead-code.diff",
+        "1-append-in-place.txt",
+        "1-append-in-place.diff",
+        "2-insert-probes.txt",
+        "2-insert-probes.diff",
+        "3-skip-sublayers.txt",
+        "3-skip-sublayers.diff",
+        "4-eliminate-dead-code.txt",
+        "4-eliminate-dead-code.diff",
         "graph.json",
         "history.txt",
         "repro.py",
         "sublayers.txt",
     }
-    captured, after = (first / "0-captured.txt").read_text(), (first / "3-eliminate-dead-code.txt").read_text()
+    captured, after = (first / "0-captured.txt").read_text(), (first / "4-eliminate-dead-code.txt").read_text()
     assert "model.layers.0.self_attn.q_proj" in captured
     assert "model.layers.0.self_attn.q_proj.weight)" not in after
-    assert "adaskip_scales" in (first / "2-skip-sublayers.diff").read_text()
-    assert (first / "1-insert-probes.diff").read_text() == ""
+    assert "adaskip_scales" in (first / "3-skip-sublayers.diff").read_text()
+    assert (first / "2-insert-probes.diff").read_text() == ""
     assert (
-        "2 skip-sublayers{paths=('model.layers.0.self_attn', 'model.layers.1.mlp')}\n    modified, matched 2"
+        "3 skip-sublayers{paths=('model.layers.0.self_attn', 'model.layers.1.mlp')}\n    modified, matched 2"
         in (first / "history.txt").read_text()
     )
 
@@ -117,7 +119,7 @@ def test_the_script_does_again_what_was_done(tmp_path: Path):
     folder = next(tmp_path.glob("*-decode-2-skipped-0-probed"))
     found = repro(folder)
     assert (found.returncode, found.stderr) == (0, "")
-    for step in ("2-skip-sublayers", "3-eliminate-dead-code"):
+    for step in ("1-append-in-place", "3-skip-sublayers", "4-eliminate-dead-code"):
         assert (folder / f"{step}.diff").read_text() in found.stdout
 
 
@@ -141,7 +143,7 @@ def test_a_broken_pass_is_named_and_runs_again_alone(broken, crash: bool, kind: 
         run(tmp_path / "debug")
     (folder,) = (tmp_path / "debug").iterdir()
     assert f"to see it alone: python {folder / 'repro.py'}" in str(caught.value)
-    assert (folder / "3-widen-output.diff").read_text().count(", f64)") == 1
+    assert (folder / "4-widen-output.diff").read_text().count(", f64)") == 1
     assert "FAILED" in (folder / "history.txt").read_text()
     moved = tmp_path / "elsewhere"
     folder.rename(moved)

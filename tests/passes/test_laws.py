@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from adaskip_passes.append_in_place import AppendInPlace
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import parse_pass, pass_text, run_pipeline
@@ -19,7 +20,7 @@ from tests.models import capture_all, plain, tiny
 
 # Each example captures a model, so none is spent on shrinking.
 FEW = settings(deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
-PASSES = (InsertProbes, SkipSublayers, EliminateDeadCode)
+PASSES = (AppendInPlace, InsertProbes, SkipSublayers, EliminateDeadCode)
 
 PLAIN = st.builds(
     lambda **shape: ("plain", tuple(shape.items())),
@@ -75,7 +76,7 @@ def draw_passes(data, stream):
     probed = data.draw(st.lists(st.sampled_from(kept), unique=True)) if kept else []
     probes, skips = InsertProbes(tuple(probed)), SkipSublayers(tuple(skipped))
     first, second = data.draw(st.permutations([probes, skips]))
-    return first, EliminateDeadCode(), second, EliminateDeadCode()
+    return AppendInPlace(), first, EliminateDeadCode(), second, EliminateDeadCode()
 
 
 def laws_hold(shape, data):
@@ -112,7 +113,12 @@ def test_laws_of_llamas(shape, data):
 def test_laws_of_deeper_families(name, cache):
     for captured in shared_captures(name, cache):
         stream = stream_of(captured.gm)
-        passes = (InsertProbes(stream.paths[1:3]), SkipSublayers(stream.paths[:1]), EliminateDeadCode())
+        passes = (
+            AppendInPlace(),
+            InsertProbes(stream.paths[1:3]),
+            SkipSublayers(stream.paths[:1]),
+            EliminateDeadCode(),
+        )
         assert_laws(captured.gm, stream, passes)
         assert_never_mutates(captured.gm)
 

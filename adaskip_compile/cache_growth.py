@@ -1,0 +1,65 @@
+"""What a captured graph appends to its cache: the graph that appends in place, and the memory that it needs for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaskip_compile.growing_storage import GrowingStorages
+from adaskip_passes.append_in_place import GROWN_INPUT, AppendInPlace, find_appends
+from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.residual_stream import ResidualStream
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One cache entry that grows: the position of the input that it extends, None where it begins, and its fake value."""
+
+    past: int | None
+    grown: torch.Tensor
+
+
+class CacheGrowth:
+    """Makes the inputs of one captured graph in which its cache grows.
+
+    ``gm`` is the graph with ``append-in-place`` applied and ``stream`` its residual stream. A variant of it takes
+    the captured inputs, then those of :meth:`entries`, then what other passes have added.
+    """
+
+    def __init__(self, gm: fx.GraphModule, stream: ResidualStream, storages: GrowingStorages) -> None:
+        self._storages = storages
+        place = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        appends = find_appends(gm, stream)
+        self._entries = [_Entry(None if one.past is None else place[one.past], one.grown) for one in appends]
+        result = run_pipeline(gm, stream, (AppendInPlace(),))
+        self.gm, self.stream = result.gm, result.stream
+
+    def used(self, gm: fx.GraphModule) -> tuple[bool, ...]:
+        """Tell for each entry whether the variant ``gm`` still has a use for it: a skipped attention has none."""
+        return tuple(
+            bool(node.users) for node in gm.graph.find_nodes(op="placeholder") if node.name.startswith(GROWN_INPUT)
+        )
+
+    def entries(self, used: Sequence[bool], inputs: Sequence[Any], batch: int, tokens: int) -> list[torch.Tensor]:
+        """Return the grown entries for one call on ``inputs`` of ``batch`` rows with ``tokens`` tokens each.
+
+        Those without a use get no memory: another one stands in.
+        """
+        wanted = [entry for entry, one in zip(self._entries, used, strict=True) if one]
+        pasts = [inputs[entry.past] for entry in wanted if entry.past is not None]
+        fresh = [entry.grown for entry in wanted if entry.past is None]
+        extended = iter(self._storages.extended(pasts, tokens))
+        begun = iter(self._storages.begun([_shape(grown, batch, tokens) for grown in fresh], fresh))
+        made = iter([next(begun if entry.past is None else extended) for entry in wanted])
+        found = [next(made) if one else None for one in used]
+        spare = next((entry for entry in found if entry is not None), None)
+        return [spare if entry is None else entry for entry in found]  # type: ignore[misc]
+
+
+def _shape(grown: torch.Tensor, batch: int, tokens: int) -> torch.Size:
+    *outer, _, width = grown.shape
+    return torch.Size([*(size if isinstance(size, int) else batch for size in outer), tokens, width])
