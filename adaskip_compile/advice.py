@@ -66,6 +66,7 @@ def _profit(found: Inspection, timer: Timer, context: int) -> Iterator[str]:
         later = next((tokens for tokens, gain in gains.items() if gain >= _WORTHWHILE), None)
         where = f"; it pays from about {later:,} tokens" if later else "; skip more sublayers, or none"
         yield f"skipping {what} hardly speeds {phase} up at {context:,} tokens ({gains[context]:.2f} times){where}"
+    yield from _what_maps_cost(found)
     yield from _where_time_goes(found, predict(found, timer, found.phases[-1], context), context)
 
 
@@ -79,6 +80,17 @@ def _where_time_goes(found: Inspection, time: PhaseTime, context: int) -> Iterat
         by_kind[one.kind] = by_kind.get(one.kind, 0.0) + time.groups[one.group] / time.full
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in by_kind.items())
     yield f"time of a {found.phases[-1]} step at {context:,} tokens: {shares}, the rest {time.rest / time.full:.0%}"
+
+
+def _what_maps_cost(found: Inspection) -> Iterator[str]:
+    if found.plan is None or not found.plan.maps:
+        return
+    replaced = sum(one.parameters for one in found.sublayers if one.path in found.plan.maps)
+    numbers = sum(one.numbers for one in found.plan.maps.values())
+    yield (
+        f"{len(found.plan.maps)} maps stand in for skipped sublayers; they hold {numbers / max(replaced, 1):.0%} as many numbers, "
+        "and the predicted speed-ups leave out what they take"
+    )
 
 
 def _next_steps(found: Inspection) -> Iterator[str]:

@@ -240,9 +240,7 @@ class Dispatcher:
         """Return the variant that ``request`` calls for in ``phase``."""
         skipped = request.skipped
         paths = tuple(path for path in self.stream.paths if path in skipped)
-        known = request.plan.maps
-        maps = tuple((path, known[path].form, known[path].rank) for path in paths if path in known)
-        return self._variant(paths, self._probes(request, phase, skipped), maps)
+        return self._variant(paths, self._probes(request, phase, skipped), request.plan.map_forms(paths))
 
     def _variant(self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps = ()) -> Variant:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.

@@ -159,9 +159,8 @@ def _passes(plan: SkipPlan, stream: ResidualStream) -> tuple[Pass, ...]:
     for path in plan.paths:
         stream.by_path(path)
     paths = tuple(path for path in stream.paths if path in plan.scales)
-    maps = tuple((path, plan.maps[path].form, plan.maps[path].rank) for path in paths if path in plan.maps)
     return (
-        SkipSublayers(paths, maps),
+        SkipSublayers(paths, plan.map_forms(paths)),
         BakeScales(tuple((path, plan.scales[path]) for path in paths)),  # the skips put in what it reads
         EliminateDeadCode(),  # last: what the skips have cut off
     )

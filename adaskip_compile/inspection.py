@@ -229,9 +229,8 @@ def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
     if graph.phase == "decode" and probed:
         runs = [("window", found.plan.paths_at(0), probed), *runs]
     for phase, skipped, probes in runs:
-        yield from _steps(
-            graph, phase, passes_for(tuple(path for path in graph.stream.paths if path in skipped), probes)
-        )
+        paths = tuple(path for path in graph.stream.paths if path in skipped)
+        yield from _steps(graph, phase, passes_for(paths, probes, found.plan.map_forms(paths)))
 
 
 def _steps(graph: PhaseGraph, phase: str, passes: tuple[Pass, ...]) -> Iterable[PassStep]:

@@ -153,6 +153,10 @@ class SkipPlan:
                 now = now - {*step.resumed} | {sublayer.path for sublayer in step.skipped}
         return frozenset(now)
 
+    def map_forms(self, paths: Iterable[str]) -> tuple[tuple[str, str, int], ...]:
+        """Return (path, form, rank) of each map that stands for one of ``paths``, as ``skip-sublayers`` takes them."""
+        return tuple((path, self.maps[path].form, self.maps[path].rank) for path in paths if path in self.maps)
+
     @property
     def scales(self) -> dict[str, float]:
         """The scale of each skipped sublayer, by path."""

@@ -126,8 +126,8 @@ class _Pair:
         if stream.problems:
             raise CaptureError(f"nothing to tune: {'; '.join(stream.problems)}")
         paths = tuple(path for path in stream.paths if path in self.plan.scales)
-        maps = tuple((path, one.form, one.rank) for path, one in self.plan.maps.items())
-        skipping = run_pipeline(gm, stream, (SkipSublayers(paths, maps), EliminateDeadCode())).gm
+        skips = SkipSublayers(paths, self.plan.map_forms(paths))
+        skipping = run_pipeline(gm, stream, (skips, EliminateDeadCode())).gm
 
         def run(*values: Any) -> Any:
             if not self._skipping:
