@@ -112,6 +112,7 @@ class Dispatcher:
         reason = self.session.why_unskipped()
         if reason is not None:
             self.session.note(reason)
+            self._require_no_holes(inputs, reason)
             variant = self._variant((), ())
             return variant.run(*inputs, *self._grown(variant, inputs))
         request = self._request(inputs)
@@ -130,6 +131,13 @@ class Dispatcher:
         if phase == "prefill":
             self.session.prepare_decode(request)
         return self._finish(request, phase, variant, inputs, outputs)
+
+    def _require_no_holes(self, inputs: Sequence[Any], reason: str) -> None:
+        """Refuse to run a request in full that has skipped: its cache lacks what the full graph would read."""
+        cache = [inputs[index] for places in self._cache_inputs.values() for index in places]
+        request = self.session.requests.find(cache) if cache and not self._starts_over(inputs) else None
+        if request is not None:
+            request.check(frozenset(), because=reason)
 
     def prepare(self, request: Request) -> None:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""

@@ -52,8 +52,8 @@ class Spread:
         return f"{mid}{unit} ({low} to {high})"
 
 
-def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
-    """Generate exactly ``new_tokens`` greedily after ``ids``, shape ``(1, tokens)``, and time each."""
+def generate(model: Any, ids: torch.Tensor, new_tokens: int, **how: Any) -> Generation:
+    """Generate exactly ``new_tokens`` greedily after ``ids``, shape ``(1, tokens)``, and time each; ``how`` is handed on."""
     clock = _Clock()
     result = model.generate(
         input_ids=ids,
@@ -63,6 +63,7 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
         do_sample=False,
         streamer=clock,
         return_dict_in_generate=True,
+        **how,
     )
     began, first, *rest = clock.ticks
     later = (after - before for before, after in zip([first, *rest], rest, strict=False))
