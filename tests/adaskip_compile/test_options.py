@@ -30,6 +30,7 @@ def test_defaults() -> None:
         "max_loss": None,
         "window": 20,
         "scale": "token",
+        "compensation": "scale",
         "learn": 20,
         "cache_dir": None,
         "inner": "inductor",
@@ -50,7 +51,7 @@ def test_unknown_option_suggests_the_nearest(name: str, nearest: str) -> None:
         Options.from_mapping({name: 1})
     assert str(caught.value) == (
         f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, seed, "
-        "phase, context, times, max_loss, window, scale, learn, cache_dir, inner, regions, debug_dir"
+        "phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, inner, regions, debug_dir"
     )
 
 
