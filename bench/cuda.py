@@ -24,7 +24,7 @@ from adaskip_compile.plans import SkipPlan
 from bench.recording import cell, numbers, write
 
 # Llama 3.1 8B.
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -33,7 +33,7 @@ SIZES = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
 }
-SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 
 
@@ -64,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _model(sizes: dict[str, int], dtype: torch.dtype, device: str) -> Any:
+def _model(sizes: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -168,3 +168,15 @@ def test_an_unknown_option_is_refused_with_the_nearest(llama):
 
 def test_a_report_on_a_model_that_never_ran_says_what_to_do():
     assert "use model.compile(backend='adaskip')" in str(adaskip_compile.report(plain()))
+
+
+def test_a_request_that_has_skipped_cannot_go_on_in_training_mode(llama):
+    adaskip_compile.compile(llama, SkipPlan.from_scales(ATTENTION), inner="eager")
+    cache = make_cache("dynamic", llama)
+    with torch.no_grad():
+        llama(tokens(1, 9), past_key_values=cache, use_cache=True)
+        llama.train()
+        with pytest.raises(LegalityError, match=r"model\.layers\.1\.self_attn.*training mode"):
+            llama(tokens(1, 1), past_key_values=cache, use_cache=True)
+        llama.eval()
+        llama(tokens(1, 1), past_key_values=cache, use_cache=True)
