@@ -11,6 +11,7 @@ from adaskip_compile.capture import example_inputs
 from adaskip_compile.executor import Executor
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.one_query_attention import spell_out_one_query_attention
 from adaskip_passes.one_row_products import spell_out_one_row_products
 from adaskip_passes.outline_regions import Region, outline_regions
 from adaskip_passes.residual_stream import ResidualStream
@@ -67,6 +68,7 @@ class Lowering:
 
         self.compiled += 1
         spell_out_one_row_products(gm)
+        spell_out_one_query_attention(gm)
         _pin_layout(gm)
         return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
 
