@@ -34,7 +34,7 @@ class Append:
     """One concatenation ``result = cat([past, new])`` that appends tokens to a cache entry and hands it out.
 
     ``path`` is its sublayer, ``position`` that of the output. ``past`` is the input that it extends, None where
-    the cache begins with this call. ``grown`` is the fake value of the result in memory with room to spare, and
+    the cache begins with this call: then all but the output go on reading the concatenation. ``grown`` is the fake value of the result in memory with room to spare, and
     ``relaid`` are the later nodes whose layout changes with it, and their fake values.
     """
 
@@ -101,10 +101,11 @@ def find_appends(gm: fx.GraphModule, stream: ResidualStream) -> tuple[Append, ..
             if node is None or operands is None or node in found or node not in sublayer.nodes:
                 continue
             grown = _in_token_major(fake_tensor(node), mode)
-            relaid = _relaid(node, {**values, node: grown}, mode)
+            begins = operands[0] is None
+            relaid = {} if begins else _relaid(node, {**values, node: grown}, mode)
             if relaid is not None:
                 found[node] = Append(sublayer.path, position, node, *operands, grown, tuple(relaid.items()))
-                values |= {node: grown, **relaid}
+                values |= {} if begins else {node: grown, **relaid}
     return tuple(found.values())
 
 
@@ -212,13 +213,11 @@ def _layout(value: Any) -> Any:
 
 def _rewritten(graph: fx.Graph, append: Append, grown: fx.Node) -> tuple[fx.Node, ...]:
     """Put a write to ``grown`` in the place of the concatenation; return the nodes that this takes, the write last."""
-    added: list[fx.Node] = []
-    room = grown
+    if append.past is None:
+        return _begun(graph, append, grown)
     with graph.inserting_before(append.result):
-        if append.past is not None:
-            added = _last_rows(graph, grown, append.new)
-            room = added[-1]
-        added.append(call(graph, "copy_", room, append.new, like=fake_tensor(room)))
+        added = _last_rows(graph, grown, append.new)
+        added.append(call(graph, "copy_", added[-1], append.new, like=fake_tensor(added[-1])))
     for node in added:
         node.meta.update({key: value for key, value in append.result.meta.items() if key == "nn_module_stack"})
     append.result.replace_all_uses_with(grown)
@@ -226,6 +225,18 @@ def _rewritten(graph: fx.Graph, append: Append, grown: fx.Node) -> tuple[fx.Node
     for node, value in append.relaid:
         node.meta["example_value"] = value
     return tuple(added)
+
+
+def _begun(graph: fx.Graph, append: Append, grown: fx.Node) -> tuple[fx.Node, ...]:
+    """Write to ``grown`` beside the concatenation, which its readers keep.
+
+    Where a cache begins, attention of many queries reads the keys many times, and faster as the graph lays them out.
+    """
+    with graph.inserting_after(append.result):
+        write = call(graph, "copy_", grown, append.result, like=append.grown)
+    write.meta.update({key: value for key, value in append.result.meta.items() if key == "nn_module_stack"})
+    append.result.replace_all_uses_with(grown, delete_user_cb=lambda user: user.op == "output")
+    return append.result, write
 
 
 def _last_rows(graph: fx.Graph, grown: fx.Node, new: fx.Node) -> list[fx.Node]:
