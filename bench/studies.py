@@ -104,7 +104,11 @@ class Study:
 
     def _circumstances(self) -> str:
         versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in VERSIONS)
-        given = {name: value for name, value in vars(self.arguments).items() if name not in ("out", "texts", "model")}
+        given = {
+            name: value
+            for name, value in vars(self.arguments).items()
+            if name not in ("texts", "model") and value is not None and not isinstance(value, Path)
+        }
         sizes = ", ".join(
             f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()
         )

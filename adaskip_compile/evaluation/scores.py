@@ -30,4 +30,5 @@ class Scores:
         return statistics.stdev(self.values) / math.sqrt(len(self.values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.error:.3f}"
+        spread = f" ± {self.error:.3f}" if len(self.values) > 1 else ""  # one item tells of none
+        return f"{self.mean:.3f}{spread}"
