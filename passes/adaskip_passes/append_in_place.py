@@ -102,7 +102,7 @@ def find_appends(gm: fx.GraphModule, stream: ResidualStream) -> tuple[Append, ..
                 continue
             grown = _in_token_major(fake_tensor(node), mode)
             begins = operands[0] is None
-            relaid = {} if begins else _relaid(node, {**values, node: grown}, mode)
+            relaid = dict[fx.Node, Any]() if begins else _relaid(node, {**values, node: grown}, mode)
             if relaid is not None:
                 found[node] = Append(sublayer.path, position, node, *operands, grown, tuple(relaid.items()))
                 values |= {} if begins else {node: grown, **relaid}
