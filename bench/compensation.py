@@ -28,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = study_parser(str(__doc__), samples=24, length=1024, windows=2, judged=4, steps=150)
     parser.add_argument("--skips", type=int, nargs="+", default=[8, 16], metavar="K")
     parser.add_argument("--forms", nargs="+", default=["channel", "low_rank", "affine"], metavar="NAME")
-    parser.add_argument("--plans", type=Path, metavar="DIR", help="keep the profile and the tuned plans here")
+    parser.add_argument(
+        "--plans",
+        type=Path,
+        metavar="DIR",
+        help="keep the profile and the tuned plans here, and take the profile from here",
+    )
     arguments = parser.parse_args(argv)
     study = Study("compensation", "How much of the paper's loss is left at equal skip counts?", arguments)
     texts = mixed_windows(study.domains, study.tokenizer, "profiling", arguments.samples, arguments.length)
@@ -48,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _learned(study: Study, texts: Sequence[Any]) -> Profile:
     """Return a profile with maps and a joint order, and say what each step of learning took."""
     how = study.arguments
+    kept = None if how.plans is None else how.plans / f"{study.stem}.json"
+    if kept is not None and kept.exists():
+        return Profile.load(kept)
     more = {"max_samples": len(texts), "progress": True}
     profile = _timed(study, "profile", lambda: adaskip_compile.profile(study.model, texts, **more))
     profile = _timed(study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=how.forms, **more))
@@ -57,8 +65,8 @@ def _learned(study: Study, texts: Sequence[Any]) -> Profile:
         "order",
         lambda: adaskip_compile.order_by_loss(study.model, profile, texts, compensation="low_rank", **few),
     )
-    if how.plans is not None:
-        found.save(how.plans / f"{study.stem}.json")
+    if kept is not None:
+        found.save(kept)
     return found
 
 
@@ -71,6 +79,8 @@ def _plans(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> d
     plans = {"most similar, scale (paper)": paper}
     plans |= {f"most similar, {form}": compensated(paper, profile, form) for form in ("none", *how.forms)}
     plans |= {f"joint order, {form}": compensated(joint, profile, form) for form in ("scale", *how.forms)}
+    if not how.steps:
+        return plans
     start = plans["joint order, low_rank"]
     tuned = _timed(
         study,
