@@ -55,7 +55,7 @@ def read_maps(document: str | os.PathLike[str], entry: Mapping[str, Any] | None)
         MissingFileError: Their file is not there.
         DamagedFileError: It is not the file that was written with the document.
     """
-    if entry is None:
+    if not entry:
         return {}
     path = Path(document).with_name(Path(entry["file"]).name)
     try:

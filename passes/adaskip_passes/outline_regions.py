@@ -155,6 +155,12 @@ class _Wiring:
                 value = fake_value(node)
                 if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
                     self.symbols.setdefault(value.node.expr, node)
+        # A symbol that no input gives by itself is given by a tensor that has it as a size.
+        for node in gm.graph.find_nodes(op="placeholder"):
+            value = fake_tensor(node)
+            for size in () if value is None else value.shape:
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    self.symbols.setdefault(size.node.expr, node)
 
     def _copy(self, node: fx.Node) -> None:
         image = self.graph.node_copy(node, self.images.__getitem__)

@@ -128,8 +128,12 @@ def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Con
 
 
 def pass_text(item: Pass) -> str:
-    """Return the text of a pass: ``skip-sublayers{paths=('model.layers.0.mlp',)}``."""
-    options = ", ".join(f"{option.name}={getattr(item, option.name)!r}" for option in fields(item))  # type: ignore[arg-type]
+    """Return the text of a pass, with the options that are not left at their defaults.
+
+    ``skip-sublayers{paths=('model.layers.0.mlp',)}``
+    """
+    given = ((option.name, getattr(item, option.name), option.default) for option in fields(item))  # type: ignore[arg-type]
+    options = ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
     return f"{item.name}{{{options}}}"
 
 

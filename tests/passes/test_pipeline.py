@@ -26,7 +26,7 @@ def test_the_history_tells_what_each_pass_did(decode):
     passes = (InsertProbes(()), SkipSublayers((ATTENTION, FFN)), EliminateDeadCode())
     result = run_pipeline(decode.gm, stream_of(decode.gm), passes)
     assert [record.text for record in result.history] == [
-        "insert-probes{paths=(), spans=()}",
+        "insert-probes{}",
         "skip-sublayers{paths=('blocks.1.attention', 'blocks.2.ffn')}",
         "eliminate-dead-code{}",
     ]
@@ -39,7 +39,7 @@ def test_the_history_tells_what_each_pass_did(decode):
     assert result.history[-1].nodes_after == len(result.gm.graph.nodes)
     assert all(record.seconds > 0 for record in result.history)
     assert str(result).splitlines()[0] == (
-        f"insert-probes{{paths=(), spans=()}}: unchanged, matched 0, nodes {len(decode.gm.graph.nodes)} -> {len(decode.gm.graph.nodes)}"
+        f"insert-probes{{}}: unchanged, matched 0, nodes {len(decode.gm.graph.nodes)} -> {len(decode.gm.graph.nodes)}"
     )
 
 
