@@ -15,7 +15,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaskip_passes.dependence import SHAPE_ONLY
 from adaskip_passes.effects import CLOSING, OPENING, find_effects, op_name
@@ -153,8 +152,10 @@ class _Wiring:
             if node.op in ("placeholder", "get_attr"):
                 self._copy(node)
                 value = fake_value(node)
-                if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-                    self.symbols.setdefault(value.node.expr, node)
+                # Inner compilers take a number for the symbol that it was made with, and a size for the one that has
+                # since been found equal to it: the two differ.
+                if isinstance(value, torch.SymInt) and value.node._expr.is_Symbol:
+                    self.symbols.setdefault(value.node._expr, node)
         # A symbol that no input gives by itself is given by a tensor that has it as a size.
         for node in gm.graph.find_nodes(op="placeholder"):
             value = fake_tensor(node)
@@ -196,7 +197,8 @@ class _Wiring:
         for node in inputs:
             value = fake_tensor(node)
             if value is not None:
-                found = free_symbols([*value.shape, *value.stride(), value.storage_offset()])
+                sizes = [*value.shape, *value.stride(), value.storage_offset()]
+                found = {symbol for size in sizes for symbol in _symbols(size)}
                 yield from (self.symbols[one] for one in sorted(found, key=str) if one in self.symbols)
 
     def finished(self, stream: ResidualStream) -> OutlinedGraph:
@@ -218,6 +220,11 @@ class _Wiring:
             writes=(call,) if sublayer.writes else (),
             cache_inputs=tuple(self.images[node] for node in sublayer.cache_inputs),
         )
+
+
+def _symbols(size: Any) -> set[sympy.Symbol]:
+    """Return the symbols in a size, those that it was made with and those that stand for them now."""
+    return size.node._expr.free_symbols | size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
 
 
 def _extracted(
