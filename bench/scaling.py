@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--whole", action="store_true", help="time torch.compile with Inductor too; compiles for minutes"
     )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw measured against ideal")
+    parser.add_argument("--plot", metavar="PATH", help="draw measured against ideal")
     return parser.parse_args(argv)
 
 
