@@ -134,7 +134,7 @@ class Dispatcher:
 
     def _require_no_holes(self, inputs: Sequence[Any], reason: str) -> None:
         """Refuse to run a request in full that has skipped: its cache lacks what the full graph would read."""
-        cache = [inputs[index] for places in self._cache_inputs.values() for index in places]
+        cache = self._cache(inputs)
         request = self.session.requests.find(cache) if cache and not self._starts_over(inputs) else None
         if request is not None:
             request.check(frozenset(), because=reason)
@@ -150,9 +150,12 @@ class Dispatcher:
             return "prefill"
         return "window" if request.window_left else "steady"
 
+    def _cache(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        return [inputs[index] for places in self._cache_inputs.values() for index in places]
+
     def _request(self, inputs: Sequence[Any]) -> Request:
         """Return the request that this call belongs to."""
-        cache = [inputs[index] for places in self._cache_inputs.values() for index in places]
+        cache = self._cache(inputs)
         if not cache:
             return self._start()
         if self.stream.phase == "prefill" and self._starts_over(inputs):

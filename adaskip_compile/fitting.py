@@ -91,10 +91,7 @@ class _StreamTap:
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         stream = straightened_stream(gm)
         self.streams.append(stream)
-        watched = [] if stream.problems else [stream.by_path(path) for path in stream.paths if path in self.paths]
-        if not stream.problems:
-            for path in self.paths:
-                stream.by_path(path)
+        watched = [] if stream.problems else [stream.by_path(path) for path in self.paths]
 
         def run(*values: Any) -> Any:
             self.runs += 1
@@ -104,10 +101,9 @@ class _StreamTap:
 
     def _add(self, sublayer: Sublayer, a: torch.Tensor, b: torch.Tensor) -> None:
         if sublayer.path not in self.statistics:
-            zeros = (BranchStatistics.zeros(a.shape[-1], a.device) for _ in range(2))
-            self.statistics[sublayer.path] = (next(zeros), next(zeros))
-        held_out = self.runs % _HELD_OUT == 0
-        self.statistics[sublayer.path][held_out].add(a, b)
+            fitted, held_out = (BranchStatistics.zeros(a.shape[-1], a.device) for _ in range(2))
+            self.statistics[sublayer.path] = (fitted, held_out)
+        self.statistics[sublayer.path][self.runs % _HELD_OUT == 0].add(a, b)
 
 
 class _Watcher(fx.Interpreter):

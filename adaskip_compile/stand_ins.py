@@ -6,6 +6,8 @@ of the stream is in every measured time of a model that skips.
 
 from __future__ import annotations
 
+import math
+
 import sympy
 
 from adaskip_compile.model_costs import Group
@@ -14,6 +16,7 @@ from adaskip_compile.prediction import ROOFLINES, Roofline, Timer
 from adaskip_compile.profiles import Profile
 from adaskip_passes.cost import B, Cost, Q
 from adaskip_passes.errors import OptionError
+from adaskip_passes.stream_maps import part_shapes
 
 
 def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 4) -> Cost:
@@ -29,12 +32,13 @@ def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 
         raise OptionError(f"compensation={kind!r}: takes one of {', '.join(COMPENSATIONS)}")
     if kind in ("none", "scale"):
         return Cost()
-    products = {"channel": 0, "low_rank": 2 * rank * width, "affine": width * width}[kind]
-    vectors = 2 * width if kind == "channel" else width
+    shapes = part_shapes(kind, width, rank).values()
+    products = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    numbers = sum(map(math.prod, shapes))
     moved = 2 * width + (2 * rank if kind == "low_rank" else 0)
     return Cost(
         flops=2 * products * B * Q,
-        weight_bytes=sympy.Integer((products + vectors) * element_bytes),
+        weight_bytes=sympy.Integer(numbers * element_bytes),
         activation_bytes=moved * element_bytes * B * Q,
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -114,12 +114,14 @@ def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
     return generate(model, ids, new_tokens)
 
 
-def _inductor(model: Any, ids: torch.Tensor, new_tokens: int, mode: str, made: dict[Any, Any] = {}) -> Generation:  # noqa: B006 - compiled once
-    key = (id(model), mode)
-    if key not in made:
-        model.compile(mode=mode, dynamic=None if mode == "reduce-overhead" else True)
-        made[key] = model._compiled_call_impl
-    model._compiled_call_impl = made[key]
+@cache  # compiled once
+def _compiled(model: Any, mode: str) -> Any:
+    model.compile(mode=mode, dynamic=None if mode == "reduce-overhead" else True)
+    return model._compiled_call_impl
+
+
+def _inductor(model: Any, ids: torch.Tensor, new_tokens: int, mode: str) -> Generation:
+    model._compiled_call_impl = _compiled(model, mode)
     cache = {"cache_implementation": "static"} if mode == "reduce-overhead" else {}
     return generate(model, ids, new_tokens, **cache)
 

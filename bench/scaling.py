@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -104,12 +104,12 @@ def _at(
     ]
 
 
-def _whole(model: Any, made: dict[int, Any] = {}) -> Any:  # noqa: B006 - one copy a process, whatever the context
-    if id(model) not in made:
-        made[id(model)] = copy.deepcopy(model)
-        made[id(model)]._compiled_call_impl = None
-        made[id(model)].compile(dynamic=True)
-    return made[id(model)]
+@cache  # one copy a process, whatever the context
+def _whole(model: Any) -> Any:
+    whole = copy.deepcopy(model)
+    whole._compiled_call_impl = None
+    whole.compile(dynamic=True)
+    return whole
 
 
 def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:

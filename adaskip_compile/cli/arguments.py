@@ -27,6 +27,13 @@ def positive(text: str) -> int:
     return number
 
 
+def add_counts(group: Any, *counts: tuple[str, int, str]) -> None:
+    """Add options that take a number of 1 or more, each given by its name, its default and what it counts."""
+    for name, default, what in counts:
+        text = f"{what} (default: %(default)s)"
+        group.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add MODEL and how to load it."""
     kinds = "a folder, a .gguf file, a hub id, or a short name: smollm2, gemma3-270m"

@@ -37,16 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     planning.add_policy_arguments(parser)
     parser.add_argument("--skip", type=int, default=8, metavar="N", help="sublayers to skip (default: %(default)s)")
     parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="(default: %(default)s)")
-    for name, default, what in (
+    common.add_counts(
+        parser,
         ("samples", 20, "windows of text to profile on"),
         ("length", 1024, "tokens in each, and in each window that measures quality"),
         ("held-out", 4, "windows of other text to measure quality on"),
         ("prompt-tokens", 2000, "tokens of text in the prompt"),
         ("new-tokens", 64, "tokens to generate"),
         ("rounds", 3, "times that each way is run and timed"),
-    ):
-        help_text = f"{what} (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=common.positive, default=default, metavar="N", help=help_text)
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from adaskip_compile.cli import arguments as common
 
@@ -31,7 +30,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     plans.add_argument(
         "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: %(default)s)"
     )
-    _add_counts(plans, ("samples", 20, "windows to profile on"))
+    common.add_counts(plans, ("samples", 20, "windows to profile on"))
 
 
 def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +47,7 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     measures.add_argument("--longbench", metavar="DIR", help="a folder with the JSONL files of LongBench")
     measures.add_argument("--tasks", metavar="A,B", help="which of its English tasks, such as trec,triviaqa")
     measures.add_argument("--items", type=common.positive, metavar="N", help="items of each task (default: all)")
-    _add_counts(
+    common.add_counts(
         measures,
         ("windows", 2, "windows of text a domain"),
         ("length", 1024, "tokens in each, and in each that is profiled on"),
@@ -59,7 +58,7 @@ def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is timed."""
     timing = parser.add_argument_group("what is timed")
     timing.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="(default: %(default)s)")
-    _add_counts(
+    common.add_counts(
         timing,
         ("context", 2048, "tokens of the timed prompt"),
         ("new-tokens", 48, "tokens generated after it"),
@@ -79,9 +78,3 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     )
     goal.add_argument("--speedup", type=float, metavar="A", help="recommend the best that is at least A times as fast")
     results.add_argument("--out", metavar="PATH", help="write the recommended plan")
-
-
-def _add_counts(group: Any, *counts: tuple[str, int, str]) -> None:
-    for name, default, what in counts:
-        text = f"{what} (default: %(default)s)"
-        group.add_argument(f"--{name}", type=common.positive, default=default, metavar="N", help=text)

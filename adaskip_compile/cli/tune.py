@@ -25,14 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", help="a file that 'adaskip plan' wrote")
     parser.add_argument("--out", required=True, metavar="PATH", help="where to write the tuned plan")
     parser.add_argument("--texts", nargs="+", metavar="FILE", help="text files to tune on instead of built-in text")
-    for name, default, what in (
+    common.add_counts(
+        parser,
         ("samples", 24, "texts, one in four held out"),
         ("length", 1024, "tokens of each"),
         ("steps", 200, "steps to take"),
         ("tokens", 256, "tokens a step"),
-    ):
-        text = f"{what} (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=common.positive, default=default, metavar="N", help=text)
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:

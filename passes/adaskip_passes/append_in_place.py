@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaskip_passes.effects import op_name
-from adaskip_passes.graph import add_placeholder, call, fake_mode, fake_tensor, fake_value
+from adaskip_passes.graph import add_placeholder, call, fake_mode, fake_tensor, fake_value, named_arguments
 from adaskip_passes.module_paths import held_by_module
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
@@ -146,7 +146,7 @@ def _concatenated(node: fx.Node | None) -> tuple[fx.Node, fx.Node] | None:
     value = fake_tensor(node)
     if node is None or value is None or node.op != "call_function" or op_name(node) not in ("cat", "concat"):
         return None
-    given: dict[str, Any] = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    given = named_arguments(node, ("tensors", "dim"))
     tensors, dim = given.get("tensors", ()), given.get("dim", 0)
     if value.dim() < 3 or dim not in (_TOKENS, value.dim() + _TOKENS):
         return None

@@ -6,7 +6,7 @@ Dynamo-level graphs keep a node's fake value in ``meta["example_value"]``, aten-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,6 +54,11 @@ def call(
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         node.meta["example_value"] = function(*fake_args, **fake_kwargs)
     return node
+
+
+def named_arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that the call ``node`` gives, by name; ``names`` are those of its function, in order."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def fake_mode(graph: fx.Graph) -> AbstractContextManager[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.graph import call, fake_tensor, named_arguments
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -43,7 +43,7 @@ def _one_query(node: fx.Node) -> dict[str, Any] | None:
     """Return the arguments of an attention that can be spelled out, by name; None for any other node."""
     if node.op != "call_function" or node.target is not torch.nn.functional.scaled_dot_product_attention:
         return None
-    given: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    given = named_arguments(node, _NAMES)
     q, k, v = (fake_tensor(given.get(name)) for name in _NAMES[:3])
     if q is None or k is None or v is None or q.device.type != "cpu" or not q.is_floating_point():
         return None

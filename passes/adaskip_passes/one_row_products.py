@@ -19,7 +19,7 @@ import math
 import torch
 from torch import fx
 
-from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.graph import call, fake_tensor, named_arguments
 
 
 def spell_out_one_row_products(gm: fx.GraphModule) -> int:
@@ -40,8 +40,8 @@ def spell_out_one_row_products(gm: fx.GraphModule) -> int:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-    return given["input"], given["weight"], given.get("bias")  # type: ignore[return-value]
+    given = named_arguments(node, ("input", "weight", "bias"))
+    return given["input"], given["weight"], given.get("bias")
 
 
 def _is_one_row_linear(node: fx.Node) -> bool:
