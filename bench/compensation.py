@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--plans",
         type=Path,
         metavar="DIR",
-        help="keep the profile and the tuned plans here, and take the profile from here",
+        help="keep the profile and the tuned plans here, and take them from here",
     )
     arguments = parser.parse_args(argv)
     study = Study("compensation", "How much of the paper's loss is left at equal skip counts?", arguments)
     texts = mixed_windows(study.domains, study.tokenizer, "profiling", arguments.samples, arguments.length)
-    profile = _learned(study, texts)
+    profile = learned(study, texts, arguments.forms)
     windows = study.windows()
     full = study.nlls(SkipPlan.none(), windows)
     study.say("NLL of the full model, nats a token:", "")
@@ -50,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _learned(study: Study, texts: Sequence[Any]) -> Profile:
+def learned(study: Study, texts: Sequence[Any], forms: Sequence[str]) -> Profile:
     """Return a profile with maps and a joint order, and say what each step of learning took."""
     how = study.arguments
-    kept = None if how.plans is None else how.plans / f"{study.stem}.json"
+    kept = _kept(study, "")
     if kept is not None and kept.exists():
         return Profile.load(kept)
     more = {"max_samples": len(texts), "progress": True}
     profile = _timed(study, "profile", lambda: adaskip_compile.profile(study.model, texts, **more))
-    profile = _timed(study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=how.forms, **more))
+    profile = _timed(study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=forms, **more))
     few = {"max_samples": how.judged, "max_tokens": 384, "most": max(how.skips), "candidates": 2 * max(how.skips)}
     found = _timed(
         study,
@@ -73,23 +73,42 @@ def _learned(study: Study, texts: Sequence[Any]) -> Profile:
 def _plans(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> dict[str, SkipPlan]:
     how = study.arguments
     paper = adaskip_compile.plan(profile, skip=skip)
-    scales = {found.path: found.mean_scale() for found in profile.sublayers}
-    chosen = {step.path for step in profile.joint_order[:skip]}
-    joint = SkipPlan.from_scales({path: scale for path, scale in scales.items() if path in chosen})
+    joint = _joint(profile, skip)
     plans = {"most similar, scale (paper)": paper}
     plans |= {f"most similar, {form}": compensated(paper, profile, form) for form in ("none", *how.forms)}
     plans |= {f"joint order, {form}": compensated(joint, profile, form) for form in ("scale", *how.forms)}
     if not how.steps:
         return plans
-    start = plans["joint order, low_rank"]
-    tuned = _timed(
+    return plans | {"joint order, low_rank, tuned": tuned(study, profile, skip, texts)}
+
+
+def tuned(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> SkipPlan:
+    """Return the plan of the first ``skip`` sublayers in the joint order, with low-rank maps tuned together."""
+    kept = _kept(study, f"_{skip}")
+    if kept is not None and kept.exists():
+        return SkipPlan.load(kept)
+    how = study.arguments
+    start = compensated(_joint(profile, skip), profile, "low_rank")
+    found = _timed(
         study,
         f"tune {skip}",
         lambda: adaskip_compile.tune(study.model, start, texts, steps=how.steps, max_samples=len(texts)),
     )
-    if how.plans is not None:
-        tuned.save(how.plans / f"{study.stem}_{skip}.json")
-    return plans | {"joint order, low_rank, tuned": tuned}
+    if kept is not None:
+        found.save(kept)
+    return found
+
+
+def _joint(profile: Profile, skip: int) -> SkipPlan:
+    scales = {found.path: found.mean_scale() for found in profile.sublayers}
+    chosen = {step.path for step in profile.joint_order[:skip]}
+    return SkipPlan.from_scales({path: scale for path, scale in scales.items() if path in chosen})
+
+
+def _kept(study: Study, suffix: str) -> Path | None:
+    """Return where a profile or a tuned plan is kept from one run to the next; None where ``--plans`` is not given."""
+    folder = study.arguments.plans
+    return None if folder is None else folder / f"compensation_{study.shown.replace('/', '-')}{suffix}.json"
 
 
 def _timed(study: Study, what: str, work: Callable[[], Any]) -> Any:

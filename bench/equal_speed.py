@@ -1,0 +1,112 @@
+"""How much of the paper's loss is left at the same measured speed-up, the cost of compensation included?
+
+The paper's plan (most similar sublayers, a scale in their place) at each count, and the joint order with tuned low-rank
+maps at the same count and some more. All are compiled and run in turn in each round; ours is the smallest of them that
+is as fast as the paper's in both prefill and decode. Profile, order and tuning are those of `bench.compensation`, which
+this bench shares a folder of plans with.
+
+    python -m bench.equal_speed --model smollm2 --skips 8 16 --extra 0 1 2 --plans DIR [--texts NAME=DIR ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import adaskip_compile
+from adaskip_compile.cli.measure import Generation, take_turns
+from adaskip_compile.evaluation.domains import mixed_windows
+from adaskip_compile.plans import SkipPlan
+from bench.compensation import learned, tuned
+from bench.recording import cell, generate_under, numbers
+from bench.studies import Study, mean_over_domains, study_parser
+
+FULL = "full"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write the page."""
+    sizes = {"samples": 24, "length": 1024, "windows": 2, "judged": 4, "steps": 150}
+    parser = study_parser(str(__doc__), **sizes, context=2048, new_tokens=24, rounds=7)
+    parser.add_argument("--skips", type=int, nargs="+", default=[8, 16], metavar="K")
+    parser.add_argument("--extra", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="more sublayers in ours")
+    parser.add_argument("--plans", type=Path, metavar="DIR", help="keep what is learned here, and take it from here")
+    parser.add_argument("--inner", choices=("eager", "inductor"), default="inductor", help="to time with")
+    arguments = parser.parse_args(argv)
+    study = Study("equal_speed", "How much of the paper's loss is left at equal measured speed-up?", arguments)
+    texts = mixed_windows(study.domains, study.tokenizer, "profiling", arguments.samples, arguments.length)
+    profile = learned(study, texts, ["low_rank"])
+    papers = {f"paper, {skip}": adaskip_compile.plan(profile, skip=skip) for skip in arguments.skips}
+    counts = sorted({skip + extra for skip in arguments.skips for extra in arguments.extra})
+    ours = {f"ours, {count}": tuned(study, profile, count, texts) for count in counts}
+    plans = papers | ours
+    losses = _losses(study, plans)
+    speedups = _speedups(study, plans)
+    for skip in arguments.skips:
+        _compare(study, f"paper, {skip}", [f"ours, {skip + extra}" for extra in arguments.extra], losses, speedups)
+    study.write()
+    return 0
+
+
+def _losses(study: Study, plans: Mapping[str, SkipPlan]) -> dict[str, dict[str, float]]:
+    """Return the NLL above the full model's of each plan, by domain and in the mean."""
+    windows = study.windows()
+    full = study.nlls(SkipPlan.none(), windows)
+    found = {}
+    for name, plan in plans.items():
+        scores = study.nlls(plan, windows)
+        found[name] = {domain: scores[domain].mean - full[domain].mean for domain in full}
+        found[name]["mean"] = mean_over_domains(scores) - mean_over_domains(full)
+    return found
+
+
+def _speedups(study: Study, plans: Mapping[str, SkipPlan]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Return median, least and greatest speed-up of each plan over the compiled full model, by phase."""
+    how = study.arguments
+    [ids] = study.domains[0].windows(study.tokenizer, "evaluation", 1, how.context)
+    ways = {
+        name: partial(generate_under, study.model, ids[None], plan, how)
+        for name, plan in {FULL: SkipPlan.none(), **plans}.items()
+    }
+    take_turns(ways, 1)  # captures and compiles; not timed
+    rounds = take_turns(ways, how.rounds)
+    return {name: {phase: _ratios(rounds[FULL], rounds[name], phase) for phase in _SECONDS} for name in plans}
+
+
+_SECONDS = {"prefill": lambda run: run.first, "decode": lambda run: run.steady(2)}
+
+
+def _ratios(full: Sequence[Generation], ours: Sequence[Generation], phase: str) -> tuple[float, float, float]:
+    seconds = _SECONDS[phase]
+    return numbers([seconds(before) / seconds(after) for before, after in zip(full, ours, strict=True)])
+
+
+def _compare(
+    study: Study,
+    paper: str,
+    ours: Sequence[str],
+    losses: Mapping[str, Mapping[str, float]],
+    speedups: Mapping[str, Mapping[str, Sequence[float]]],
+) -> None:
+    study.say(f"## {paper} sublayers skipped", "")
+    columns = ("prefill speed-up", "decode speed-up", *(f"NLL lost: {name} (share)" for name in losses[paper]))
+    rows = [
+        (
+            name,
+            *(cell(speedups[name][phase], 1, 3) for phase in _SECONDS),
+            *(f"{loss:+.3f} ({loss / losses[paper][domain]:.2f})" for domain, loss in losses[name].items()),
+        )
+        for name in (paper, *ours)
+    ]
+    study.table(("plan", *columns), rows)
+    fast = [name for name in ours if all(speedups[name][phase][0] >= speedups[paper][phase][0] for phase in _SECONDS)]
+    if not fast:
+        study.say("None of ours is as fast in both phases: give larger --extra.", "")
+        return
+    share = losses[fast[0]]["mean"] / losses[paper]["mean"]
+    study.say(f"As fast in both phases: {fast[0]}, with {share:.2f} of the loss.", "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
