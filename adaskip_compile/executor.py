@@ -30,34 +30,23 @@ class Executor:
     def __init__(self, gm: fx.GraphModule, compiled: Mapping[Region, Callable[..., Any]]) -> None:
         inputs = gm.graph.find_nodes(op="placeholder")  # they come first; other nodes may lie between them
         others = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-        self._slots = {node: slot for slot, node in enumerate([*inputs, *others])}
-        self._held = [(self._slots[node], _attribute(gm, node)) for node in gm.graph.find_nodes(op="get_attr")]
+        # Not kept: nodes hold their graph, and a process makes many variants.
+        slots = {node: slot for slot, node in enumerate([*inputs, *others])}
+        self._held = [(slots[node], _attribute(gm, node)) for node in gm.graph.find_nodes(op="get_attr")]
         last_user = {source: node for node in gm.graph.nodes for source in node.all_input_nodes}
         done: dict[fx.Node, list[int]] = {}
         for source, user in last_user.items():
-            done.setdefault(user, []).append(self._slots[source])
+            done.setdefault(user, []).append(slots[source])
         self._steps = [
-            self._step(node, compiled, tuple(done.get(node, ())))
+            _step(node, slots, compiled, tuple(done.get(node, ())))
             for node in gm.graph.nodes
             if node.op in ("call_function", "call_method") and not _is_item_of_region(node)
         ]
         self._results = tuple(
-            (self._slots[value], None) if isinstance(value, fx.Node) else (None, value)
+            (slots[value], None) if isinstance(value, fx.Node) else (None, value)
             for value in gm.graph.output_node().args[0]  # type: ignore[union-attr]
         )
-        self._size = len(self._slots)
-
-    def _step(self, node: fx.Node, compiled: Mapping[Region, Callable[..., Any]], done: tuple[int, ...]) -> _Step:
-        if isinstance(node.target, Region):
-            items = tuple((int(user.args[1]), self._slots[user]) for user in node.users)  # type: ignore[arg-type]
-            return _Step(compiled[node.target], self._of(node.args), None, items, done)
-        function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
-        if not all(isinstance(value, fx.Node) for value in node.args) or node.kwargs:
-            return _Step(_with_constants(function, node), self._of(node.all_input_nodes), self._slots[node], (), done)
-        return _Step(function, self._of(node.args), self._slots[node], (), done)
-
-    def _of(self, nodes: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(self._slots[node] for node in nodes)
+        self._size = len(slots)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run all steps; values are forgotten as soon as no later step reads them."""
@@ -75,6 +64,21 @@ class Executor:
         return tuple(constant if slot is None else values[slot] for slot, constant in self._results)
 
 
+def _step(
+    node: fx.Node, slots: Mapping[fx.Node, int], compiled: Mapping[Region, Callable[..., Any]], done: tuple[int, ...]
+) -> _Step:
+    def places(nodes: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(slots[one] for one in nodes)
+
+    if isinstance(node.target, Region):
+        items = tuple((int(user.args[1]), slots[user]) for user in node.users)  # type: ignore[arg-type]
+        return _Step(compiled[node.target], places(node.args), None, items, done)
+    function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    if not all(isinstance(value, fx.Node) for value in node.args) or node.kwargs:
+        return _Step(_with_constants(function, node), places(node.all_input_nodes), slots[node], (), done)
+    return _Step(function, places(node.args), slots[node], (), done)
+
+
 def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
     return operator.attrgetter(str(node.target))(gm)
 
@@ -86,6 +90,8 @@ def _is_item_of_region(node: fx.Node) -> bool:
 
 def _with_constants(function: Callable[..., Any], node: fx.Node) -> Callable[..., Any]:
     """Return a function of the nodes that ``node`` reads, in order; its other arguments are constants."""
+    if not node.kwargs and not any(isinstance(value, (tuple, list, slice)) for value in node.args):
+        return _with_flat_constants(function, node)
     places = {source: place for place, source in enumerate(node.all_input_nodes)}
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _Place(places[source]))  # type: ignore[arg-type,return-value]
 
@@ -94,6 +100,21 @@ def _with_constants(function: Callable[..., Any], node: fx.Node) -> Callable[...
             return values[item.number] if isinstance(item, _Place) else item
 
         return function(*fx.node.map_aggregate(args, fill), **fx.node.map_aggregate(kwargs, fill))
+
+    return call
+
+
+def _with_flat_constants(function: Callable[..., Any], node: fx.Node) -> Callable[..., Any]:
+    """Return the same for arguments without tuples in them, filled in an order of magnitude faster."""
+    number = {source: place for place, source in enumerate(node.all_input_nodes)}
+    template = [None if isinstance(value, fx.Node) else value for value in node.args]
+    filled = [(place, number[value]) for place, value in enumerate(node.args) if isinstance(value, fx.Node)]
+
+    def call(*values: Any) -> Any:
+        args = template.copy()
+        for place, source in filled:
+            args[place] = values[source]
+        return function(*args)
 
     return call
 

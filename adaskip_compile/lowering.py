@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import fx
@@ -17,6 +19,18 @@ from adaskip_passes.outline_regions import Region, outline_regions
 from adaskip_passes.residual_stream import ResidualStream
 
 Runnable = Callable[..., Any]
+
+
+@cache  # once a process
+def start_cpu_compiler() -> None:
+    """Have a thread find out which vector instructions Inductor can use, while the first model is traced.
+
+    With empty caches that compiles small programs for six seconds, on one core, before the first kernel.
+    """
+    # Imported here and not on the thread: two threads that import modules of one package may see them half made.
+    from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
+
+    threading.Thread(target=cpu_vec_isa.pick_vec_isa, name="adaskip-vector-instructions", daemon=True).start()
 
 
 class Lowering:

@@ -21,6 +21,7 @@ from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.growing_storage import GrowingStorages
 from adaskip_compile.identity import ModelIdentity, identify
 from adaskip_compile.learning import Learner
+from adaskip_compile.lowering import start_cpu_compiler
 from adaskip_compile.options import Options
 from adaskip_compile.planning import resolve_plan
 from adaskip_compile.plans import SkipPlan
@@ -46,6 +47,8 @@ class Session:
         self._lock = threading.RLock()
         self.plan: SkipPlan | None = resolve_plan(options, self.identity)
         self.learner = None if self.plan is not None else self._learner()
+        if options.inner == "inductor" and self._on_cpu():
+            start_cpu_compiler()
 
     @property
     def module(self) -> nn.Module | None:
@@ -56,6 +59,10 @@ class Session:
     def model_name(self) -> str:
         """What to call the model in logs and folders: its class."""
         return "function" if self.module is None else type(self.module).__name__
+
+    def _on_cpu(self) -> bool:
+        parameters = self.module.parameters() if self.module is not None else iter(())
+        return any(parameter.device.type == "cpu" for parameter in parameters)
 
     @property
     def identity(self) -> ModelIdentity | None:

@@ -2,7 +2,8 @@
 
 The paper's plan (most similar sublayers, a scale in their place) at each count, and the joint order with tuned low-rank
 maps at the same count and some more. All are compiled and run in turn in each round; ours is the smallest of them that
-is as fast as the paper's in both prefill and decode. Profile, order and tuning are those of `bench.compensation`, which
+is as fast as the paper's in both prefill and decode. Needles and in-context classification tell what the losses mean for
+tasks. Profile, order and tuning are those of `bench.compensation`, which
 this bench shares a folder of plans with.
 
     python -m bench.equal_speed --model smollm2 --skips 8 16 --extra 0 1 2 --plans DIR [--texts NAME=DIR ...]
@@ -17,6 +18,8 @@ from pathlib import Path
 import adaskip_compile
 from adaskip_compile.cli.measure import Generation, take_turns
 from adaskip_compile.evaluation.domains import mixed_windows
+from adaskip_compile.evaluation.scores import Scores
+from adaskip_compile.evaluation.suite import Sizes, make_measures
 from adaskip_compile.plans import SkipPlan
 from bench.compensation import learned, tuned
 from bench.recording import cell, generate_under, numbers
@@ -27,8 +30,9 @@ FULL = "full"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the page."""
-    sizes = {"samples": 24, "length": 1024, "windows": 2, "judged": 4, "steps": 150}
+    sizes = {"samples": 24, "length": 1024, "windows": 2, "judged": 4, "steps": 150, "needles": 9, "questions": 32}
     parser = study_parser(str(__doc__), **sizes, context=2048, new_tokens=24, rounds=7)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096], metavar="TOKENS", help="of needles")
     parser.add_argument("--skips", type=int, nargs="+", default=[8, 16], metavar="K")
     parser.add_argument("--extra", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="more sublayers in ours")
     parser.add_argument("--plans", type=Path, metavar="DIR", help="keep what is learned here, and take it from here")
@@ -42,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours = {f"ours, {count}": tuned(study, profile, count, texts) for count in counts}
     plans = papers | ours
     losses = _losses(study, plans)
+    _tasks(study, plans)
     speedups = _speedups(study, plans)
     for skip in arguments.skips:
         _compare(study, f"paper, {skip}", [f"ours, {skip + extra}" for extra in arguments.extra], losses, speedups)
@@ -59,6 +64,19 @@ def _losses(study: Study, plans: Mapping[str, SkipPlan]) -> dict[str, dict[str, 
         found[name] = {domain: scores[domain].mean - full[domain].mean for domain in full}
         found[name]["mean"] = mean_over_domains(scores) - mean_over_domains(full)
     return found
+
+
+def _tasks(study: Study, plans: Mapping[str, SkipPlan]) -> None:
+    """Add a table of what part of the needles are found, and of the questions answered, under each plan."""
+    how = study.arguments
+    sizes = Sizes(needles=how.needles, questions=how.questions, contexts=tuple(how.contexts))
+    measures = make_measures(("needle", "classification"), study.model, study.tokenizer, study.domains, sizes)
+    rows = []
+    for name, plan in {FULL: SkipPlan.none(), **plans}.items():
+        adaskip_compile.compile(study.model, plan, inner="eager")
+        rows.append((name, *(Scores(measure.run(study.model)) for measure in measures)))
+    study.say("## Tasks", "")
+    study.table(("plan", *(measure.name for measure in measures)), rows)
 
 
 def _speedups(study: Study, plans: Mapping[str, SkipPlan]) -> dict[str, dict[str, tuple[float, float, float]]]:

@@ -2,14 +2,16 @@
 
 Sublayers that cost the same share one measurement, and it is taken by leaving them out: the model runs in
 full and with half of a group skipped, in turn in each round, and the difference by the number skipped is the
-time of one. So it holds whatever the compiler really makes of a sublayer, on any device. Of several rounds the
-fastest counts: whatever else the machine does only ever adds time.
+time of one. So it holds whatever the compiler really makes of a sublayer, on any device. Ratios are taken within a
+round, and of several rounds the median counts: other load meets all that runs in a round alike, and a single lucky or
+unlucky run changes nothing.
 """
 
 from __future__ import annotations
 
 import math
 import platform
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,17 +92,22 @@ def _add_column(
 ) -> None:
     """Add to ``table`` what one query token takes at ``context``: a row a group, and last the rest."""
     tokens = context if phase == "prefill" else 1
-    fastest = {way: min(_seconds(run, phase) for run in runs) for way, runs in taken.items()}
+    seconds = {way: [_seconds(run, phase) for run in runs] for way, runs in taken.items()}
+    full = statistics.median(seconds[_FULL])
+    left = {
+        way: statistics.median(part / whole for part, whole in zip(times, seconds[_FULL], strict=True))
+        for way, times in seconds.items()
+    }
     each = [
-        max(0.0, fastest[_FULL] - fastest[group.index]) / len(ways[group.index].paths) if group.index in ways else 0.0
+        full * max(0.0, 1 - left[group.index]) / len(ways[group.index].paths) if group.index in ways else 0.0
         for group in found.groups
     ]
     inside = math.fsum(group.count * seconds for group, seconds in zip(found.groups, each, strict=True))
     # Noise may have the parts add up to more than the whole; the whole was measured, and is kept.
-    factor = min(1.0, fastest[_FULL] / inside) if inside else 1.0
+    factor = min(1.0, full / inside) if inside else 1.0
     for row, seconds in zip(table, each, strict=False):
         row.append(seconds * factor / tokens)
-    table[-1].append(max(0.0, fastest[_FULL] - inside * factor) / tokens)
+    table[-1].append(max(0.0, full - inside * factor) / tokens)
 
 
 def _rotated(ways: list[int], turn: int) -> list[int]:

@@ -44,6 +44,25 @@ def test_the_time_of_each_sublayer_is_found_by_leaving_it_out(tmp_path: Path):
     assert Measured.load(str(tmp_path / "machine.json")) == measured
 
 
+def test_neither_a_lucky_run_nor_a_slower_machine_changes_what_is_measured(monkeypatch: pytest.MonkeyPatch):
+    plans: list = []
+    monkeypatch.setattr(calibration.adaskip_compile, "compile", lambda model, plan, inner: plans.append(plan))
+    full = iter((1.0, 0.5, 1.0, 1.0, 1.0))  # the first is not timed, the second is lucky
+
+    def generate(model, ids, new_tokens):
+        turn = (len(plans) - 1) // 3
+        load = (1, 1, 3, 1.5, 1)[turn]  # what else runs meets a whole round
+        seconds = load * (0.8 if plans[-1].paths else next(full))
+        return Generation((), seconds, (seconds,), 0)
+
+    monkeypatch.setattr(calibration, "generate", generate)
+    model = tiny("llama", num_hidden_layers=4)
+    found = inspect_model(model)
+    measured = calibrate(model, found, contexts=(10,), rounds=4)
+    decode = predict(found, measured, "decode", 10)
+    assert [seconds / decode.full for seconds in decode.groups] == pytest.approx([0.1, 0.1])
+
+
 def test_a_real_model_is_measured():
     model = tiny("llama", num_hidden_layers=4)
     found = inspect_model(model)
