@@ -234,7 +234,8 @@ class Dispatcher:
         """Return what a variant that skips ``paths`` takes in their place: scales and tensors of maps; nothing for none."""
         if not paths:
             return ()
-        if paths not in request.stand_ins:
+        known = request.stand_ins.get(paths)
+        if known is None:
             device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
             skipped, maps = request.skipped, request.plan.maps
             values = [skipped.get(path, 1.0) for path in self.stream.paths]
@@ -244,8 +245,8 @@ class Dispatcher:
                     stream = fake_tensor(self.stream.by_path(path).stream_in)
                     assert stream is not None
                     held += maps[path].parts(stream.dtype, device)
-            request.stand_ins[paths] = tuple(held)
-        return request.stand_ins[paths]
+            known = request.stand_ins[paths] = tuple(held)
+        return known
 
     def _variant_for(self, request: Request, phase: str) -> Variant:
         """Return the variant that ``request`` calls for in ``phase``."""

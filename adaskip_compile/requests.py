@@ -135,6 +135,9 @@ class RequestTable:
             request = Request(
                 self._count, plan, dict(scales), holes, learning, window_left=_window(plan), ramp=plan.ramp
             )
+            for past in self.history:
+                if past.stand_ins and past.storages and past.expired:
+                    past.stand_ins = {}  # made again, should its cache come back in other memory
             self.history.append(request)
             self._drop_expired()
             return request

@@ -10,6 +10,8 @@ since a first step after a prefill is slow by itself.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import random
 import statistics
 import sys
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = draw.sample(paths, draw.randint(1, len(paths) // 3))
         adaskip_compile.compile(model, SkipPlan.from_scales(dict.fromkeys(chosen, 1.0)), inner=arguments.inner)
         new.append(_request(model, ids))
-        memory.append(psutil.Process().memory_info().rss)
+        memory.append(_memory())
     captured, compiled = (now - then for now, then in zip((capture_count(), _compiled(model)), before, strict=True))
     results = {
         "prefill_new_vs_known": numbers([run[0] / statistics.median(one[0] for one in known) for run in new]),
@@ -70,6 +72,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_parser(str(__doc__), context=128)
     parser.add_argument("--sets", type=int, default=200, metavar="N")
     return parser.parse_args(argv)
+
+
+def _memory() -> int:
+    """Return the bytes of memory in use; what is free, and only kept by the C library, does not count."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+    return psutil.Process().memory_info().rss
 
 
 def _compiled(model: Any) -> int:
