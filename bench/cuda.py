@@ -134,15 +134,11 @@ def _ours(model: Any, ids: torch.Tensor, plan: SkipPlan, arguments: argparse.Nam
 def _row(context: int, name: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:
     row: dict[str, Any] = {"context": context, "way": name, "kv_bytes": rounds[name][-1].cache_bytes}
     for phase in ("prefill", "decode"):
-        times = [_seconds(run, phase) for run in rounds[name]]
-        bases = [_seconds(run, phase) for run in rounds["eager"]]
+        times = [run.seconds(phase) for run in rounds[name]]
+        bases = [run.seconds(phase) for run in rounds["eager"]]
         row[phase] = numbers(times)
         row[f"{phase}_vs_eager"] = numbers([base / one for base, one in zip(bases, times, strict=True)])
     return row
-
-
-def _seconds(run: Generation, phase: str) -> float:
-    return run.first if phase == "prefill" else run.steady(2)
 
 
 def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from bench.recording import cell, generate_under, numbers
 from bench.studies import Study, mean_over_domains, study_parser
 
 FULL = "full"
+PHASES = ("prefill", "decode")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,15 +90,12 @@ def _speedups(study: Study, plans: Mapping[str, SkipPlan]) -> dict[str, dict[str
     }
     take_turns(ways, 1)  # captures and compiles; not timed
     rounds = take_turns(ways, how.rounds)
-    return {name: {phase: _ratios(rounds[FULL], rounds[name], phase) for phase in _SECONDS} for name in plans}
-
-
-_SECONDS = {"prefill": lambda run: run.first, "decode": lambda run: run.steady(2)}
+    return {name: {phase: _ratios(rounds[FULL], rounds[name], phase) for phase in PHASES} for name in plans}
 
 
 def _ratios(full: Sequence[Generation], ours: Sequence[Generation], phase: str) -> tuple[float, float, float]:
-    seconds = _SECONDS[phase]
-    return numbers([seconds(before) / seconds(after) for before, after in zip(full, ours, strict=True)])
+    pairs = zip(full, ours, strict=True)
+    return numbers([before.seconds(phase) / after.seconds(phase) for before, after in pairs])
 
 
 def _compare(
@@ -112,13 +110,13 @@ def _compare(
     rows = [
         (
             name,
-            *(cell(speedups[name][phase], 1, 3) for phase in _SECONDS),
+            *(cell(speedups[name][phase], 1, 3) for phase in PHASES),
             *(f"{loss:+.3f} ({loss / losses[paper][domain]:.2f})" for domain, loss in losses[name].items()),
         )
         for name in (paper, *ours)
     ]
     study.table(("plan", *columns), rows)
-    fast = [name for name in ours if all(speedups[name][phase][0] >= speedups[paper][phase][0] for phase in _SECONDS)]
+    fast = [name for name in ours if all(speedups[name][phase][0] >= speedups[paper][phase][0] for phase in PHASES)]
     if not fast:
         study.say("None of ours is as fast in both phases: give larger --extra.", "")
         return

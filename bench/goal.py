@@ -19,7 +19,7 @@ import torch
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.calibration import calibrate
-from adaskip_compile.cli.measure import Generation, take_turns
+from adaskip_compile.cli.measure import take_turns
 from adaskip_compile.cli.profile import choose_samples
 from adaskip_compile.inspection import inspect_model
 from adaskip_compile.plans import SkipPlan
@@ -94,7 +94,7 @@ def _measure(
     for speedup, plan in plans.items():
         for phase, skipped in (("prefill", frozenset(plan.paths)), ("decode", plan.paths_at(math.inf))):
             pairs = zip(rounds[FULL], rounds[str(speedup)], strict=True)
-            measured = numbers([_seconds(full, phase) / _seconds(run, phase) for full, run in pairs])
+            measured = numbers([full.seconds(phase) / run.seconds(phase) for full, run in pairs])
             attentions = sum(one.kind == "attention" and one.path in skipped for one in profile.sublayers)
             rows.append(
                 {
@@ -108,11 +108,6 @@ def _measure(
                 }
             )
     return rows
-
-
-def _seconds(run: Generation, phase: str) -> float:
-    # The first decoded token makes the cache of what only decode skips go.
-    return run.first if phase == "prefill" else run.steady(2)
 
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.calibration import calibrate
-from adaskip_compile.cli.measure import Generation, Spread, take_turns
+from adaskip_compile.cli.measure import Spread, take_turns
 from adaskip_compile.inspection import Inspection, inspect_model
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.prediction import ROOFLINES, Timer, predict
@@ -65,9 +65,9 @@ def _measure(
     rounds = take_turns(ways, arguments.rounds)
     rows = []
     for phase in found.phases:
-        full = [_seconds(run, phase) for run in rounds["0"]]
+        full = [run.seconds(phase) for run in rounds["0"]]
         for count in arguments.skips:
-            ratios = [base / _seconds(run, phase) for base, run in zip(full, rounds[str(count)], strict=True)]
+            ratios = [base / run.seconds(phase) for base, run in zip(full, rounds[str(count)], strict=True)]
             measured = Spread.of(ratios)
             row: dict[str, Any] = {"context": context, "phase": phase, "skipped": count, "measured": measured.median}
             row |= {"low": measured.low, "high": measured.high}
@@ -76,10 +76,6 @@ def _measure(
                 row |= {name: predicted, f"{name}_error": predicted / measured.median - 1}
             rows.append(row)
     return rows
-
-
-def _seconds(run: Generation, phase: str) -> float:
-    return run.first if phase == "prefill" else run.steady(0)
 
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:

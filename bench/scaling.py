@@ -125,9 +125,9 @@ def _row(
     shares: Mapping[str, float],
     skipped: Sequence[str],
 ) -> dict[str, Any]:
-    times = [_seconds(run, phase) for run in rounds[name]]
+    times = [run.seconds(phase) for run in rounds[name]]
     ratios = {
-        base: numbers([_seconds(run, phase) / time for run, time in zip(rounds[base], times, strict=True)])
+        base: numbers([run.seconds(phase) / time for run, time in zip(rounds[base], times, strict=True)])
         for base in (FULL, EAGER)
     }
     ideal = 1 / (1 - sum(shares[path] for path in skipped))
@@ -141,10 +141,6 @@ def _row(
         "ideal": round(ideal, 4),
         "of_ideal": round(ratios[FULL][0] / ideal, 4),
     }
-
-
-def _seconds(run: Generation, phase: str) -> float:
-    return run.first if phase == "prefill" else run.steady(2)
 
 
 def _shares(model: Any, ids: torch.Tensor, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:

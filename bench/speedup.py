@@ -64,16 +64,12 @@ def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:
     """Return times in seconds and ratios to eager and to the compiled full model, each (median, least, greatest)."""
     row: dict[str, Any] = {"way": way, "kv_bytes": rounds[way][-1].cache_bytes}
     for phase in ("prefill", "decode"):
-        times = [_seconds(run, phase) for run in rounds[way]]
+        times = [run.seconds(phase) for run in rounds[way]]
         row[phase] = numbers(times)
         for name, other in (("eager", EAGER), ("full", "0")):
-            ratios = [_seconds(base, phase) / time for base, time in zip(rounds[other], times, strict=True)]
+            ratios = [base.seconds(phase) / time for base, time in zip(rounds[other], times, strict=True)]
             row[f"{phase}_vs_{name}"] = numbers(ratios)
     return row
-
-
-def _seconds(run: Generation, phase: str) -> float:
-    return run.first if phase == "prefill" else run.steady(2)
 
 
 def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def _add_column(
 ) -> None:
     """Add to ``table`` what one query token takes at ``context``: a row a group, and last the rest."""
     tokens = context if phase == "prefill" else 1
-    seconds = {way: [_seconds(run, phase) for run in runs] for way, runs in taken.items()}
+    seconds = {way: [run.seconds(phase) for run in runs] for way, runs in taken.items()}
     full = statistics.median(seconds[_FULL])
     left = {
         way: statistics.median(part / whole for part, whole in zip(times, seconds[_FULL], strict=True))
@@ -114,7 +114,3 @@ def _rotated(ways: list[int], turn: int) -> list[int]:
     """Return the ways beginning with another one each turn, so that none always comes after the same one."""
     start = turn % len(ways)
     return ways[start:] + ways[:start]
-
-
-def _seconds(run: Generation, phase: str) -> float:
-    return run.first if phase == "prefill" else run.steady(0)

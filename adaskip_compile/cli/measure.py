@@ -31,6 +31,10 @@ class Generation:
         """Return the median time of the tokens decoded after a window of ``window`` steps, in seconds."""
         return statistics.median(self.later[window + 1 :] or self.later)
 
+    def seconds(self, phase: str) -> float:
+        """Return the time of ``phase``: the first token's for prefill, otherwise that of a decode step without a window."""
+        return self.first if phase == "prefill" else self.steady(0)
+
 
 @dataclass(frozen=True)
 class Spread:
