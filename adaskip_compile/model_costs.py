@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import sympy
 from torch import fx
 
+from adaskip_passes.append_in_place import find_appends
 from adaskip_passes.cost import B, Cost, CostTable, Q, T, find_costs
 from adaskip_passes.errors import DamagedFileError, ProfileError
 from adaskip_passes.expression_trees import from_text
@@ -181,7 +182,8 @@ def _cost_table(gm: fx.GraphModule, stream: ResidualStream) -> CostTable:
     nodes = tuple(node for node in gm.graph.nodes if node not in inside)
     # All nodes that are in no sublayer, in the form of one: the cost analysis takes it for one.
     outside = SimpleNamespace(path=REST, kind="rest", nodes=nodes, stream_out=stream.sublayers[0].stream_in)
-    return find_costs(gm, SimpleNamespace(sublayers=(*stream.sublayers, outside)))
+    appended = {append.result: append.new for append in find_appends(gm, stream) if append.past is not None}
+    return find_costs(gm, SimpleNamespace(sublayers=(*stream.sublayers, outside)), appended)
 
 
 def _texts(costs: Mapping[str, Cost]) -> dict[str, dict[str, str]]:

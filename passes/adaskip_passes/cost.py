@@ -124,12 +124,16 @@ class CostTable(Mapping[str, Cost]):
         )
 
 
-def find_costs(gm: fx.GraphModule, stream: StreamLike) -> CostTable:
-    """Return what each sublayer of ``stream`` costs, read from the shapes in ``gm``. Never mutates it."""
+def find_costs(gm: fx.GraphModule, stream: StreamLike, appended: Mapping[fx.Node, fx.Node] | None = None) -> CostTable:
+    """Return what each sublayer of ``stream`` costs, read from the shapes in ``gm``. Never mutates it.
+
+    ``appended`` maps each concatenation that will append to a cache entry in place to what it appends
+    (:mod:`adaskip_passes.append_in_place`): it moves that alone.
+    """
     if not stream.sublayers:
         return CostTable({}, {})
     effects = find_effects(gm)
-    traffic = Traffic(gm, effects)
+    traffic = Traffic(gm, effects, appended or {})
     sizes = _Sizes(gm, stream, effects)
     costs = {}
     for sublayer in stream.sublayers:

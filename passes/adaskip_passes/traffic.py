@@ -7,7 +7,7 @@ many tokens it runs on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import sympy
 import torch
@@ -25,10 +25,10 @@ _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 
 
 class Traffic:
-    """The bytes that regions of one graph move and hold."""
+    """The bytes that regions of one graph move and hold; ``appended`` maps appends in place to what they append."""
 
-    def __init__(self, gm: fx.GraphModule, effects: Effects) -> None:
-        self._effects, self._written = effects, effects.written()
+    def __init__(self, gm: fx.GraphModule, effects: Effects, appended: Mapping[fx.Node, fx.Node]) -> None:
+        self._effects, self._written, self._appended = effects, effects.written(), appended
         self._parameters = parameters_behind(gm.graph)
         self._outputs = gm.graph.output_node().all_input_nodes
 
@@ -68,6 +68,8 @@ class Traffic:
     def _moved(self, node: fx.Node) -> sympy.Expr:
         if node.op in ("placeholder", "output", "get_attr"):
             return _ZERO
+        if node in self._appended:
+            return 2 * _bytes(self._appended[node])
         inputs = [source for source in node.all_input_nodes if source not in self._parameters]
         written = self._written.get(node, ())
         if written:

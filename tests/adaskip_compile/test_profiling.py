@@ -67,7 +67,7 @@ def test_whole_layers_are_what_hooks_measure(llama):
 
 
 def test_costs_are_those_of_an_inspection(llama, tmp_path):
-    """Of a prefill exactly; of a decoded token within what copying the cache costs, which the estimate leaves out."""
+    """Of a prefill exactly; of a decoded token but for the causal mask, of which the estimate takes a prefill's share."""
     profile = adaskip_compile.profile(llama, SAMPLES[:1], progress=False)
     costs, found = profile.costs, inspect_model(llama)
     assert costs is not None
@@ -79,7 +79,7 @@ def test_costs_are_those_of_an_inspection(llama, tmp_path):
         estimate, exact = (cost_at(one.cost["decode"], "decode", 100) for one in (ours, theirs))
         assert estimate["flops"] == exact["flops"]
         assert estimate["weight_bytes"] == exact["weight_bytes"]
-        assert 0.4 * exact["activation_bytes"] < estimate["activation_bytes"] <= exact["activation_bytes"]
+        assert estimate["activation_bytes"] == pytest.approx(exact["activation_bytes"], rel=0.01)
     profile.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == profile
     assert adaskip_compile.plan(profile, speedup=1.2, context=64).policy == "adaskip"

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from adaskip_passes.append_in_place import find_appends
 from adaskip_passes.cost import find_costs
 from adaskip_passes.errors import OptionError
 from adaskip_passes.residual_stream import find_residual_stream
@@ -49,6 +50,18 @@ def test_flops_equal_the_counter_of_torch(family):
     assert {path: cost.flops for path, cost in decode.at(b=3, q=1, t=15).items()} == {
         path: seen[path] for path in decode
     }
+
+
+def test_an_append_in_place_moves_what_it_appends_alone():
+    _, decode = capture(tiny("llama"), batch=3, length=11)
+    stream = find_residual_stream(decode.gm)
+    appended = {append.result: append.new for append in find_appends(decode.gm, stream)}
+    copied, in_place = (
+        find_costs(decode.gm, stream, how)["model.layers.0.self_attn"].at(b=3, t=100) for how in ({}, appended)
+    )
+    entries = 2 * 3 * 2 * 16 * 4  # keys and values of one token: batch, heads, head_dim, bytes
+    assert copied.activation_bytes - in_place.activation_bytes == entries * (99 + 1 + 100) - 2 * entries
+    assert copied.cache_bytes == in_place.cache_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
