@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -18,19 +20,37 @@ from adaskip_passes.one_row_products import spell_out_one_row_products
 from adaskip_passes.outline_regions import Region, outline_regions
 from adaskip_passes.residual_stream import ResidualStream
 
+log = logging.getLogger(__name__)
 Runnable = Callable[..., Any]
+
+# What every kernel of Inductor begins with, with and without vector instructions.
+_KERNELS = (
+    "void kernel(float* numbers) { *numbers += 1; }",
+    "void kernel(float* numbers) { at::vec::Vectorized<float>::loadu(numbers, 1).store(numbers, 1); }",
+)
 
 
 @cache  # once a process
-def start_cpu_compiler() -> None:
-    """Have a thread find out which vector instructions Inductor can use, while the first model is traced.
+def start_cpu_compiler() -> threading.Thread:
+    """Have a thread make the C++ compiler ready for Inductor's kernels, while the first model is traced.
 
-    With empty caches that compiles small programs for six seconds, on one core, before the first kernel.
+    Before its first kernel of a process Inductor finds out which vector instructions it can use, which with empty
+    caches compiles small programs for six seconds, and preprocesses and precompiles its headers.
     """
     # Imported here and not on the thread: two threads that import modules of one package may see them half made.
     from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
 
-    threading.Thread(target=cpu_vec_isa.pick_vec_isa, name="adaskip-vector-instructions", daemon=True).start()
+    def compile_kernels() -> None:
+        try:
+            for kernel in _KERNELS:
+                source = f'#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" {kernel}\n'
+                codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # met again where a kernel is needed
+            log.info("the C++ compiler was not made ready ahead of time: %s", error)
+
+    thread = threading.Thread(target=compile_kernels, name="adaskip-cpu-compiler", daemon=True)
+    thread.start()
+    return thread
 
 
 class Lowering:

@@ -57,7 +57,7 @@ def test_an_append_in_place_moves_what_it_appends_alone():
     stream = find_residual_stream(decode.gm)
     appended = {append.result: append.new for append in find_appends(decode.gm, stream)}
     copied, in_place = (
-        find_costs(decode.gm, stream, how)["model.layers.0.self_attn"].at(b=3, t=100) for how in ({}, appended)
+        find_costs(decode.gm, stream, how)["model.layers.0.self_attn"].at(b=3, t=100) for how in (None, appended)
     )
     entries = 2 * 3 * 2 * 16 * 4  # keys and values of one token: batch, heads, head_dim, bytes
     assert copied.activation_bytes - in_place.activation_bytes == entries * (99 + 1 + 100) - 2 * entries
