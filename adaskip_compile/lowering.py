@@ -23,11 +23,11 @@ from adaskip_passes.residual_stream import ResidualStream
 log = logging.getLogger(__name__)
 Runnable = Callable[..., Any]
 
-# What every kernel of Inductor begins with, with and without vector instructions.
-_KERNELS = (
-    "void kernel(float* numbers) { *numbers += 1; }",
-    "void kernel(float* numbers) { at::vec::Vectorized<float>::loadu(numbers, 1).store(numbers, 1); }",
-)
+# As every kernel of Inductor begins, with vector instructions; what it computes does not matter.
+_KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* numbers) { at::vec::Vectorized<float>::loadu(numbers, 1).store(numbers, 1); }
+"""
 
 
 @cache  # once a process
@@ -40,15 +40,13 @@ def start_cpu_compiler() -> threading.Thread:
     # Imported here and not on the thread: two threads that import modules of one package may see them half made.
     from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
 
-    def compile_kernels() -> None:
+    def compile_kernel() -> None:
         try:
-            for kernel in _KERNELS:
-                source = f'#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" {kernel}\n'
-                codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
+            codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], _KERNEL)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # met again where a kernel is needed
             log.info("the C++ compiler was not made ready ahead of time: %s", error)
 
-    thread = threading.Thread(target=compile_kernels, name="adaskip-cpu-compiler", daemon=True)
+    thread = threading.Thread(target=compile_kernel, name="adaskip-cpu-compiler", daemon=True)
     thread.start()
     return thread
 
