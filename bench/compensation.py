@@ -20,6 +20,7 @@ from adaskip_compile.evaluation.domains import mixed_windows
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import Profile
+from adaskip_passes.errors import OptionError
 from bench.studies import Study, mean_over_domains, study_parser
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     study = Study("compensation", "How much of the paper's loss is left at equal skip counts?", arguments)
     texts = mixed_windows(study.domains, study.tokenizer, "profiling", arguments.samples, arguments.length)
-    profile = learned(study, texts, arguments.forms)
+    profile = learned(study, texts, arguments.forms, max(arguments.skips))
     windows = study.windows()
     full = study.nlls(SkipPlan.none(), windows)
     study.say("NLL of the full model, nats a token:", "")
@@ -50,16 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def learned(study: Study, texts: Sequence[Any], forms: Sequence[str]) -> Profile:
-    """Return a profile with maps and a joint order, and say what each step of learning took."""
+def learned(study: Study, texts: Sequence[Any], forms: Sequence[str], most: int) -> Profile:
+    """Return a profile with maps and a joint order of at least ``most``, and say what each step of learning took."""
     how = study.arguments
     kept = _kept(study, "")
-    if kept is not None and kept.exists():
+    if kept is not None and kept.exists() and len(Profile.load(kept).joint_order) >= most:
         return Profile.load(kept)
     more = {"max_samples": len(texts), "progress": True}
     profile = _timed(study, "profile", lambda: adaskip_compile.profile(study.model, texts, **more))
     profile = _timed(study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=forms, **more))
-    few = {"max_samples": how.judged, "max_tokens": 384, "most": max(how.skips), "candidates": 2 * max(how.skips)}
+    few = {"max_samples": how.judged, "max_tokens": 384, "most": most, "candidates": 2 * most}
     found = _timed(
         study,
         "order",
@@ -102,6 +103,8 @@ def tuned(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> Sk
 def _joint(profile: Profile, skip: int) -> SkipPlan:
     scales = {found.path: found.mean_scale() for found in profile.sublayers}
     chosen = {step.path for step in profile.joint_order[:skip]}
+    if len(chosen) < skip:
+        raise OptionError(f"the joint order has {len(chosen)} sublayers, {skip} were asked for")
     return SkipPlan.from_scales({path: scale for path, scale in scales.items() if path in chosen})
 
 

@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     study = Study("equal_speed", "How much of the paper's loss is left at equal measured speed-up?", arguments)
     texts = mixed_windows(study.domains, study.tokenizer, "profiling", arguments.samples, arguments.length)
-    profile = learned(study, texts, ["low_rank"])
-    papers = {f"paper, {skip}": adaskip_compile.plan(profile, skip=skip) for skip in arguments.skips}
     counts = sorted({skip + extra for skip in arguments.skips for extra in arguments.extra})
+    profile = learned(study, texts, ["low_rank"], max(counts))
+    papers = {f"paper, {skip}": adaskip_compile.plan(profile, skip=skip) for skip in arguments.skips}
     ours = {f"ours, {count}": tuned(study, profile, count, texts) for count in counts}
     plans = papers | ours
     losses = _losses(study, plans)
