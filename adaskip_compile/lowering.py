@@ -31,24 +31,22 @@ extern "C" void kernel(float* numbers) { at::vec::Vectorized<float>::loadu(numbe
 
 
 @cache  # once a process
-def start_cpu_compiler() -> threading.Thread:
+def start_cpu_compiler() -> None:
     """Have a thread make the C++ compiler ready for Inductor's kernels, while the first model is traced.
 
     Before its first kernel of a process Inductor finds out which vector instructions it can use, which with empty
     caches compiles small programs for six seconds, and preprocesses and precompiles its headers.
     """
     # Imported here and not on the thread: two threads that import modules of one package may see them half made.
-    from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     def compile_kernel() -> None:
         try:
-            codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], _KERNEL)
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], _KERNEL)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # met again where a kernel is needed
             log.info("the C++ compiler was not made ready ahead of time: %s", error)
 
-    thread = threading.Thread(target=compile_kernel, name="adaskip-cpu-compiler", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=compile_kernel, name="adaskip-cpu-compiler", daemon=True).start()
 
 
 class Lowering:

@@ -135,9 +135,6 @@ class RequestTable:
             request = Request(
                 self._count, plan, dict(scales), holes, learning, window_left=_window(plan), ramp=plan.ramp
             )
-            for past in self.history:
-                if past.stand_ins and past.storages and past.expired:
-                    past.stand_ins = {}  # made again, should its cache come back in other memory
             self.history.append(request)
             self._drop_expired()
             return request
@@ -220,6 +217,9 @@ class RequestTable:
 
     def _drop_expired(self) -> None:
         self._by_storage = {key: entry for key, entry in self._by_storage.items() if not entry[0].expired()}
+        for past in self.history:
+            if past.stand_ins and past.storages and past.expired:
+                past.stand_ins = {}  # made again, should its cache come back in other memory
 
 
 def _rows_of(rows: torch.Tensor, paths: tuple[str, ...], wanted: tuple[str, ...]) -> torch.Tensor:

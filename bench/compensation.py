@@ -55,8 +55,8 @@ def learned(study: Study, texts: Sequence[Any], forms: Sequence[str], most: int)
     """Return a profile with maps and a joint order of at least ``most``, and say what each step of learning took."""
     how = study.arguments
     kept = _kept(study, "")
-    if kept is not None and kept.exists() and len(Profile.load(kept).joint_order) >= most:
-        return Profile.load(kept)
+    if kept is not None and kept.exists() and len((known := Profile.load(kept)).joint_order) >= most:
+        return known
     more = {"max_samples": len(texts), "progress": True}
     profile = _timed(study, "profile", lambda: adaskip_compile.profile(study.model, texts, **more))
     profile = _timed(study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=forms, **more))

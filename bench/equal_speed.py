@@ -21,13 +21,13 @@ from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.evaluation.domains import mixed_windows
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Sizes, make_measures
+from adaskip_compile.inspection import PHASES
 from adaskip_compile.plans import SkipPlan
 from bench.compensation import learned, tuned
 from bench.recording import cell, generate_under, numbers
 from bench.studies import Study, mean_over_domains, study_parser
 
 FULL = "full"
-PHASES = ("prefill", "decode")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
