@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture import captured_module, constant_floats, make_room_for_graphs, specialise_floats
+from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import Session, session_for
@@ -62,11 +63,17 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
         session.use(plan, source=source)
     if session.compiled is None:
         make_room_for_graphs()
-        session.compiled = constant_floats(
-            torch.compile(model._call_impl, backend=SessionBackend(session), dynamic=True)
-        )
+        session.compiled = constant_floats(_compiled_forward(session, model))
     model._compiled_call_impl = session.compiled
     return model
+
+
+def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:
+    """Return the forward of ``model`` compiled under ``session``, with the captures that earlier processes kept."""
+    keeper = capture_keeper(session, model)
+    if keeper is None:
+        return torch.compile(model._call_impl, backend=SessionBackend(session), dynamic=True)
+    return keeper.compiled(model._call_impl)
 
 
 class SessionBackend:

@@ -77,15 +77,21 @@ _VARIANTS = 64
 
 
 class Dispatcher:
-    """The callable that stands for one captured graph; see the module's text."""
+    """The callable that stands for one captured graph; see the module's text.
 
-    def __init__(self, session: Session, gm: fx.GraphModule, stream: ResidualStream) -> None:
+    ``path`` is where in the model what was captured lies, and ``restored`` says that an earlier process captured it.
+    """
+
+    def __init__(
+        self, session: Session, gm: fx.GraphModule, stream: ResidualStream, *, path: str = "", restored: bool = False
+    ) -> None:
         self.session, self.gm, self.stream = session, gm, stream
+        self.path, self.restored = path, restored
         self.variants: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
         self.lowering = Lowering(session.options.inner, session.options.regions)
         self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}
         self.calls = 0
-        self.captured_because = capture_reason()
+        self.captured_because = None if restored else capture_reason()
         self._lock = threading.Lock()
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         place = {node: index for index, node in enumerate(inputs)}
@@ -116,7 +122,7 @@ class Dispatcher:
             variant = self._variant((), ())
             return variant.run(*inputs, *self._grown(variant, inputs))
         request = self._request(inputs)
-        if self.calls == 1:
+        if self.calls == 1 and not self.restored:
             request.captures.append(f"{self.stream.phase}: {self.captured_because or 'the first graph'}")
         phase = self._phase(request)
         if phase != "prefill":

@@ -77,6 +77,9 @@ class Options:
     cache_dir: str | os.PathLike[str] | None = None
     """Where to keep what was learned and compiled; by default `$ADASKIP_CACHE_DIR`, or else `~/.cache/adaskip`."""
 
+    keep_captures: bool = True
+    """Whether `adaskip_compile.compile` keeps captured graphs there, so that the next process need not trace the model again."""
+
     inner: str = "inductor"
     """What compiles the rewritten graphs: `inductor` or `eager`."""
 
@@ -96,6 +99,8 @@ class Options:
             raise OptionError("plan and profile are both given: a plan is made from a profile, so give one of them")
         if type(self.learn) is not int or self.learn < 1:
             raise OptionError(f"learn={self.learn!r}: takes a number of requests, 1 or more")
+        if type(self.keep_captures) is not bool:
+            raise OptionError(f"keep_captures={self.keep_captures!r}: takes True or False")
         for name, known in (("inner", INNER_BACKENDS), ("regions", REGIONS)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r}: takes one of {', '.join(known)}")

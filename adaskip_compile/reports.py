@@ -26,13 +26,15 @@ class VariantReport:
 class GraphReport:
     """One captured graph and the variants made of it.
 
-    ``captured_because`` is the assumption of the earlier graphs that did not hold; None for the first one.
+    ``captured_because`` is the assumption of the earlier graphs that did not hold; None for the first one, and for
+    one that is ``restored``: an earlier capture of the same structure, from the cache directory.
     """
 
     phase: str
     calls: int
     variants: tuple[VariantReport, ...]
     captured_because: str | None = None
+    restored: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _graph_report(graph: Dispatcher) -> GraphReport:
         )
         for variant in graph.variants.values()
     )
-    return GraphReport(graph.stream.phase, graph.calls, variants, graph.captured_because)
+    return GraphReport(graph.stream.phase, graph.calls, variants, graph.captured_because, graph.restored)
 
 
 def _request_report(request: Request) -> RequestReport:
@@ -177,6 +179,8 @@ def _session_text(session: SessionReport) -> str:
             for variant in graph.variants
         )
         lines.append(f"  graph {graph.phase:<8} {graph.calls:>6} calls  {variants or 'not run yet'}")
+        if graph.restored:
+            lines.append("        from the cache directory: not captured again")
         if graph.captured_because:
             lines.append(f"        captured because this did not hold: {graph.captured_because}")
     lines.extend(f"  graph run unskipped: {reason}" for reason in session.unskipped_graphs)

@@ -26,6 +26,7 @@ from adaskip_compile.options import Options
 from adaskip_compile.planning import resolve_plan
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.requests import Request, RequestTable
+from adaskip_passes.errors import CaptureError
 from adaskip_passes.straighten_stream import straightened_stream
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,8 @@ class Session:
         """Return what Dynamo shall call in place of the graph that it captured."""
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
             return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
-        stream = straightened_stream(gm).below(self._path_of(captured_module()))
+        path = self._path_of(captured_module())
+        stream = straightened_stream(gm).below(path)
         if stream.problems:
             stop = graph_break(gm)
             why = f"capture broke the forward in pieces: {stop}" if stop else "; ".join(stream.problems)
@@ -135,7 +137,21 @@ class Session:
                 return self._refuse(
                     gm, inputs, f"a graph has other sublayers than the first one ({missing[0]}); it runs unskipped"
                 )
-            dispatcher = Dispatcher(self, gm, stream)
+            dispatcher = Dispatcher(self, gm, stream, path=path)
+            self.graphs.append(dispatcher)
+        return dispatcher
+
+    def restore(self, gm: fx.GraphModule, path: str) -> Dispatcher:
+        """Take up a graph that an earlier process captured, of what lies at ``path`` in the model.
+
+        Raises:
+            CaptureError: It has no residual stream, or other sublayers than the session's graphs.
+        """
+        stream = straightened_stream(gm).below(path)
+        if stream.problems or (self.graphs and self.graphs[0].stream.paths != stream.paths):
+            raise CaptureError("; ".join(stream.problems) or "it has other sublayers than the others")
+        dispatcher = Dispatcher(self, gm, stream, path=path, restored=True)
+        with self._lock:
             self.graphs.append(dispatcher)
         return dispatcher
 

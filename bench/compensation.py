@@ -73,26 +73,25 @@ def learned(study: Study, texts: Sequence[Any], forms: Sequence[str], most: int)
 
 def _plans(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> dict[str, SkipPlan]:
     how = study.arguments
-    paper = adaskip_compile.plan(profile, skip=skip)
-    joint = _joint(profile, skip)
+    paper, joint = (choose(profile, skip) for choose in ORDERS.values())
     plans = {"most similar, scale (paper)": paper}
     plans |= {f"most similar, {form}": compensated(paper, profile, form) for form in ("none", *how.forms)}
     plans |= {f"joint order, {form}": compensated(joint, profile, form) for form in ("scale", *how.forms)}
     if not how.steps:
         return plans
-    return plans | {"joint order, low_rank, tuned": tuned(study, profile, skip, texts)}
+    return plans | {f"{name}, low_rank, tuned": tuned(study, profile, name, skip, texts) for name in ORDERS}
 
 
-def tuned(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> SkipPlan:
-    """Return the plan of the first ``skip`` sublayers in the joint order, with low-rank maps tuned together."""
-    kept = _kept(study, f"_{skip}")
+def tuned(study: Study, profile: Profile, order: str, skip: int, texts: Sequence[Any]) -> SkipPlan:
+    """Return the plan of the first ``skip`` sublayers in ``order``, one of :data:`ORDERS`, with low-rank maps tuned together."""
+    kept = _kept(study, f"_{order.replace(' ', '_')}_{skip}")
     if kept is not None and kept.exists():
         return SkipPlan.load(kept)
     how = study.arguments
-    start = compensated(_joint(profile, skip), profile, "low_rank")
+    start = compensated(ORDERS[order](profile, skip), profile, "low_rank")
     found = _timed(
         study,
-        f"tune {skip}",
+        f"tune {skip}, {order}",
         lambda: adaskip_compile.tune(study.model, start, texts, steps=how.steps, max_samples=len(texts)),
     )
     if kept is not None:
@@ -106,6 +105,13 @@ def _joint(profile: Profile, skip: int) -> SkipPlan:
     if len(chosen) < skip:
         raise OptionError(f"the joint order has {len(chosen)} sublayers, {skip} were asked for")
     return SkipPlan.from_scales({path: scale for path, scale in scales.items() if path in chosen})
+
+
+def _most_similar(profile: Profile, skip: int) -> SkipPlan:
+    return adaskip_compile.plan(profile, skip=skip)
+
+
+ORDERS = {"most similar": _most_similar, "joint order": _joint}
 
 
 def _kept(study: Study, suffix: str) -> Path | None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def fresh_dynamo():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def own_captures(monkeypatch: pytest.MonkeyPatch):
+    """Keep what a test captures apart from what others do, so that no test depends on those that ran before."""
+    from adaskip_compile import kept_captures
+
+    monkeypatch.setattr(kept_captures, "FOLDER", f"captures-{uuid.uuid4().hex}")
 
 
 @pytest.fixture

@@ -62,19 +62,25 @@ def _note_symbols(value: Any, symbols: dict[str, dict[str, Any]]) -> None:
         for item in value:
             _note_symbols(item, symbols)
     elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        known = value.node.shape_env.backed_var_to_val
+        env = value.node.shape_env
         for symbol in value.node.expr.free_symbols:
-            hint = known.get(symbol)
-            symbols.setdefault(symbol.name, {"hint": None if hint is None else to_tree(hint)})
+            hint, known = env.backed_var_to_val.get(symbol), env.var_to_range.get(symbol)
+            ends = () if known is None else (known.lower, known.upper)
+            # None for an end that is open, and for that of a float
+            limits = [int(end) if end.is_Integer else None for end in ends]
+            symbols.setdefault(symbol.name, {"hint": None if hint is None else to_tree(hint), "range": limits})
 
 
-def read_graph(data: dict[str, Any]) -> fx.GraphModule:
+def read_graph(data: dict[str, Any], *, stand_ins: bool = True) -> fx.GraphModule:
     """Return the graph that :func:`write_graph` wrote, its values under a new fake mode.
+
+    An operation that is not installed here is stood in for, so that the graph can be rewritten but not run; without
+    ``stand_ins`` it is refused.
 
     Raises:
         DamagedFileError: ``data`` names a symbol, type or function that is unknown.
     """
-    return _read_graph(data, ValueReader(_make_symbols(data["symbols"])))
+    return _read_graph(data, ValueReader(_make_symbols(data["symbols"]), stand_ins=stand_ins))
 
 
 def _read_graph(data: dict[str, Any], reader: ValueReader) -> fx.GraphModule:
@@ -121,6 +127,8 @@ def _make_symbols(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return new symbols of a new shape environment, by the names that they had; the environment is under ``""``."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
 
     env = ShapeEnv()
     made: dict[str, Any] = {"": env}
@@ -132,7 +140,11 @@ def _make_symbols(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
             continue
         value = from_tree(hint, {})
         number = float(value) if value.is_Float else int(value)
-        made[name] = env.create_symbol(
+        symbol = env.create_symbol(
             number, ConstantSource(f"saved_{name}"), DimDynamic.DYNAMIC, None, None, do_not_specialize_zero_one=True
         )
+        lower, upper = about.get("range") or (None, None)
+        if lower is not None:
+            env.var_to_range[symbol] = ValueRanges(lower, int_oo if upper is None else upper)
+        made[name] = symbol
     return made

@@ -7,6 +7,7 @@ What JSON holds as it is, stays so; anything else is a dict of one key that says
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -83,17 +84,21 @@ def _function_name(function: Any) -> str:
 
 
 class ValueReader:
-    """Reads what :func:`write_value` wrote; ``symbols`` are the symbols of the graph by name, their environment under ``""``."""
+    """Reads what :func:`write_value` wrote; ``symbols`` are the symbols of the graph by name, their environment under ``""``.
 
-    def __init__(self, symbols: Mapping[str, Any]) -> None:
+    An operation that is not installed here is stood in for, or refused without ``stand_ins``.
+    """
+
+    def __init__(self, symbols: Mapping[str, Any], *, stand_ins: bool = True) -> None:
+        self._stand_ins = stand_ins
         self._symbols, self._env = symbols, symbols[""]
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._nodes: Mapping[str, fx.Node] = {}
 
     def with_nodes(self, nodes: Mapping[str, fx.Node]) -> ValueReader:
         """Return a reader of the same symbols and fake mode that knows ``nodes`` by name."""
-        reader = object.__new__(ValueReader)
-        reader._symbols, reader._env, reader._mode, reader._nodes = self._symbols, self._env, self._mode, nodes
+        reader = copy.copy(self)
+        reader._nodes = nodes
         return reader
 
     def read(self, data: Any) -> Any:
@@ -169,7 +174,9 @@ class ValueReader:
             owner = torch.ops if module == "torch.ops" else importlib.import_module(module)
             for name in path.split("."):
                 owner = getattr(owner, name)
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError) as error:
+            if not self._stand_ins:
+                raise DamagedFileError(f"a saved graph calls {content}, which is not installed here") from error
             return _stand_in(module, path.rpartition(".")[2])
         return owner
 

@@ -1,0 +1,271 @@
+"""Captured graphs in the cache directory, so that the next process need not trace the model again.
+
+Tracing takes Dynamo most of the time from the start of a process to its first token. What it finds is kept by
+:func:`adaskip_compile.compile` in a folder of the cache directory: one file a graph, in a folder for each model
+structure, dtype, device and version of what makes a difference. Files hold compiled code, and so belong to their owner
+alone: one that others could have written, or that is damaged, is passed over, and the graph captured again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install
+from adaskip_compile.dispatch import Dispatcher
+from adaskip_compile.identity import identify
+from adaskip_compile.sessions import Session
+from adaskip_compile.whole_files import replace_file
+from adaskip_passes.errors import AdaSkipError, CaptureError
+from adaskip_passes.graph import fake_tensor
+from adaskip_passes.saved_graphs import read_graph, write_graph
+from adaskip_passes.textual import print_graph
+
+log = logging.getLogger(__name__)
+
+FOLDER = "captures"
+_FORMAT = 1
+# A model has a few graphs: phases, kinds of cache, one sequence or several. Each takes half a second to install.
+_MOST = 8
+_numbers = itertools.count()
+_called = threading.local()
+
+
+@dataclass(frozen=True)
+class KeptCapture:
+    """One file: what Dynamo made, the graph as JSON-able data, where in the model it is from, and its phase."""
+
+    capture: Capture
+    graph: dict[str, Any]
+    path: str
+    phase: str
+
+
+class CaptureFolder:
+    """The captures that are kept of one model structure, as files. Safe under several processes at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, kept: KeptCapture) -> None:
+        """Keep one more; of too many, those go that were written first."""
+        data = pickle.dumps(kept)
+        digest = hashlib.sha256(data).hexdigest()
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            replace_file(self.path / f"{digest[:16]}.capture", digest.encode() + b"\n" + data)
+            for old in self._files()[:-_MOST]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            log.info("a capture cannot be kept in %s: %s", self.path, error)
+
+    def read(self) -> Iterator[KeptCapture]:
+        """Yield what is kept, those that were written last first; the log says what is passed over."""
+        for file in reversed(self._files()):
+            try:
+                _require_own(self.path)
+                _require_own(file)
+                digest, _, data = file.read_bytes().partition(b"\n")
+                if hashlib.sha256(data).hexdigest().encode() != digest:
+                    raise CaptureError("it is damaged")
+                yield pickle.loads(data)
+            except (OSError, CaptureError) as error:
+                log.warning("%s is passed over, and the graph captured again: %s", file, error)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("*.capture"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+class CaptureKeeper:
+    """Between Dynamo, whose backend it is, and a session: keeps what is captured, and gives back what was kept."""
+
+    __name__ = "adaskip"
+
+    def __init__(self, session: Session, folder: CaptureFolder) -> None:
+        self.session, self._folder = session, folder
+        self._admitted: tuple[dict[str, Any], str, str] | None = None
+        self._restored: list[_RestoredGraph] = []
+
+    def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``forward`` compiled by Dynamo with this as its backend, and all that is kept of it installed."""
+        recorder: Any = CaptureRecorder(self._keep)
+        optimized = torch._dynamo.optimize(self, dynamic=True, package=recorder)(forward)
+        self._restore()
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = getattr(_called, "session", None)
+            _called.session = self.session
+            try:
+                return optimized(*args, **kwargs)
+            except _UnusableError as error:
+                # Nothing has run yet, and the graph at fault is not asked again: Dynamo captures it.
+                self.session.note(str(error))
+                return optimized(*args, **kwargs)
+            finally:
+                _called.session = before
+
+        return call
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile one graph that Dynamo captured, in the form in which the next process will find it.
+
+        Its regions are then the same there, and what the inner compiler has made of them is found again.
+        """
+        data, again = _read_again(gm)
+        run = self.session.admit(gm if again is None else again, example_inputs)
+        kept = data is not None and isinstance(run, Dispatcher)
+        self._admitted = (data, run.path, run.stream.phase) if kept else None  # type: ignore[assignment]
+        return run
+
+    def _keep(self, capture: Capture) -> None:
+        if self._admitted is not None:
+            self._folder.write(KeptCapture(capture, *self._admitted))
+
+    def _restore(self) -> None:
+        # A graph whose guards fail costs each call the time of checking them, and there are more steps than prompts.
+        for kept in sorted(self._folder.read(), key=lambda kept: kept.phase != "decode"):
+            graph = _RestoredGraph(kept, self.session)
+            try:
+                install(kept.capture, graph.caller(), name=f"__adaskip_graph_{next(_numbers)}", applies=graph.applies)
+            except Exception as error:  # noqa: BLE001 - Dynamo's innards raise anything; without it the graph is captured
+                log.info("%s: a kept capture is not used: %s", self.session.model_name, error)
+                continue
+            self._restored.append(graph)
+
+
+class _UnusableError(Exception):
+    """A kept graph turns out to be of no use to the model that it was kept of."""
+
+
+class _RestoredGraph:
+    """A kept graph, which is read and taken up by its session when it is first called.
+
+    Dynamo holds what it is given as long as the code lives, which all models of a class share; so what it is given
+    holds the session, and with it a model's caches, by a weak reference alone.
+    """
+
+    def __init__(self, kept: KeptCapture, session: Session) -> None:
+        self._kept, self._session = kept, weakref.ref(session)
+        self._dispatcher: Dispatcher | None = None
+        self._usable = True
+        self._lock = threading.Lock()
+
+    def applies(self) -> bool:
+        """Tell whether the call that is being made is one of its session's."""
+        return self._usable and getattr(_called, "session", None) is self._session() is not None
+
+    def caller(self) -> Callable[..., Any]:
+        """Return what Dynamo shall call in place of the graph."""
+        target = weakref.ref(self)
+
+        def run(*inputs: Any) -> Any:
+            graph = target()
+            assert graph is not None  # its session has made the call
+            return (graph._dispatcher or graph._take_up())(*inputs)
+
+        return run
+
+    def _take_up(self) -> Dispatcher:
+        with self._lock:
+            if self._dispatcher is None:
+                session = self._session()
+                assert session is not None
+                try:
+                    graph = read_graph(self._kept.graph, stand_ins=False)
+                    self._dispatcher = session.restore(graph, self._kept.path)
+                except AdaSkipError as error:
+                    self._usable = False
+                    raise _UnusableError(
+                        f"a graph that an earlier process captured is captured again: {error}"
+                    ) from error
+            return self._dispatcher
+
+
+def capture_keeper(session: Session, model: nn.Module) -> CaptureKeeper | None:
+    """Return what keeps the captures of ``model``; None where they cannot be, or shall not be."""
+    if not session.options.keep_captures:
+        return None
+    folder = session.options.cache_folder / FOLDER / _key(model)
+    return CaptureKeeper(session, CaptureFolder(folder))
+
+
+def _key(model: nn.Module) -> str:
+    """Return a digest of what two processes must have in common to share captures; guards check all the rest."""
+    kinds = {(str(tensor.dtype), str(tensor.device)) for tensor in (*model.parameters(), *model.buffers())}
+    versions = [importlib.metadata.version(name) for name in ("torch", "adaskip-compile")]
+    try:
+        versions.append(importlib.metadata.version("transformers"))
+    except importlib.metadata.PackageNotFoundError:
+        versions.append("")
+    about = (
+        *(_FORMAT, sys.version, *versions, type(model).__module__, type(model).__qualname__),
+        *(identify(model).structure, *sorted(kinds), torch.get_num_threads()),
+    )
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+
+
+def _read_again(gm: fx.GraphModule) -> tuple[dict[str, Any] | None, fx.GraphModule | None]:
+    """Return ``gm`` as data, and the graph that is read from that; None and None where not all of it comes back."""
+    if _holds_tensors(gm):
+        return None, None
+    try:
+        data = json.loads(json.dumps(write_graph(gm)))
+        again = read_graph(data, stand_ins=False)
+    except (AdaSkipError, TypeError, ValueError, NotImplementedError) as error:
+        log.info("a captured graph cannot be kept: %s", error)
+        return None, None
+    same = all(one.target is other.target or one.op != "call_function" for one, other in _pairs(gm, again))
+    if not same or '{"opaque"' in json.dumps(data) or print_graph(again) != print_graph(gm):
+        log.info("a captured graph cannot be kept: it does not come back the same")
+        return None, None
+    again.compile_subgraph_reason = getattr(gm, "compile_subgraph_reason", None)  # type: ignore[assignment]
+    return data, again
+
+
+def _pairs(gm: fx.GraphModule, again: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield each node of ``gm`` and the one that stands for it in ``again``, those of inner graphs too."""
+    yield from zip(gm.graph.nodes, again.graph.nodes, strict=True)
+    for (_, inner), (_, other) in zip(_inner(gm), _inner(again), strict=True):
+        yield from _pairs(inner, other)
+
+
+def _inner(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+    used = {str(node.target): None for node in gm.graph.find_nodes(op="get_attr")}
+    found = ((path, functools.reduce(getattr, path.split("."), gm)) for path in used)
+    return [(path, one) for path, one in found if isinstance(one, fx.GraphModule)]
+
+
+def _holds_tensors(gm: fx.GraphModule) -> bool:
+    """Tell whether ``gm`` has what a file of a graph has not: tensors of its own, and inputs of other kinds than plain ones."""
+    held = (functools.reduce(getattr, str(node.target).split("."), gm) for node in gm.graph.find_nodes(op="get_attr"))
+    plain = (torch._subclasses.FakeTensor, torch.Tensor, nn.Parameter)
+    values = (fake_tensor(node) for node in gm.graph.find_nodes(op="placeholder"))
+    return (
+        any(isinstance(value, torch.Tensor) for value in held)
+        or any(value is not None and (type(value) not in plain or value.layout != torch.strided) for value in values)
+        or any(_holds_tensors(inner) for _, inner in _inner(gm))
+    )
+
+
+def _require_own(path: Path) -> None:
+    """Refuse what somebody else could have put there: it would be run."""
+    about = path.stat()
+    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+        raise CaptureError("it is not this user's alone")
