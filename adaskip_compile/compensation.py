@@ -67,8 +67,8 @@ class StreamMap:
         return f"{form}, tuned" if self.error is None else f"{form}, misses {self.error:.0%}"
 
     def parts(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return its tensors in the order that graphs take them."""
-        return tuple(self.tensors[name].to(device, dtype) for name in FORMS[self.form])
+        """Return its tensors in the order, and contiguous as the layout, that graphs take them in."""
+        return tuple(self.tensors[name].to(device, dtype).contiguous() for name in FORMS[self.form])
 
     def __call__(self, a: torch.Tensor) -> torch.Tensor:
         """Return b for the stream ``a``, ``(..., d)``."""

@@ -17,7 +17,8 @@ from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_tensor
 from adaskip_passes.one_query_attention import spell_out_one_query_attention
 from adaskip_passes.one_row_products import spell_out_one_row_products
-from adaskip_passes.outline_regions import Region, outline_regions
+from adaskip_passes.outline_regions import outline_regions
+from adaskip_passes.regions import Region
 from adaskip_passes.residual_stream import ResidualStream
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,11 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
 
 
 def call(
-    graph: fx.Graph, target: Callable[..., Any] | str, *args: Any, like: torch.Tensor | None = None, **kwargs: Any
+    graph: fx.Graph,
+    target: Callable[..., Any] | str,
+    *args: Any,
+    like: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    **kwargs: Any,
 ) -> fx.Node:
     """Append a call to ``graph`` at its insertion point, with the fake value that it yields.
 

@@ -8,37 +8,17 @@ cut from: passes run on it as they do on the whole, so that another skip set is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import sympy
-import torch
 from torch import fx
 
 from adaskip_passes.dependence import SHAPE_ONLY
 from adaskip_passes.effects import CLOSING, OPENING, find_effects, op_name
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import fake_tensor, fake_value, graph_module
+from adaskip_passes.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
-
-
-class Region:
-    """One region: a function of what it reads, which the wiring calls.
-
-    ``key`` is a text that is equal for regions that compute the same: same ops, shapes, strides, symbols,
-    dtypes and devices. ``written_inputs`` are the positions of the inputs that it writes to.
-    """
-
-    def __init__(self, name: str, gm: fx.GraphModule) -> None:
-        self.__name__, self.gm, self.key = name, gm, region_key(gm)
-        places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        roots = dict.fromkeys(write.root for write in find_effects(gm).writes)
-        self.written_inputs = tuple(places[root] for root in roots if root in places)
-
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        """Run the region node by node."""
-        return self.gm.forward(*inputs)
 
 
 @dataclass(frozen=True)
@@ -147,21 +127,10 @@ class _Wiring:
         self.regions: list[Region] = []
         self.images: dict[fx.Node, fx.Node] = {}
         self.calls: dict[fx.Node, fx.Node] = {}
-        self.symbols: dict[sympy.Symbol, fx.Node] = {}
+        self.symbols = symbol_inputs(gm.graph)
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self._copy(node)
-                value = fake_value(node)
-                # Inner compilers take a number for the symbol that it was made with, and a size for the one that has
-                # since been found equal to it: the two differ.
-                if isinstance(value, torch.SymInt) and value.node._expr.is_Symbol:
-                    self.symbols.setdefault(value.node._expr, node)
-        # A symbol that no input gives by itself is given by a tensor that has it as a size.
-        for node in gm.graph.find_nodes(op="placeholder"):
-            value = fake_tensor(node)
-            for size in () if value is None else value.shape:
-                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                    self.symbols.setdefault(size.node.expr, node)
 
     def _copy(self, node: fx.Node) -> None:
         image = self.graph.node_copy(node, self.images.__getitem__)
@@ -180,7 +149,7 @@ class _Wiring:
         members = set(nodes)
         outputs = [node for node in nodes if any(user not in members for user in node.users)]
         read = [source for node in nodes for source in node.all_input_nodes if source not in members]
-        inputs = list(dict.fromkeys([*read, *self._symbols_of(read)]))
+        inputs = list(dict.fromkeys([*read, *symbols_of(read, self.symbols)]))
         region = Region(f"region_{len(self.regions)}", _extracted(self.source, nodes, inputs, outputs))
         self.regions.append(region)
         call = self.graph.call_function(region, tuple(self.images[source] for source in inputs))
@@ -191,15 +160,6 @@ class _Wiring:
             image = self.graph.create_node("call_function", operator.getitem, (call, place), name=node.name)
             image.meta = dict(node.meta)
             self.images[node] = image
-
-    def _symbols_of(self, inputs: Sequence[fx.Node]) -> Iterator[fx.Node]:
-        """Yield the inputs that give the symbols in the shapes of ``inputs``, as inner compilers want them."""
-        for node in inputs:
-            value = fake_tensor(node)
-            if value is not None:
-                sizes = [*value.shape, *value.stride(), value.storage_offset()]
-                found = {symbol for size in sizes for symbol in _symbols(size)}
-                yield from (self.symbols[one] for one in sorted(found, key=str) if one in self.symbols)
 
     def finished(self, stream: ResidualStream) -> OutlinedGraph:
         """Return the outlined graph; ``stream`` is that of the source."""
@@ -222,11 +182,6 @@ class _Wiring:
         )
 
 
-def _symbols(size: Any) -> set[sympy.Symbol]:
-    """Return the symbols in a size, those that it was made with and those that stand for them now."""
-    return size.node._expr.free_symbols | size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
-
-
 def _extracted(
     source: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
@@ -239,56 +194,3 @@ def _extracted(
         images[node] = graph.node_copy(node, images.__getitem__)
     graph.output(tuple(images[node] for node in outputs))
     return graph_module(source, graph)
-
-
-def region_key(region: fx.GraphModule) -> str:
-    """Return a text that two regions of one capture share exactly when one's compiled code serves the other.
-
-    Symbols are renamed in order of appearance, and come with the range that they are known to lie in:
-    where each layer's cache has a length of its own, equal layers are still equal.
-    """
-    number: dict[fx.Node, int] = {}
-    symbols: dict[str, str] = {}
-    lines = []
-    for node in region.graph.nodes:
-        args = fx.node.map_arg((node.args, node.kwargs), lambda source: _Reference(number[source]))  # type: ignore[arg-type]
-        target = "" if node.op in ("placeholder", "output") else _target_text(node.target)
-        number[node] = len(number)
-        lines.append(f"{node.op} {target} {args} : {_value_text(fake_value(node), symbols)}")
-    return "\n".join([*lines, *symbols.values()])
-
-
-class _Reference:
-    """A node in the text of a key, by its position."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
-
-
-def _target_text(target: Any) -> str:
-    if isinstance(target, str):
-        return target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
-
-
-def _value_text(value: Any, symbols: dict[str, str]) -> str:
-    if isinstance(value, torch.Tensor):
-        sizes = ",".join(_value_text(size, symbols) for size in (*value.shape, *value.stride()))
-        return f"{value.dtype}[{sizes}]{value.device}"
-    if isinstance(value, (tuple, list)):
-        return ",".join(_value_text(item, symbols) for item in value)
-    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return f"{type(value).__name__} {value}"
-    expression = value.node.expr
-    if expression.is_Integer:
-        return f"int {expression}"  # a symbol that has been found to be a constant
-    renamed = {}
-    for symbol in sorted(expression.free_symbols, key=lambda symbol: (symbol.name not in symbols, symbol.name)):
-        if symbol.name not in symbols:
-            known = value.node.shape_env.var_to_range.get(symbol)
-            symbols[symbol.name] = f"x{len(symbols)} in {known}"
-        renamed[symbol] = sympy.Symbol(symbols[symbol.name].partition(" ")[0])
-    return str(expression.xreplace(renamed))

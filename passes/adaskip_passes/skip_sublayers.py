@@ -11,7 +11,9 @@ from torch import fx
 
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import add_placeholder, call, fake_tensor, size_hint
+from adaskip_passes.map_regions import MapRegions
 from adaskip_passes.pipeline import PassResult
+from adaskip_passes.regions import Region
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.state import output_values
 from adaskip_passes.stream_maps import FORMS, emit_map, part_shapes
@@ -42,6 +44,9 @@ class SkipSublayers:
                  %h2 = linear(%h, %adaskip_2_down)
                  %h3 = linear(%h2, %adaskip_2_up, %adaskip_2_shift)
                  %b_skipped = add(%a, %h3)
+
+    In the wiring of a graph that was cut into regions, such a map is one more region
+    (:mod:`adaskip_passes.map_regions`).
 
     The sublayer's cache writes go. A cache output that the caller still expects becomes a view of the
     same output of a kept sublayer, so it has the right shape and holds no memory. Where no kept
@@ -96,6 +101,8 @@ class _StandIns:
         known = [node for node in gm.graph.find_nodes(op="placeholder") if node.name == SCALES_INPUT]
         self.scales = known[0] if known else self._input(SCALES_INPUT, (count,), torch.float32)
         self.one: torch.Tensor | None = None
+        cut = any(isinstance(node.target, Region) for node in gm.graph.nodes)
+        self.map_regions = MapRegions(gm.graph) if cut else None
 
     def of(self, sublayer: Sublayer) -> fx.Node:
         """Compute b from a, in the dtype of a."""
@@ -111,7 +118,10 @@ class _StandIns:
             self._input(map_input(sublayer.index, part), shapes[part], stream.dtype, like=stream)
             for part in FORMS[form]
         ]
-        return emit_map(self.graph, form, a, parts)
+        # A map of one op is no more than a scale: a region would only add to its time.
+        if self.map_regions is None or form == "channel":
+            return emit_map(self.graph, form, a, parts)
+        return self.map_regions.call(form, a, parts)
 
     def _scale(self, index: int) -> fx.Node:
         scale = call(self.graph, "select", self.scales, 0, index, like=self.one)

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.compensation import BranchStatistics, StreamMap, fit_map
+from adaskip_compile.executor import Executor
+from adaskip_compile.sessions import sessions_of
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError, PlanError, ProfileError
 from adaskip_passes.stream_maps import FORMS, part_shapes
 from tests.generation import CACHES, make_cache
@@ -176,6 +179,48 @@ def test_a_request_with_maps_equals_one_by_hand(llama, kind, regions):
     got = run_request(llama, prompt, forced, cache=make_cache(kind, llama, 32))
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def low_rank_plan(*paths: str) -> SkipPlan:
+    """Return a plan with maps whose tensors are views, as someone who makes maps by hand may have them."""
+    maps = {}
+    for seed, path in enumerate(paths):
+        tensors = random_map("low_rank", seed=seed).tensors
+        maps[path] = StreamMap("low_rank", {**tensors, "down": tensors["down"].mT.contiguous().mT}, None)
+    return replace(SkipPlan.from_scales(dict.fromkeys(paths, 0.97)), maps=maps)
+
+
+def test_maps_of_one_form_are_one_compiled_region():
+    model = tiny("llama", num_hidden_layers=3)
+    first = low_rank_plan("model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.2.mlp")
+    second = low_rank_plan("model.layers.0.mlp", "model.layers.2.self_attn")
+    scaled = SkipPlan.from_scales(dict.fromkeys(first.paths, 0.97))
+
+    def request(plan, length, **options):
+        adaskip_compile.compile(model, plan, **options)
+        cache = make_cache("dynamic", model)
+        return torch.stack(run_request(model, tokens(1, length), tokens(1, 3, seed=1), cache=cache))
+
+    request(scaled, 11)
+    graphs = sessions_of(model)[0].graphs
+    assert [graph.stream.phase for graph in graphs] == ["prefill", "decode"]
+    known = [set(graph.lowering._artifacts) for graph in graphs]
+    assert [graph.lowering.compiled for graph in graphs] == [len(keys) for keys in known] == [4, 4]
+    for plan, length in ((first, 11), (second, 17), (first, 23)):
+        got = request(plan, length)
+        for graph, keys in zip(graphs, known, strict=True):
+            assert graph.lowering.compiled == 5
+            [added] = graph.lowering._artifacts.keys() - keys
+            run = list(graph.variants.values())[-1].run
+            assert isinstance(run, Executor)
+            steps = [step.function for step in run._steps]
+            assert steps.count(graph.lowering._artifacts[added]) == len(plan.maps)
+            assert not any(step in (functional.linear, functional.rms_norm) for step in steps)
+        torch.testing.assert_close(got, request(plan, length, inner="eager"), rtol=1e-4, atol=1e-4)
+        model._compiled_call_impl = None
+        prompt, forced = tokens(1, length), tokens(1, 3, seed=1)
+        wanted = eager_with_maps(model, plan, prompt, forced, make_cache("dynamic", model))
+        torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_another_map_of_the_same_form_is_no_new_variant(llama):

@@ -6,8 +6,9 @@ from torch import fx
 
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.insert_probes import InsertProbes
-from adaskip_passes.outline_regions import Region, outline_regions, region_key
+from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.regions import Region, region_key
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.textual import print_graph
