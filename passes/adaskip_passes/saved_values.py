@@ -79,6 +79,8 @@ _WRITERS: dict[Any, Callable[[Any], Any]] = {
 def _function_name(function: Any) -> str:
     if isinstance(function, torch._ops.OpOverload):
         return f"torch.ops:{function.namespace}.{function._opname}.{function._overloadname}"
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return f"torch.ops:{function._qualified_op_name.replace('::', '.')}"
     name = getattr(function, "__name__", None) or type(function).__name__
     return f"{getattr(function, '__module__', None) or 'torch'}:{name}"
 

@@ -35,7 +35,7 @@ adaskip_compile.compile(model, plan, inner="eager")
 ids = [
     model.generate(
         torch.arange(3, 3 + length)[None], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
-    ).tolist()
+    )[:, length:].tolist()
     for length in (17, 29)
 ]
 restored = [graph.restored for graph in adaskip_compile.report(model).sessions[0].graphs]
@@ -85,18 +85,18 @@ def captured_by(work: Any) -> tuple[Any, int]:
     return work(), capture_count() - before
 
 
-FAMILIES = ["llama", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "gpt_neox", "cohere", "bloom", "mamba"]
+FAMILIES = ["llama", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "gpt_neox", "cohere", "bloom"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_second_model_of_the_same_structure_needs_no_captures(family: str, cache_dir: Path):
     first, second = tiny(family, seed=1), tiny(family, seed=2)
-    expected = [run(first), run(second)]
-    for model in (first, second):
-        adaskip_compile.compile(model, SkipPlan.none(), inner="eager")
-        found, captured = captured_by(lambda model=model: run(model))
-        assert found == expected.pop(0)
-        assert captured == (len(captures_in(cache_dir)) if model is first else 0) > 0 or model is second
+    expected = run(first), run(second)
+    adaskip_compile.compile(first, SkipPlan.none(), inner="eager")
+    found, captured = captured_by(lambda: run(first))
+    assert (found, captured) == (expected[0], len(captures_in(cache_dir)))
+    adaskip_compile.compile(second, SkipPlan.none(), inner="eager")
+    assert captured_by(lambda: run(second)) == (expected[1], 0)
     assert all(graph.restored for graph in sessions_of(second)[0].graphs)
 
 
