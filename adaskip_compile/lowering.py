@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 from torch import fx
 
@@ -58,6 +61,9 @@ class Lowering:
     skip set compiles nothing; with ``"whole"`` each variant is compiled as one graph. ``uncut`` says why a
     graph could not be cut: it is then compiled as a whole.
 
+    The C++ compiler works on a region's kernels while the next region is lowered and the next graph is traced;
+    ``waited`` is for how many seconds calls have waited for it.
+
     Variants are made long after Dynamo's capture has ended, so everything needed is read from the fake
     values that the graph carries. Regions are shared among the variants of one capture alone: their
     symbols mean the same there and nowhere else.
@@ -67,6 +73,7 @@ class Lowering:
         self.inner, self.regions = inner, regions
         self.compiled = 0
         self.uncut = ""
+        self.waited = 0.0
         self._artifacts: dict[str, Runnable] = {}
 
     def prepare(self, gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.GraphModule, ResidualStream]:
@@ -101,7 +108,48 @@ class Lowering:
         spell_out_one_row_products(gm)
         spell_out_one_query_attention(gm)
         _pin_layout(gm)
-        return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
+        with _kernels_when_called(self._waited):
+            return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
+
+    def _waited(self, seconds: float) -> None:
+        self.waited += seconds
+
+
+# Inductor's classes are changed meanwhile, for one thread at a time.
+_COMPILING = threading.RLock()
+
+
+@contextmanager
+def _kernels_when_called(waited: Callable[[float], None]) -> Iterator[None]:
+    """Have Inductor not wait for the C++ compiler within this context: a kernel is waited for when it is first called."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import LambdaFuture
+
+    wait = AsyncCompile.wait
+
+    def wait_for_others(compiling: AsyncCompile, scope: dict[str, Any]) -> None:
+        for name, kernel in scope.items():
+            if name.startswith("cpp_") and isinstance(kernel, LambdaFuture):
+                scope[name] = _PendingKernel(name, scope, kernel.result, waited)
+        wait(compiling, scope)
+
+    with _COMPILING, mock.patch.object(AsyncCompile, "wait", wait_for_others):
+        yield
+
+
+class _PendingKernel:
+    """Stands for a kernel in ``scope``, the globals of the code that calls it, until it is called."""
+
+    def __init__(
+        self, name: str, scope: dict[str, Any], result: Callable[[], Runnable], waited: Callable[[float], None]
+    ) -> None:
+        self._name, self._scope, self._result, self._waited = name, scope, result, waited
+
+    def __call__(self, *values: Any) -> Any:
+        started = time.perf_counter()
+        kernel = self._scope[self._name] = self._result()
+        self._waited(time.perf_counter() - started)
+        return kernel(*values)
 
 
 def _pin_layout(gm: fx.GraphModule) -> None:

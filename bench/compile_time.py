@@ -2,9 +2,11 @@
 
 ``adaskip`` skips 8 attention sublayers, ``inductor`` is ``torch.compile`` with its default backend on the same model
 and inputs. The time is that from the start of the process to the second token, so prefill and decode are captured and
-compiled; ``backend`` is the part of it that the backend took, without Dynamo's tracing.
+compiled; ``backend`` is the part of it that the backend took, without Dynamo's tracing and with what calls waited for
+kernels, and ``captures`` how many graphs Dynamo traced. ``--layers`` gives the model other depths, with random weights.
 
     python -m bench.compile_time --model smollm2 --context 512 --json bench/results/compile_time.json
+    python -m bench.compile_time --layers 8 16 30 64 --ways adaskip --states cold --json bench/results/compile_depth.json
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
 
 import adaskip_compile
+from adaskip_compile.capture import capture_count
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
@@ -37,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _once(arguments)
         return 0
     rows = []
-    for way in arguments.ways:
+    for layers, way, _ in product(arguments.layers, arguments.ways, range(arguments.rounds)):
         with tempfile.TemporaryDirectory() as caches:
-            for state in ("cold", "warm"):
-                rows.append({"way": way, "state": state, **_in_new_process(way, caches, arguments)})
+            for state in arguments.states:
+                row = {"way": way, "state": state, **_in_new_process(way, layers, caches, arguments)}
+                rows.append({**row, "layers": layers} if layers else row)
                 _show(rows[-1], arguments)
     write({"rows": rows}, arguments)
     return 0
@@ -51,15 +56,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
     parser.add_argument("--context", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--states", nargs="+", default=["cold", "warm"], choices=("cold", "warm"), help="in this order")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0], metavar="N", help="depths, with random weights")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="processes of each kind")
     parser.add_argument("--way", choices=WAYS, help="measure this one, in this process")
+    parser.add_argument("--caches", metavar="DIR", help="the cache directories of that process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", metavar="PATH|-")
     return parser.parse_args(argv)
 
 
-def _in_new_process(way: str, caches: str, arguments: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.compile_time", "--way", way, "--model", arguments.model]
-    command += ["--context", str(arguments.context), "--threads", str(arguments.threads)]
+def _in_new_process(way: str, layers: int, caches: str, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.compile_time", "--way", way, "--model", arguments.model, "--caches", caches]
+    command += ["--context", str(arguments.context), "--threads", str(arguments.threads), "--layers", str(layers)]
     started = time.time()
     done = subprocess.run(
         command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches}, stdout=subprocess.PIPE, text=True, check=True
@@ -80,15 +89,19 @@ def _show(row: dict[str, Any], arguments: argparse.Namespace) -> None:
 def _once(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     model, _ = load_checkpoint(arguments.model)
+    if arguments.layers[0]:
+        model.config.num_hidden_layers = arguments.layers[0]
+        model = type(model)(model.config).eval()
     loaded = time.time()
     if arguments.way == "adaskip":
         attentions = [f"{path}" for path, _ in model.named_modules() if path.endswith(("self_attn", ".attn"))][3:11]
-        adaskip_compile.compile(model, SkipPlan.from_scales(dict.fromkeys(attentions, 1.0)))
+        adaskip_compile.compile(model, SkipPlan.from_scales(dict.fromkeys(attentions, 1.0)), cache_dir=arguments.caches)
     elif arguments.way == "inductor":
         model.compile(dynamic=True)
     _two_tokens(model, arguments.context)
     ended = time.time()
-    print(json.dumps({"loaded": loaded, "ended": ended, "more": {"backend": round(_backend(model, arguments.way), 2)}}))
+    more = {"backend": round(_backend(model, arguments.way), 2), "captures": capture_count()}
+    print(json.dumps({"loaded": loaded, "ended": ended, "more": more}))
 
 
 @torch.no_grad()
@@ -101,7 +114,8 @@ def _two_tokens(model: Any, context: int) -> None:
 def _backend(model: Any, way: str) -> float:
     if way == "adaskip":
         graphs = [graph for session in sessions_of(model) for graph in session.graphs]
-        return sum(variant.seconds for graph in graphs for variant in graph.variants.values())
+        lowered = sum(variant.seconds for graph in graphs for variant in graph.variants.values())
+        return lowered + sum(graph.lowering.waited for graph in graphs)
     from torch._dynamo.utils import compilation_time_metrics
 
     return sum(compilation_time_metrics.get("OutputGraph.call_user_compiler", ()))

@@ -33,6 +33,7 @@ def test_defaults() -> None:
         "compensation": "scale",
         "learn": 20,
         "cache_dir": None,
+        "keep_captures": True,
         "inner": "inductor",
         "regions": "shared",
         "debug_dir": None,
@@ -51,7 +52,8 @@ def test_unknown_option_suggests_the_nearest(name: str, nearest: str) -> None:
         Options.from_mapping({name: 1})
     assert str(caught.value) == (
         f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, seed, "
-        "phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, inner, regions, debug_dir"
+        "phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, "
+        "keep_captures, inner, regions, debug_dir"
     )
 
 
@@ -91,6 +93,7 @@ def test_unknown_option_like_no_other(name: Any) -> None:
         ({"plan": 8}, "plan=8: takes a SkipPlan or the path of a file, or None"),
         ({"plan": ""}, "plan='': takes a SkipPlan or the path of a file, or None"),
         ({"profile": SkipPlan.none()}, f"profile={SkipPlan.none()!r}: takes a Profile or the path of a file, or None"),
+        ({"keep_captures": "yes"}, "keep_captures='yes': takes True or False"),
         ({"cache_dir": 3}, "cache_dir=3: takes a folder, or None"),
     ],
 )
