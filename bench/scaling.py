@@ -144,19 +144,23 @@ def _row(
 
 
 def _shares(model: Any, ids: torch.Tensor, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the share of each sublayer in the time of the full model's step, by phase and path."""
-    found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
+    """Return the share of each sublayer in the time of the full model's step, as its caller sees it, by phase and path."""
+    shares: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
     adaskip_compile.compile(model, SkipPlan.none(), inner=arguments.inner)
     session = next(one for one in sessions_of(model) if one.options.inner == arguments.inner)
-    with _timed(session.graphs, found):
-        for _ in range(arguments.rounds):
-            generate(model, ids, arguments.new_tokens)
-    return {phase: {path: statistics.median(values) for path, values in each.items()} for phase, each in found.items()}
+    for _ in range(arguments.rounds):
+        seconds: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
+        with _timed(session.graphs, seconds):
+            run = generate(model, ids, arguments.new_tokens)
+        for phase, each in seconds.items():
+            for path, values in each.items():
+                shares[phase].setdefault(path, []).append(statistics.median(values) / run.seconds(phase))
+    return {phase: {path: statistics.median(values) for path, values in each.items()} for phase, each in shares.items()}
 
 
 @contextmanager
 def _timed(graphs: Sequence[Dispatcher], found: dict[str, dict[str, list[float]]]) -> Iterator[None]:
-    """Have the full variant of each of ``graphs`` note what share of every call each sublayer takes."""
+    """Have the full variant of each of ``graphs`` note how many seconds of every call each sublayer takes."""
     before = []
     for graph in graphs:
         variant = next((one for one in graph.variants.values() if not one.skipped and not one.probed), None)
@@ -198,11 +202,9 @@ def _noting(
     executor: Executor, taken: Mapping[str, float], found: dict[str, list[float]]
 ) -> Callable[..., tuple[Any, ...]]:
     def call(*inputs: Any) -> tuple[Any, ...]:
-        started = time.perf_counter()
         outputs = executor(*inputs)
-        seconds = time.perf_counter() - started
-        for path, part in taken.items():
-            found.setdefault(path, []).append(part / seconds)
+        for path, seconds in taken.items():
+            found.setdefault(path, []).append(seconds)
         return outputs
 
     return call

@@ -234,9 +234,10 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     file = tmp_path / "own_decoder.py"
 
-    def write(factor: float) -> Any:
-        file.write_text(MODULE.format(factor=factor))
-        os.utime(file, (1e9 * factor, 1e9 * factor))  # or the bytecode of the file before might be taken for its own
+    def write(factor: float, comment: str = "") -> Any:
+        file.write_text(MODULE.format(factor=factor) + comment)
+        seconds = 1e9 * factor + len(comment)
+        os.utime(file, (seconds, seconds))  # or the bytecode of the file before might be taken for its own
         sys.modules.pop("own_decoder", None)
         importlib.invalidate_caches()
         return importlib.import_module("own_decoder")
@@ -259,6 +260,8 @@ def test_a_file_of_the_model_that_has_changed_is_traced_again(own_module: Any, c
     assert compiled_and_eager(own_module(1.0)) == (1, True)
     assert compiled_and_eager(own_module(1.0)) == (0, True)
     assert compiled_and_eager(own_module(2.0)) == (1, True)
+    # Whatever it is that has changed.
+    assert compiled_and_eager(own_module(2.0, "# This may mean something.")) == (1, True)
 
 
 def test_a_function_that_is_replaced_is_traced_again(own_module: Any, cache_dir: Path, monkeypatch: Any):
