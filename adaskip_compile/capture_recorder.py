@@ -32,7 +32,14 @@ log = logging.getLogger(__name__)
 
 # Guards on what an object is. Of all others Dynamo keeps the value that was seen.
 _IDENTITIES = {"ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH"}
+# Dynamo's compile packages are no public interface: each version of torch is tried before it is trusted.
+_TRIED = ("2.13",)
 _CONSTANTS = (bool, type(None), torch.dtype, torch.layout, torch.device)
+
+
+def can_record() -> bool:
+    """Tell whether captures can be kept with this version of torch."""
+    return ".".join(torch.__version__.split(".")[:2]) in _TRIED
 
 
 @dataclass(frozen=True)

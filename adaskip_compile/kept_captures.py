@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install
+from adaskip_compile.capture_recorder import Capture, CaptureRecorder, can_record, install
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.identity import identify
 from adaskip_compile.sessions import Session
@@ -201,6 +201,9 @@ class _RestoredGraph:
 def capture_keeper(session: Session, model: nn.Module) -> CaptureKeeper | None:
     """Return what keeps the captures of ``model``; None where they cannot be, or shall not be."""
     if not session.options.keep_captures:
+        return None
+    if not can_record():
+        log.info("captures are not kept: that is not tried with torch %s", torch.__version__)
         return None
     folder = session.options.cache_folder / FOLDER / _key(model)
     return CaptureKeeper(session, CaptureFolder(folder))
