@@ -7,8 +7,10 @@ read off the frame that Dynamo is tracing; where that is not to be had, the grap
 from __future__ import annotations
 
 import functools
+import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,22 @@ def specialise_floats(gm: fx.GraphModule) -> None:
         TensorifyState.specialize(name)
     if symbols:
         raise TensorifyScalarRestartAnalysis
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Have Python's garbage collector wait within this context.
+
+    Tracing and lowering make millions of objects that stay: looking them over again and again for what can go takes
+    an eighth of their time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def capture_count() -> int:

@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 
+from adaskip_compile.capture import collector_paused
 from adaskip_passes.errors import CaptureError
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class CaptureRecorder:
         with (
             mock.patch.object(guards.CheckFunctionManager, "serialize_guards", serialize_all),
             mock.patch.object(pickler, "reducer_override", reduce),
+            collector_paused(),
         ):
             yield
         try:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from adaskip_compile.cache_growth import CacheGrowth
-from adaskip_compile.capture import capture_reason, forget_marks
+from adaskip_compile.capture import capture_reason, collector_paused, forget_marks
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
@@ -265,7 +265,10 @@ class Dispatcher:
         lowering = _EAGER if self.session.learning else self.lowering
         key = (skipped, probed, maps, lowering.inner)
         with self._lock:
-            variant = self.variants.pop(key, None) or self._specialise(skipped, probed, maps, lowering)
+            variant = self.variants.pop(key, None)
+            if variant is None:
+                with collector_paused():
+                    variant = self._specialise(skipped, probed, maps, lowering)
             self.variants[key] = variant  # the last used comes last
             if len(self.variants) > _VARIANTS:
                 self.variants.popitem(last=False)

@@ -229,13 +229,14 @@ def _read_again(gm: fx.GraphModule) -> tuple[dict[str, Any] | None, fx.GraphModu
     if _holds_tensors(gm):
         return None, None
     try:
-        data = json.loads(json.dumps(write_graph(gm)))
+        text = json.dumps(write_graph(gm))
+        data = json.loads(text)
         again = read_graph(data, stand_ins=False)
     except (AdaSkipError, TypeError, ValueError, NotImplementedError) as error:
         log.info("a captured graph cannot be kept: %s", error)
         return None, None
     same = all(one.target is other.target or one.op != "call_function" for one, other in _pairs(gm, again))
-    if not same or '{"opaque"' in json.dumps(data) or print_graph(again) != print_graph(gm):
+    if not same or '{"opaque"' in text or print_graph(again) != print_graph(gm):
         log.info("a captured graph cannot be kept: it does not come back the same")
         return None, None
     again.compile_subgraph_reason = getattr(gm, "compile_subgraph_reason", None)  # type: ignore[assignment]
