@@ -11,7 +11,6 @@ and from then on the identity is guarded that the object has there. Nothing is l
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import logging
@@ -27,6 +26,7 @@ from unittest import mock
 import torch
 
 from adaskip_compile.capture import collector_paused
+from adaskip_compile.lasting_names import code_digest, decorators_above, describe, file_digest, unwrapped
 from adaskip_passes.errors import CaptureError
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 _IDENTITIES = {"ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH"}
 # Dynamo's compile packages are no public interface: each version of torch is tried before it is trusted.
 _TRIED = ("2.13",)
-_CONSTANTS = (bool, type(None), torch.dtype, torch.layout, torch.device)
 
 
 def can_record() -> bool:
@@ -166,7 +165,7 @@ def install(capture: Capture, run: Callable[..., Any], *, name: str, applies: Ca
     from torch._dynamo.package import SerializedCode
 
     for file, digest in capture.files.items():
-        if _file_digest(file) != digest:
+        if file_digest(file) != digest:
             raise CaptureError(f"{Path(file).name} has changed")
     code = _find_code(capture)
     scope = vars(importlib.import_module(capture.module))
@@ -211,7 +210,7 @@ def _finished(recording: _Recording) -> Capture:
         module.__name__,
         function,
         place,
-        _code_digest(recording.code),
+        code_digest(recording.code),
         SerializedCode.from_code_object(bytecode),
         graphs[0],
         recording.imports,
@@ -219,7 +218,7 @@ def _finished(recording: _Recording) -> Capture:
         recording.guards,
         recording.identities,
         # Generated functions have none; they are made by code that has.
-        {file: _file_digest(file) for file in sorted(files) if not file.startswith("<")},
+        {file: file_digest(file) for file in sorted(files) if not file.startswith("<")},
     )
 
 
@@ -229,7 +228,7 @@ def _serialize(
     """Serialise ``guards`` as Dynamo does, but for those on identities; return nothing where that is not possible."""
     by_identity = [guard for guard in guards if _is_by_identity(guard)]
     try:
-        found = [(one.originating_source, one.create_fn_name(), _describe(builder.get(one))) for one in by_identity]
+        found = [(one.originating_source, one.create_fn_name(), describe(builder.get(one))) for one in by_identity]
         recording.identities = pickle.dumps(found)
         own = {*recording.graphs, *recording.imports}
         recording.installed = {name: graph.global_scope[name] for name in graph.installed_globals if name not in own}
@@ -247,31 +246,10 @@ def _finding_decorated_functions(reduce: Callable[[Any, Any], Any]) -> Callable[
     """Return how to pickle guarded values as ``reduce`` does, and functions too that a decorator hides."""
 
     def reducer_override(pickler: Any, value: Any) -> Any:
-        depth = _depth_of(value) if isinstance(value, types.FunctionType) else 0
-        return (_unwrapped, (value.__module__, value.__qualname__, depth)) if depth else reduce(pickler, value)
+        depth = decorators_above(value) if isinstance(value, types.FunctionType) else 0
+        return (unwrapped, (value.__module__, value.__qualname__, depth)) if depth else reduce(pickler, value)
 
     return reducer_override
-
-
-def _depth_of(function: types.FunctionType) -> int:
-    """Return under how many decorators ``function`` lies where its name says; 0 for none, or where it is not there."""
-    try:
-        found: Any = _unwrapped(function.__module__, function.__qualname__, 0)
-    except (ImportError, AttributeError):
-        return 0
-    depth = 0
-    while found is not function and hasattr(found, "__wrapped__"):
-        found, depth = found.__wrapped__, depth + 1
-    return depth if found is function else 0
-
-
-def _unwrapped(module: str, name: str, depth: int) -> Any:
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    for _ in range(depth):
-        found = found.__wrapped__
-    return found
 
 
 def _guard_manager(capture: Capture, code: types.CodeType, scope: dict[str, Any]) -> Any:
@@ -295,7 +273,7 @@ def _guard_manager(capture: Capture, code: types.CodeType, scope: dict[str, Any]
             values[name] = scope[name]
     for source, _, known in identities:
         found = source.get_value({"L": graph.local_scope, "G": values}, guards._get_closure_vars(), {})
-        if _describe(found) != known:
+        if describe(found) != known:
             raise CaptureError(f"{source.name} is another {known[0]} than before")
     again = [Guard(source, getattr(guards.GuardBuilder, kind)) for source, kind, _ in identities]
     everything = GuardsSet(OrderedSet([*graph.guards, *again]))
@@ -317,37 +295,6 @@ def _find_code(capture: Capture) -> types.CodeType:
         "code_source": capture.place,
     }
     code = _lookup_code(types.SimpleNamespace(**where))  # type: ignore[arg-type]
-    if _code_digest(code) != capture.captured:
+    if code_digest(code) != capture.captured:
         raise CaptureError(f"{capture.function} has changed")
     return code
-
-
-def _describe(value: Any) -> tuple[str, ...]:
-    """Return what tells ``value`` from others of its kind in any process."""
-    if isinstance(value, types.ModuleType):
-        return ("module", value.__name__)
-    if isinstance(value, type):
-        return ("class", value.__module__, value.__qualname__)
-    if isinstance(value, types.CodeType):
-        return ("code", value.co_name, _code_digest(value))
-    if isinstance(value, types.FunctionType):
-        return ("function", value.__module__, value.__qualname__, _code_digest(value.__code__))
-    if isinstance(value, (types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return ("operation", str(getattr(value, "__module__", "")), str(value.__name__))
-    if isinstance(value, _CONSTANTS):
-        return ("constant", repr(value))
-    raise CaptureError(f"a guard compares the identity of a {type(value).__name__}")
-
-
-def _code_digest(code: types.CodeType) -> str:
-    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode())
-    for constant in code.co_consts:
-        digest.update((_code_digest(constant) if isinstance(constant, types.CodeType) else repr(constant)).encode())
-    return digest.hexdigest()
-
-
-def _file_digest(file: str) -> str:
-    try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except OSError as error:
-        raise CaptureError(f"{file} cannot be read") from error
