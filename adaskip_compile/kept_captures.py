@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture import collector_paused
 from adaskip_compile.capture_recorder import Capture, CaptureRecorder, can_record, install
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.identity import identify
@@ -106,7 +107,8 @@ class CaptureKeeper:
         """Return ``forward`` compiled by Dynamo with this as its backend, and all that is kept of it installed."""
         recorder: Any = CaptureRecorder(self._keep)
         optimized = torch._dynamo.optimize(self, dynamic=True, package=recorder)(forward)
-        self._restore()
+        with collector_paused():
+            self._restore()
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -188,8 +190,9 @@ class _RestoredGraph:
                 session = self._session()
                 assert session is not None
                 try:
-                    graph = read_graph(self._kept.graph, stand_ins=False)
-                    self._dispatcher = session.restore(graph, self._kept.path)
+                    with collector_paused():
+                        graph = read_graph(self._kept.graph, stand_ins=False)
+                        self._dispatcher = session.restore(graph, self._kept.path)
                 except AdaSkipError as error:
                     self._usable = False
                     raise _UnusableError(

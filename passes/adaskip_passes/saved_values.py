@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaskip_passes.errors import DamagedFileError
 from adaskip_passes.expression_trees import from_tree, to_tree
@@ -164,8 +164,9 @@ class ValueReader:
 
     def _read_tensor(self, content: dict[str, Any]) -> torch.Tensor:
         shape, stride = ([self._read_int(size) for size in content[name]] for name in ("shape", "stride"))
-        with self._mode:
-            made = torch.empty_strided(shape, stride, dtype=getattr(torch, content["dtype"]), device=content["device"])
+        # Made as what it stands for, and not by an operation under the fake mode: a graph has thousands.
+        plain = torch.empty_strided(shape, stride, dtype=getattr(torch, content["dtype"]), device="meta")
+        made = FakeTensor(self._mode, plain, torch.device(content["device"]))
         if content["parameter"]:
             made._is_param = True  # type: ignore[attr-defined]  # what makes it an instance of nn.Parameter
         return made
