@@ -266,6 +266,7 @@ def _guard_manager(capture: Capture, code: types.CodeType, scope: dict[str, Any]
     builtins_name = graph.name_of_builtins_dict_key_in_fglobals
     if builtins_name:
         values[builtins_name] = scope[builtins_name] = get_builtins_dict(scope)
+        _pass_over(builtins_name)
     identities = pickle.loads(capture.identities)
     for source, _, _ in identities:
         name = guards.get_global_source_name(source)
@@ -283,6 +284,15 @@ def _guard_manager(capture: Capture, code: types.CodeType, scope: dict[str, Any]
         shape_code_parts=state.shape_code_parts,
         runtime_global_scope=scope,
     ).guard_manager
+
+
+def _pass_over(name: str) -> None:
+    """Have Dynamo, which numbers the names that it gives, not give ``name`` in this process: it would find it taken."""
+    from torch._dynamo.bytecode_transformation import unique_id
+
+    number = int(name.rpartition("_")[2])
+    while int(unique_id("adaskip").rpartition("_")[2]) < number:
+        pass
 
 
 def _find_code(capture: Capture) -> types.CodeType:

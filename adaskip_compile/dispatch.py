@@ -88,7 +88,7 @@ class Dispatcher:
         self.session, self.gm, self.stream = session, gm, stream
         self.path, self.restored = path, restored
         self.variants: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
-        self.lowering = Lowering(session.options.inner, session.options.regions)
+        self.lowering = Lowering(session.options.inner, session.options.regions, session.note)
         self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}
         self.calls = 0
         self.captured_because = None if restored else capture_reason()
@@ -290,7 +290,7 @@ class Dispatcher:
         except PassError:
             # A region cannot go that still gives a skipped cache entry its shape; a part of it can.
             result = run_pipeline(self._growth.gm, self._growth.stream, passes)
-            lowering = Lowering(lowering.inner, "whole")
+            lowering = Lowering(lowering.inner, "whole", self.session.note)
         grown = self._growth.used(result.gm)
         run = lowering.lower(result.gm)
         seconds = time.perf_counter() - started

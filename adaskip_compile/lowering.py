@@ -12,12 +12,15 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
+import sympy
 from torch import fx
+from torch.fx.experimental import _config as symbol_config
 
 from adaskip_compile.capture import example_inputs
 from adaskip_compile.executor import Executor
+from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.graph import call, fake_mode, fake_tensor
 from adaskip_passes.one_query_attention import spell_out_one_query_attention
 from adaskip_passes.one_row_products import spell_out_one_row_products
 from adaskip_passes.outline_regions import outline_regions
@@ -66,12 +69,14 @@ class Lowering:
 
     Variants are made long after Dynamo's capture has ended, so everything needed is read from the fake
     values that the graph carries. Regions are shared among the variants of one capture alone: their
-    symbols mean the same there and nowhere else.
+    symbols mean the same there and nowhere else. ``assumed`` is what compiling took for granted of them, and
+    ``note`` is told where that does not hold.
     """
 
-    def __init__(self, inner: str, regions: str) -> None:
-        self.inner, self.regions = inner, regions
+    def __init__(self, inner: str, regions: str, note: Callable[[str], None] = log.warning) -> None:
+        self.inner, self.regions, self.note = inner, regions, note
         self.compiled = 0
+        self.assumed: list[sympy.Basic] = []
         self.uncut = ""
         self.waited = 0.0
         self._artifacts: dict[str, Runnable] = {}
@@ -90,9 +95,14 @@ class Lowering:
     def lower(self, gm: fx.GraphModule) -> Runnable:
         """Return a callable that computes what ``gm`` computes; call it with the inputs of ``gm`` in order."""
         if self.regions == "whole":
-            return self._compile(gm)
+            return self._checked(gm, self._compile(gm), lambda: gm.forward)
         regions = [node.target for node in gm.graph.nodes if isinstance(node.target, Region)]
-        return Executor(gm, {region: self._artifact(region) for region in regions})
+        compiled = Executor(gm, {region: self._artifact(region) for region in regions})
+        return self._checked(gm, compiled, lambda: Executor(gm, {region: region.gm.forward for region in regions}))
+
+    def _checked(self, gm: fx.GraphModule, compiled: Runnable, plain: Callable[[], Runnable]) -> Runnable:
+        # What one region assumes is known of the symbols from then on, and taken for granted in the next.
+        return AssumptionCheck(gm, self.assumed, compiled, plain(), self.note) if self.assumed else compiled
 
     def _artifact(self, region: Region) -> Runnable:
         if region.key not in self._artifacts:
@@ -108,8 +118,13 @@ class Lowering:
         spell_out_one_row_products(gm)
         spell_out_one_query_attention(gm)
         _pin_layout(gm)
-        with _kernels_when_called(self._waited):
-            return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
+        guards = _guards(gm)
+        known = len(guards)
+        # Code for sizes of any value: else the sizes of the first call decide how sums are made and what broadcasts.
+        with _kernels_when_called(self._waited), symbol_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            artifact = standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
+        self.assumed += [guard.expr for guard in guards[known:]]
+        return artifact
 
     def _waited(self, seconds: float) -> None:
         self.waited += seconds
@@ -150,6 +165,12 @@ class _PendingKernel:
         kernel = self._scope[self._name] = self._result()
         self._waited(time.perf_counter() - started)
         return kernel(*values)
+
+
+def _guards(gm: fx.GraphModule) -> list[Any]:
+    """Return the list that everything that is assumed of the symbols of ``gm`` goes into."""
+    environment = getattr(fake_mode(gm.graph), "shape_env", None)
+    return [] if environment is None else environment.guards
 
 
 def _pin_layout(gm: fx.GraphModule) -> None:

@@ -149,7 +149,7 @@ class _Wiring:
         members = set(nodes)
         outputs = [node for node in nodes if any(user not in members for user in node.users)]
         read = [source for node in nodes for source in node.all_input_nodes if source not in members]
-        inputs = list(dict.fromkeys([*read, *symbols_of(read, self.symbols)]))
+        inputs = list(dict.fromkeys([*read, *symbols_of(read, self.symbols, nodes)]))
         region = Region(f"region_{len(self.regions)}", _extracted(self.source, nodes, inputs, outputs))
         self.regions.append(region)
         call = self.graph.call_function(region, tuple(self.images[source] for source in inputs))

@@ -49,19 +49,31 @@ def symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:
     return found
 
 
-def symbols_of(inputs: Iterable[fx.Node], given: Mapping[sympy.Symbol, fx.Node]) -> Iterator[fx.Node]:
-    """Yield the nodes of ``given`` (:func:`symbol_inputs`) for the symbols in the shapes of ``inputs``."""
-    for node in inputs:
-        value = fake_tensor(node)
-        if value is not None:
-            sizes = [*value.shape, *value.stride(), value.storage_offset()]
-            found = {symbol for size in sizes for symbol in _symbols(size)}
-            yield from (given[one] for one in sorted(found, key=str) if one in given)
+def symbols_of(
+    inputs: Iterable[fx.Node], given: Mapping[sympy.Symbol, fx.Node], inside: Iterable[fx.Node] = ()
+) -> Iterator[fx.Node]:
+    """Yield the nodes of ``given`` (:func:`symbol_inputs`) that a region of the nodes ``inside`` needs beside ``inputs``.
+
+    They give the symbols in the values of both. A number among ``inputs`` gives but the symbol that it was made
+    with: sizes made of it may be in terms of another one, found equal since.
+    """
+    inputs = list(inputs)
+    numbers = {value.node._expr for node in inputs if isinstance(value := fake_value(node), torch.SymInt)}
+    # In order of appearance, not of names, so that equal regions take them in the same order.
+    found = dict.fromkeys(symbol for node in (*inputs, *inside) for symbol in _symbols(fake_value(node)))
+    yield from (given[symbol] for symbol in found if symbol in given and symbol not in numbers)
 
 
-def _symbols(size: Any) -> set[sympy.Symbol]:
-    """Return the symbols in a size, those that it was made with and those that stand for them now."""
-    return size.node._expr.free_symbols | size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+def _symbols(value: Any) -> Iterator[sympy.Symbol]:
+    """Yield the symbols in a value, those that it was made with and those that stand for them now."""
+    if isinstance(value, torch.Tensor):
+        value = (*value.shape, *value.stride(), value.storage_offset())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _symbols(item)
+    elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        for expression in (value.node._expr, value.node.expr):
+            yield from sorted(expression.free_symbols, key=str)
 
 
 def region_key(region: fx.GraphModule) -> str:

@@ -34,8 +34,9 @@ plan = adaskip_compile.SkipPlan.from_scales(json.loads(sys.argv[2]), window=0)
 adaskip_compile.compile(model, plan, inner="eager")
 ids = [
     model.generate(
-        torch.arange(3, 3 + length)[None], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+        torch.arange(3, 3 + length).expand(rows, length), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
     )[:, length:].tolist()
+    for rows in json.loads(sys.argv[3])
     for length in (17, 29)
 ]
 restored = [graph.restored for graph in adaskip_compile.report(model).sessions[0].graphs]
@@ -43,8 +44,8 @@ print(json.dumps([ids, capture_count(), restored]))
 """
 
 
-def in_new_process(checkpoint: Path, cache_dir: Path, scales: dict[str, float]) -> Any:
-    command = [sys.executable, "-c", PROGRAM, str(checkpoint), json.dumps(scales)]
+def in_new_process(checkpoint: Path, cache_dir: Path, scales: dict[str, float], rows: tuple[int, ...] = (1,)) -> Any:
+    command = [sys.executable, "-c", PROGRAM, str(checkpoint), json.dumps(scales), json.dumps(rows)]
     environment = {**os.environ, "ADASKIP_CACHE_DIR": str(cache_dir)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,6 +74,10 @@ def test_the_next_process_captures_nothing(tmp_path: Path):
     skipped, captured, _ = in_new_process(checkpoint, tmp_path / "cache", {"model.layers.0.self_attn": 1.0})
     assert captured == 0
     assert skipped != second
+    # What is not kept yet is captured beside what is.
+    both, captured, restored = in_new_process(checkpoint, tmp_path / "cache", {}, rows=(1, 2))
+    assert captured == len(restored) - 2 == len(captures_in(tmp_path)) - 2 > 0
+    assert both == [*eager, *([one[0], one[0]] for one in eager)]
 
 
 def run(model: Any, cache: str = "dynamic", length: int = 12) -> list[int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental import _config as config
 
+from adaskip_compile.lowering import Lowering
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import LegalityError
@@ -50,3 +51,51 @@ def test_caches_that_part_ways_are_noticed_at_run_time():
 def test_a_graph_that_skips_nothing_has_nothing_to_check():
     captured = shared_captures("llama")[0]
     ShapeCheck(captured.gm, captured.gm).check((), (torch.ones(1),))
+
+
+def dynamic_graph(function, *inputs):
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(function, backend=backend, dynamic=True)(*inputs)
+    return graphs[0]
+
+
+def size_inputs(gm, *tensors):
+    """Return what ``gm`` takes in a call with ``tensors``, all of one length."""
+    rest = iter(tensors)
+    inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    return [next(rest) if isinstance(value, torch.Tensor) else tensors[0].shape[0] for value in inputs]
+
+
+def test_what_compiling_assumes_of_sizes_is_checked_in_every_call(monkeypatch):
+    """Lower with a compiler that bakes the length of the first call into its code."""
+
+    def specialising(gm, example_inputs, **how):
+        length = int(next(value for value in example_inputs if isinstance(value, torch.SymInt)))
+        return lambda *inputs: (torch.full((length,), 7.0),)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", specialising)
+    notes = []
+    gm = dynamic_graph(lambda x: (x + 1,), torch.ones(5))
+    run = Lowering("inductor", "whole", notes.append).lower(gm)
+    assert run(*size_inputs(gm, torch.ones(5)))[0].tolist() == [7.0] * 5
+    assert not notes
+    for _ in range(2):
+        assert run(*size_inputs(gm, torch.ones(6)))[0].tolist() == [2.0] * 6
+    assert notes
+    assert "Eq(s" in notes[0]
+
+
+@pytest.mark.parametrize("length", [5, 6000])
+def test_sums_assume_nothing_of_their_length(length):
+    gm = dynamic_graph(lambda x: (x.softmax(-1),), torch.ones(length))
+    lowering = Lowering("inductor", "whole")
+    run = lowering.lower(gm)
+    assert not lowering.assumed
+    for other in (7, 5000):
+        values = torch.randn(other)
+        torch.testing.assert_close(run(*size_inputs(gm, values))[0], values.softmax(-1))

@@ -13,6 +13,7 @@ from adaskip_compile import SkipPlan
 from adaskip_compile.texts import profiling_texts
 from tests.generation import CACHES, generate, greedy_loop, left_padded, make_cache
 from tests.models import tiny, tokens
+from tests.reference import run_request
 
 STEPS = 64
 OPTIONS = {"plan": SkipPlan.none(), "inner": "eager"}
@@ -91,6 +92,16 @@ def test_tokens_through_inductor(kind):
     model = tiny("llama", num_hidden_layers=2)
     adaskip_compile.compile(model, SkipPlan.none(), inner="inductor")
     check_tokens(model, through_compile, make_cache(kind, model), [tokens(1, 17)[0]])
+
+
+def test_a_static_cache_without_a_mask_through_inductor():
+    model = tiny("llama")
+    request = tokens(1, 9), tokens(1, 4, seed=1)
+    eager = run_request(model, *request, cache=make_cache("static", model))
+    # A capture that is kept names its symbols anew.
+    adaskip_compile.compile(model, SkipPlan.none(), inner="inductor", keep_captures=False)
+    got = run_request(model, *request, cache=make_cache("static", model))
+    torch.testing.assert_close(got, eager, rtol=2e-5, atol=2e-5)
 
 
 # (prompt tokens, rows): every way and cache meets them all.

@@ -5,15 +5,19 @@ import torch
 from torch import fx
 
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.graph import fake_value
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.regions import Region, region_key
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.straighten_stream import straighten_stream
 from adaskip_passes.textual import print_graph
 from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
-from tests.models import weights
+from tests.generation import CACHES, make_cache
+from tests.models import FAMILIES, tiny, tokens, weights
+from tests.reference import run_request
 
 GRAPHS = [
     ("llama", "dynamic"),
@@ -170,6 +174,49 @@ def test_regions_return_values_in_the_order_in_which_they_compute_them():
             values = region.gm.graph.output_node().args[0]
             assert isinstance(values, tuple)
             assert sorted(values, key=places.__getitem__) == list(values)
+
+
+def sizes_of(value):
+    if isinstance(value, torch.Tensor):
+        return [*value.shape, *value.stride(), value.storage_offset()]
+    return [size for item in value for size in sizes_of(item)] if isinstance(value, (tuple, list)) else [value]
+
+
+def missing_symbols(region):
+    """Return the symbols of the sizes in a region that none of its inputs gives, as Inductor reads inputs."""
+    used, given = set(), set()
+    for node in region.gm.graph.nodes:
+        value = fake_value(node)
+        sizes = [size for size in sizes_of(value) if isinstance(size, (torch.SymInt, torch.SymBool))]
+        used.update(*(size.node.expr.free_symbols for size in sizes))
+        if node.op == "placeholder":  # a number gives the symbol that it was made with, a tensor those of its sizes now
+            number = isinstance(value, torch.SymInt)
+            given.update(size.node._expr if number else size.node.expr for size in sizes)
+    return used - given
+
+
+QUICK = ("llama", "gemma3_text", "bloom")
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "family", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
+)
+def test_a_region_is_given_every_symbol_in_it(family, cache):
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm, example_inputs):
+        straighten_stream(gm)
+        graphs.append(gm)
+        for region in outline_regions(gm, find_residual_stream(gm)).regions:
+            assert not missing_symbols(region), f"graph {len(graphs)}, {region.__name__}"
+        return gm.forward
+
+    model = tiny(family)
+    with torch._dynamo.config.patch(specialize_float=True):
+        compiled = torch.compile(model._call_impl, backend=backend, dynamic=True)
+        run_request(compiled, tokens(2, 9), tokens(2, 2), cache=make_cache(cache, model))
+    assert len(graphs) > 1
 
 
 def test_a_stream_is_found_again_in_the_specialised_graph():
