@@ -59,6 +59,7 @@ class GrowingStorages:
     def begun(self, shapes: Sequence[torch.Size], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return an entry of each of ``shapes`` in a new storage, with open content, dtype and device as ``like`` has them."""
         with self._lock:
+            self._drop_expired()
             return [self._begun(shape, one) for shape, one in zip(shapes, like, strict=True)]
 
     def _extended(self, entry: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -82,9 +83,17 @@ class GrowingStorages:
         storage = whole.untyped_storage()
         self._known[storage._cdata] = _Growing(StorageWeakRef(storage), shape, strides, like.dtype, room)
         if len(self._known) > self._many:
-            self._known = {key: known for key, known in self._known.items() if not known.storage.expired()}
+            self._drop_expired()
             self._many = max(_MANY, 2 * len(self._known))
         return whole.narrow(-2, 0, length).detach()
+
+    def _drop_expired(self) -> None:
+        """Forget the storages that are gone.
+
+        What is left of one is a small piece of memory. It lies beside where the entry was, and keeps an allocator from
+        joining what came free: the caches of the next requests would each need new memory.
+        """
+        self._known = {key: known for key, known in self._known.items() if not known.storage.expired()}
 
 
 def _is_longest(entry: torch.Tensor, known: _Growing) -> bool:

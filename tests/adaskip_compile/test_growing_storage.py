@@ -95,3 +95,13 @@ def test_records_of_storages_that_are_gone_are_dropped(storages):
     for _ in range(3000):
         storages.begun([torch.Size((1, 1, 1, 1))], [torch.empty(0)])
     assert len(storages._known) <= 1025
+
+
+def test_nothing_is_held_of_requests_that_have_ended():
+    storages = GrowingStorages()
+    for _ in range(5):
+        entries = storages.begun([torch.Size((1, 2, 8, 4))] * 3, [torch.zeros(1)] * 3)
+    assert len(storages._known) == 6  # those of this request, and those that were there when it began
+    del entries
+    storages.begun([torch.Size((1, 2, 8, 4))], [torch.zeros(1)])
+    assert len(storages._known) == 1
