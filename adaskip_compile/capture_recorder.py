@@ -37,9 +37,13 @@ _IDENTITIES = {"ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "CLO
 _TRIED = ("2.13",)
 
 
-def can_record() -> bool:
-    """Tell whether captures can be kept with this version of torch."""
-    return ".".join(torch.__version__.split(".")[:2]) in _TRIED
+def why_not() -> str | None:
+    """Return why captures cannot be kept in this process, or None."""
+    if ".".join(torch.__version__.split(".")[:2]) not in _TRIED:
+        return f"that is not tried with torch {torch.__version__}"
+    if torch._dynamo.config.caching_precompile:
+        return "Dynamo keeps its own (torch._dynamo.config.caching_precompile)"
+    return None
 
 
 @dataclass(frozen=True)

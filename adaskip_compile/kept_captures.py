@@ -28,7 +28,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture import collector_paused
-from adaskip_compile.capture_recorder import Capture, CaptureRecorder, can_record, install
+from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.identity import identify
 from adaskip_compile.sessions import Session
@@ -205,8 +205,9 @@ def capture_keeper(session: Session, model: nn.Module) -> CaptureKeeper | None:
     """Return what keeps the captures of ``model``; None where they cannot be, or shall not be."""
     if not session.options.keep_captures:
         return None
-    if not can_record():
-        log.info("captures are not kept: that is not tried with torch %s", torch.__version__)
+    reason = why_not()
+    if reason is not None:
+        log.info("captures are not kept: %s", reason)
         return None
     folder = session.options.cache_folder / FOLDER / _key(model)
     return CaptureKeeper(session, CaptureFolder(folder))

@@ -150,6 +150,15 @@ def test_nothing_is_kept_where_that_is_not_wanted(cache_dir: Path):
     assert not captures_in(cache_dir)
 
 
+def test_nothing_is_kept_with_a_torch_that_was_not_tried(cache_dir: Path, monkeypatch: Any, caplog: Any):
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    caplog.set_level("INFO", "adaskip_compile.kept_captures")
+    adaskip_compile.compile(model := tiny("llama"), SkipPlan.none(), inner="eager")
+    run(model)
+    assert not captures_in(cache_dir)
+    assert "not tried with torch 2.99.0" in caplog.text
+
+
 def restart(model: Any) -> Any:
     """Return a copy of ``model`` that is compiled with what is kept."""
     again = tiny("llama", seed=1)
