@@ -128,7 +128,7 @@ class Options:
         >>> Options.from_mapping({"polcy": "adaskip"})
         Traceback (most recent call last):
         adaskip_passes.errors.OptionError: unknown option 'polcy': did you mean 'policy'? Options are plan, profile, \
-skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, inner, regions, debug_dir
+skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, keep_captures, inner, regions, debug_dir
         """
         known = [field.name for field in fields(cls)]
         for name in options or {}:
