@@ -14,6 +14,7 @@ from unittest import mock
 
 import sympy
 from torch import fx
+from torch.compiler import config as compiler_config
 from torch.fx.experimental import _config as symbol_config
 
 from adaskip_compile.capture import example_inputs
@@ -118,12 +119,19 @@ class Lowering:
         spell_out_one_row_products(gm)
         spell_out_one_query_attention(gm)
         _pin_layout(gm)
-        guards = _guards(gm)
-        known = len(guards)
+        environment = getattr(fake_mode(gm.graph), "shape_env", None)
+        known, symbols = (0, set()) if environment is None else (len(environment.guards), {*environment.var_to_range})
         # Code for sizes of any value: else the sizes of the first call decide how sums are made and what broadcasts.
-        with _kernels_when_called(self._waited), symbol_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        # The setting is not in the key of what Inductor keeps: code for some sizes must not be taken for it.
+        with (
+            _kernels_when_called(self._waited),
+            symbol_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+            compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}adaskip-any-size"),  # type: ignore[attr-defined]
+        ):
             artifact = standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
-        self.assumed += [guard.expr for guard in guards[known:]]
+        guards: list[Any] = [] if environment is None else environment.guards[known:]
+        # What is said of symbols that were only made meanwhile is said of constants.
+        self.assumed += [guard.expr for guard in guards if symbols & guard.expr.free_symbols]
         return artifact
 
     def _waited(self, seconds: float) -> None:
@@ -165,12 +173,6 @@ class _PendingKernel:
         kernel = self._scope[self._name] = self._result()
         self._waited(time.perf_counter() - started)
         return kernel(*values)
-
-
-def _guards(gm: fx.GraphModule) -> list[Any]:
-    """Return the list that everything that is assumed of the symbols of ``gm`` goes into."""
-    environment = getattr(fake_mode(gm.graph), "shape_env", None)
-    return [] if environment is None else environment.guards
 
 
 def _pin_layout(gm: fx.GraphModule) -> None:

@@ -66,7 +66,9 @@ class AssumptionCheck:
     ) -> None:
         self._compiled, self._plain, self._note = compiled, plain, note
         self._symbols, self._assumed = _symbol_sources(gm), tuple(assumed)
-        self._evaluate = sympy.lambdify(list(self._symbols), list(assumed), "math", printer=PythonPrinter())
+        # What speaks of a size that no input tells cannot be checked, and so does not hold.
+        told = [one if one.free_symbols <= self._symbols.keys() else sympy.false for one in assumed]
+        self._evaluate = sympy.lambdify(list(self._symbols), told, "math", printer=PythonPrinter())
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph on ``inputs``."""

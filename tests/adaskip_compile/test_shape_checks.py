@@ -1,11 +1,13 @@
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
+from torch._dynamo.source import ConstantSource
 from torch.fx.experimental import _config as config
 
 from adaskip_compile.lowering import Lowering
-from adaskip_compile.shape_checks import ShapeCheck
+from adaskip_compile.shape_checks import AssumptionCheck, ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import LegalityError
 from adaskip_passes.pipeline import run_pipeline
@@ -99,3 +101,27 @@ def test_sums_assume_nothing_of_their_length(length):
     for other in (7, 5000):
         values = torch.randn(other)
         torch.testing.assert_close(run(*size_inputs(gm, values))[0], values.softmax(-1))
+
+
+def test_what_is_assumed_of_a_size_that_no_input_tells_does_not_hold():
+    gm = dynamic_graph(lambda x: (x + 1,), torch.ones(5))
+    notes = []
+    unknown = sympy.Eq(sympy.Symbol("s999", integer=True), 3)
+    check = AssumptionCheck(gm, [unknown], lambda *_: "compiled", lambda *_: "plain", notes.append)
+    assert check(*size_inputs(gm, torch.ones(5))) == "plain"
+    assert "s999" in notes[0]
+
+
+def test_nothing_is_assumed_of_constants(monkeypatch):
+    """Lower with a compiler that makes a symbol for a constant, and says so."""
+
+    def with_constant(gm, example_inputs, **how):
+        env = next(value.node.shape_env for value in example_inputs if isinstance(value, torch.SymInt))
+        made = env.create_symbol(-1, ConstantSource("made"), positive=None)
+        assert bool(env.create_symintnode(made, hint=-1) == -1)
+        return gm.forward
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", with_constant)
+    lowering = Lowering("inductor", "whole")
+    lowering.lower(dynamic_graph(lambda x: (x + 1,), torch.ones(5)))
+    assert not lowering.assumed
