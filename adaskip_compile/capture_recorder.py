@@ -16,7 +16,7 @@ import inspect
 import logging
 import pickle
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,7 +100,7 @@ class CaptureRecorder:
 
     def __init__(self, keep: Callable[[Capture], None]) -> None:
         self._keep = keep
-        self._now = _Recording(self.code_context.__wrapped__.__code__)  # type: ignore[attr-defined]
+        self._now: _Recording  # from the first capture on: Dynamo tells of nothing else
 
     @contextmanager
     def code_context(self, code: types.CodeType) -> Iterator[None]:
@@ -303,12 +303,10 @@ def _find_code(capture: Capture) -> types.CodeType:
     from torch._dynamo.package import _lookup_code
 
     importlib.import_module(capture.module)
-    where: Mapping[str, Any] = {
-        "python_module": capture.module,
-        "function_names": [capture.function],
-        "code_source": capture.place,
-    }
-    code = _lookup_code(types.SimpleNamespace(**where))  # type: ignore[arg-type]
+    entry: Any = types.SimpleNamespace(
+        python_module=capture.module, function_names=[capture.function], code_source=capture.place
+    )
+    code = _lookup_code(entry)
     if code_digest(code) != capture.captured:
         raise CaptureError(f"{capture.function} has changed")
     return code

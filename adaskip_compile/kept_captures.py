@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import operator
 import os
 import pickle
 import sys
@@ -250,25 +251,28 @@ def _read_again(gm: fx.GraphModule) -> tuple[dict[str, Any] | None, fx.GraphModu
 def _pairs(gm: fx.GraphModule, again: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield each node of ``gm`` and the one that stands for it in ``again``, those of inner graphs too."""
     yield from zip(gm.graph.nodes, again.graph.nodes, strict=True)
-    for (_, inner), (_, other) in zip(_inner(gm), _inner(again), strict=True):
+    for inner, other in zip(_inner(gm), _inner(again), strict=True):
         yield from _pairs(inner, other)
 
 
-def _inner(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    used = {str(node.target): None for node in gm.graph.find_nodes(op="get_attr")}
-    found = ((path, functools.reduce(getattr, path.split("."), gm)) for path in used)
-    return [(path, one) for path, one in found if isinstance(one, fx.GraphModule)]
+def _held(gm: fx.GraphModule) -> list[Any]:
+    """Return what the nodes of ``gm`` read of its attributes, each once."""
+    names = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
+    return [operator.attrgetter(name)(gm) for name in names]
+
+
+def _inner(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    return [one for one in _held(gm) if isinstance(one, fx.GraphModule)]
 
 
 def _holds_tensors(gm: fx.GraphModule) -> bool:
     """Tell whether ``gm`` has what a file of a graph has not: tensors of its own, and inputs of other kinds than plain ones."""
-    held = (functools.reduce(getattr, str(node.target).split("."), gm) for node in gm.graph.find_nodes(op="get_attr"))
     plain = (torch._subclasses.FakeTensor, torch.Tensor, nn.Parameter)
     values = (fake_tensor(node) for node in gm.graph.find_nodes(op="placeholder"))
     return (
-        any(isinstance(value, torch.Tensor) for value in held)
+        any(isinstance(value, torch.Tensor) for value in _held(gm))
         or any(value is not None and (type(value) not in plain or value.layout != torch.strided) for value in values)
-        or any(_holds_tensors(inner) for _, inner in _inner(gm))
+        or any(_holds_tensors(inner) for inner in _inner(gm))
     )
 
 

@@ -1,10 +1,10 @@
 """How much of the paper's loss is left at the same measured speed-up, the cost of compensation included?
 
 The paper's plan (most similar sublayers, a scale in their place) at each count, the same with low-rank maps, and, at the
-same count and some more, with maps tuned together on its choice (maps tuned) and on that of the joint order (ours). All are compiled and run in turn in each round; the
-page names those that are as fast as the paper's in both prefill and decode. Needles and in-context classification tell
-what the losses mean for tasks. Profile, order and tuning are those of `bench.compensation`, which this bench shares a
-folder of plans with.
+same count and some more, with maps tuned together on its choice (maps tuned) and on that of the joint order (ours). All
+are compiled and run in turn in each round; the page names those that are as fast as the paper's in both prefill and
+decode. Needles and in-context classification tell what the losses mean for tasks. Profile, order and tuning are those of
+`bench.compensation`, which this bench shares a folder of plans with.
 
     python -m bench.equal_speed --model smollm2 --skips 8 16 --extra 0 1 2 --plans DIR [--texts NAME=DIR ...]
 """

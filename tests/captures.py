@@ -83,7 +83,7 @@ def scales_input(stream: ResidualStream, scales: Mapping[str, float]) -> torch.T
     return torch.tensor([scales.get(path, float("nan")) for path in stream.paths])
 
 
-def first_graph(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
+def first_graph(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> fx.GraphModule:
     """Return the graph that Dynamo captures from ``function``."""
     graphs = []
 
@@ -93,5 +93,5 @@ def first_graph(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(function, backend=backend)(*inputs)
+        torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
     return graphs[0]

@@ -13,7 +13,7 @@ from adaskip_passes.errors import LegalityError
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
-from tests.captures import run, scales_input, shared_captures, stream_of
+from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
 from tests.models import capture_all, plain
 
 
@@ -55,17 +55,6 @@ def test_a_graph_that_skips_nothing_has_nothing_to_check():
     ShapeCheck(captured.gm, captured.gm).check((), (torch.ones(1),))
 
 
-def dynamic_graph(function, *inputs):
-    graphs = []
-
-    def backend(gm, example_inputs):
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compile(function, backend=backend, dynamic=True)(*inputs)
-    return graphs[0]
-
-
 def size_inputs(gm, *tensors):
     """Return what ``gm`` takes in a call with ``tensors``, all of one length."""
     rest = iter(tensors)
@@ -82,7 +71,7 @@ def test_what_compiling_assumes_of_sizes_is_checked_in_every_call(monkeypatch):
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", specialising)
     notes = []
-    gm = dynamic_graph(lambda x: (x + 1,), torch.ones(5))
+    gm = first_graph(lambda x: (x + 1,), torch.ones(5), dynamic=True)
     run = Lowering("inductor", "whole", notes.append).lower(gm)
     assert run(*size_inputs(gm, torch.ones(5)))[0].tolist() == [7.0] * 5
     assert not notes
@@ -94,7 +83,7 @@ def test_what_compiling_assumes_of_sizes_is_checked_in_every_call(monkeypatch):
 
 @pytest.mark.parametrize("length", [5, 6000])
 def test_sums_assume_nothing_of_their_length(length):
-    gm = dynamic_graph(lambda x: (x.softmax(-1),), torch.ones(length))
+    gm = first_graph(lambda x: (x.softmax(-1),), torch.ones(length), dynamic=True)
     lowering = Lowering("inductor", "whole")
     run = lowering.lower(gm)
     assert not lowering.assumed
@@ -104,7 +93,7 @@ def test_sums_assume_nothing_of_their_length(length):
 
 
 def test_what_is_assumed_of_a_size_that_no_input_tells_does_not_hold():
-    gm = dynamic_graph(lambda x: (x + 1,), torch.ones(5))
+    gm = first_graph(lambda x: (x + 1,), torch.ones(5), dynamic=True)
     notes = []
     unknown = sympy.Eq(sympy.Symbol("s999", integer=True), 3)
     check = AssumptionCheck(gm, [unknown], lambda *_: "compiled", lambda *_: "plain", notes.append)
@@ -123,5 +112,5 @@ def test_nothing_is_assumed_of_constants(monkeypatch):
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", with_constant)
     lowering = Lowering("inductor", "whole")
-    lowering.lower(dynamic_graph(lambda x: (x + 1,), torch.ones(5)))
+    lowering.lower(first_graph(lambda x: (x + 1,), torch.ones(5), dynamic=True))
     assert not lowering.assumed
