@@ -10,8 +10,9 @@ from torch.nn import functional
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
+from adaskip_compile.cli.measure import Generation
 from adaskip_compile.evaluation.likelihood import decoded_nlls
-from bench import error_growth
+from bench import compensation, equal_speed, error_growth
 from bench.decode_statistics import decode_statistics
 from bench.hit_rates import hit_rate
 from bench.quantized_cache import quantiser
@@ -75,3 +76,59 @@ def test_a_cache_quantised_after_prefill_is_what_transformers_quantised_cache_gi
     assert elements * bits / 8 < held[0] < elements * (bits + 1.5) / 8
     [full] = decoded_nlls(model, [ids], decoded=10)
     assert full != pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture
+def made_up_texts(monkeypatch: pytest.MonkeyPatch):
+    domains = (made_up_domain("sea"), made_up_domain("city"))
+    monkeypatch.setattr("adaskip_compile.evaluation.domains.built_in_domains", lambda: domains)
+
+
+SIZES = "--samples 4 --length 48 --windows 1 --judged 2 --steps 2 --skips 2 --threads 1".split()
+
+
+def page_rows(page: Path) -> dict[str, list[list[str]]]:
+    """Return the rows of all tables of a page by their first cell."""
+    rows: dict[str, list[list[str]]] = {}
+    for line in page.read_text().splitlines():
+        if line.startswith("| "):
+            name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+            rows.setdefault(name, []).append(cells)
+    return rows
+
+
+def test_compensation_gives_losses_and_what_is_left_of_tasks(made_up_texts: None, tmp_path: Path):
+    model = save_tiny(tmp_path / "model")
+    sizes = [*SIZES, *"--forms low_rank --needles 2 --questions 2 --contexts 288".split()]
+    assert compensation.main(["--model", str(model), *sizes, "--out", str(tmp_path)]) == 0
+    rows = page_rows(tmp_path / "compensation_model.md")
+    paper, tasks = rows["most similar, scale (paper)"]
+    assert all(cell.endswith("(1.00)") for cell in paper)
+    assert len(tasks) == 2
+    assert len(rows["most similar, none"]) == 1  # losses alone
+    assert {f"{order}, low_rank, tuned" for order in compensation.ORDERS} < rows.keys()
+
+
+def test_equal_speed_times_code_once_and_compares_within_rounds(
+    made_up_texts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, calls = save_tiny(tmp_path / "model"), []
+
+    def generated(_model: object, _ids: object, plan: SkipPlan, _how: object) -> Generation:
+        calls.append(plan)
+        seconds = 1.0 - 0.1 * len(plan.paths) + 0.15 * bool(plan.maps)
+        return Generation((0, 0, 0), seconds, (seconds, seconds), 0)
+
+    monkeypatch.setattr("bench.equal_speed.generate_under", generated)
+    sizes = [*SIZES, *"--orders,most similar,--extra,0,2,--rounds,2,--context,48".split(","), "--plans", str(tmp_path / "plans")]
+    (tmp_path / "plans").mkdir()
+    assert equal_speed.main(["--model", str(model), *sizes, "--out", str(tmp_path)]) == 0
+    page = tmp_path / "equal_speed_model.md"
+    rows = page_rows(page)
+    assert len(calls) == 3 * 4  # one round untimed and two timed, of full, paper, and maps at 2 and at 4
+    assert [row[0][:5] for row in (*rows["paper, 2"], *rows["most similar, 4, tuned"])] == ["1.250", "1.333"]
+    assert [row[2] for row in (*rows["most similar, 2"], *rows["most similar, 4"])] == ["0.842", "1.067"]
+    [verdict] = [line for line in page.read_text().splitlines() if line.startswith("As fast")]
+    assert "most similar, 4, with" in verdict
+    assert "most similar, 4, tuned, with" in verdict
+    assert "most similar, 2" not in verdict
