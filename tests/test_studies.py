@@ -120,8 +120,9 @@ def test_equal_speed_times_code_once_and_compares_within_rounds(
         return Generation((0, 0, 0), seconds, (seconds, seconds), 0)
 
     monkeypatch.setattr("bench.equal_speed.generate_under", generated)
-    sizes = [*SIZES, *"--orders,most similar,--extra,0,2,--rounds,2,--context,48".split(","), "--plans", str(tmp_path / "plans")]
-    (tmp_path / "plans").mkdir()
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    sizes = [*SIZES, "--orders", "most similar", *"--extra 0 2 --rounds 2 --context 48".split(), "--plans", str(plans)]
     assert equal_speed.main(["--model", str(model), *sizes, "--out", str(tmp_path)]) == 0
     page = tmp_path / "equal_speed_model.md"
     rows = page_rows(page)
