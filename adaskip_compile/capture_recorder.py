@@ -230,13 +230,16 @@ def _serialize(
     serialize: Callable[..., bytes], recording: _Recording, manager: Any, builder: Any, guards: Any, graph: Any
 ) -> bytes:
     """Serialise ``guards`` as Dynamo does, but for those on identities; return nothing where that is not possible."""
-    by_identity = [guard for guard in guards if _is_by_identity(guard)]
+    # Not by comparing guards with each other, which takes longer than all else here.
+    kinds = [(guard, _is_by_identity(guard)) for guard in guards]
+    by_identity = [guard for guard, identity in kinds if identity]
+    by_value = [guard for guard, identity in kinds if not identity]
     try:
         found = [(one.originating_source, one.create_fn_name(), describe(builder.get(one))) for one in by_identity]
         recording.identities = pickle.dumps(found)
         own = {*recording.graphs, *recording.imports}
         recording.installed = {name: graph.global_scope[name] for name in graph.installed_globals if name not in own}
-        return serialize(manager, builder, [guard for guard in guards if guard not in by_identity], graph)
+        return serialize(manager, builder, by_value, graph)
     except Exception as error:  # noqa: BLE001 - whatever a value raises that cannot be pickled
         recording.spoiled = str(error)
         return b""

@@ -112,7 +112,8 @@ def test_compensation_gives_losses_and_what_is_left_of_tasks(made_up_texts: None
 def test_equal_speed_times_code_once_and_compares_within_rounds(
     made_up_texts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model, calls = save_tiny(tmp_path / "model"), []
+    model = save_tiny(tmp_path / "model")
+    calls: list[SkipPlan] = []
 
     def generated(_model: object, _ids: object, plan: SkipPlan, _how: object) -> Generation:
         calls.append(plan)

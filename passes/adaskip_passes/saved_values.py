@@ -145,6 +145,8 @@ class ValueReader:
         return content
 
     def _read_int(self, content: Any) -> Any:
+        if isinstance(content, int):
+            return content
         expression = from_tree(content, self._symbols)
         if not expression.free_symbols:
             return int(expression)

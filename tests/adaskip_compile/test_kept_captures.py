@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import adaskip_compile
@@ -211,6 +212,22 @@ def test_a_kept_graph_that_cannot_be_taken_up_is_captured_again(kept: tuple[Any,
     monkeypatch.setattr(kept_captures, "read_graph", missing)
     assert captured_by(lambda: run(again))[0] == run(model)
     assert any("captured again" in note for note in adaskip_compile.report(again).sessions[0].notes)
+
+
+@pytest.mark.slow
+def test_kernels_of_a_captured_graph_serve_the_kept_one(cache_dir: Path, monkeypatch: Any):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "inductor"))
+    first, second = tiny("llama", seed=1), tiny("llama", seed=2)
+    expected = run(second)
+    lowered = []
+    for model in (first, second):
+        adaskip_compile.compile(model, SkipPlan.none())
+        before = counters["inductor"]["fxgraph_cache_miss"]
+        found = run(model)
+        lowered.append(counters["inductor"]["fxgraph_cache_miss"] - before)
+    assert found == expected
+    assert all(graph.restored for graph in sessions_of(second)[0].graphs)
+    assert lowered[0] > lowered[1] == 0
 
 
 MODULE = """
