@@ -21,6 +21,7 @@ from torch import fx
 from adaskip_compile.cache_growth import CacheGrowth
 from adaskip_compile.capture import capture_reason, collector_paused, forget_marks
 from adaskip_compile.debug_folders import run_passes
+from adaskip_compile.hole_memory import HoleMemory
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_compile.shape_checks import ShapeCheck
@@ -106,6 +107,7 @@ class Dispatcher:
             for sublayer in stream.sublayers
             if sublayer.writes and sublayer.cache_inputs
         }
+        self._hole_memory = HoleMemory(self._written)
         self._counters = tuple(place[node] for node in find_counters(gm, stream))
         self._token_input = _token_input(inputs, stream)
         self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
@@ -165,7 +167,7 @@ class Dispatcher:
         if not cache:
             return self._start()
         if self.stream.phase == "prefill" and self._starts_over(inputs):
-            self._separate_memory(inputs)
+            self._hole_memory.separate(inputs)
             return self._start()
         return self.session.requests.find(cache) or self._adopt(inputs)
 
@@ -198,32 +200,6 @@ class Dispatcher:
             request = self._start()
             request.notes.append("its cache was filled by code that adaskip did not compile")
         return request
-
-    def _separate_memory(self, inputs: Sequence[Any]) -> None:
-        """Give each cache input memory of its own again, where an earlier request had its holes share some."""
-        seen: set[int] = set()
-        for places in self._written.values():
-            for index in places:
-                tensor = inputs[index]
-                key = tensor.untyped_storage()._cdata
-                if key in seen:
-                    tensor.set_(torch.zeros_like(tensor))
-                seen.add(tensor.untyped_storage()._cdata)
-
-    def _share_memory(self, request: Request, inputs: Sequence[Any]) -> None:
-        """Let the preallocated cache of each hole share the memory of a kept sublayer's."""
-        donors = {
-            _layout(slot, inputs[index]): inputs[index]
-            for path, places in reversed(self._written.items())
-            if path not in request.holes
-            for slot, index in enumerate(places)
-        }
-        for path in request.holes & self._written.keys():
-            for slot, index in enumerate(self._written[path]):
-                hole = inputs[index]
-                donor = donors.get(_layout(slot, hole))
-                if donor is not None and donor.untyped_storage()._cdata != hole.untyped_storage()._cdata:
-                    hole.set_(donor.detach())
 
     def _probes(self, request: Request, phase: str, skipped: dict[str, float]) -> tuple[str, ...]:
         if request.learning:
@@ -316,7 +292,7 @@ class Dispatcher:
                 request.record_window(rows, variant.probed)
         elif phase == "window":
             request.window_left = 0  # every FFN is skipped already: nothing to measure
-        self._share_memory(request, inputs)
+        self._hole_memory.share(request.holes, inputs)
         cache = [outputs[position] for position in self._cache_outputs]
         for tensor in cache:
             forget_marks(tensor)
@@ -334,11 +310,6 @@ class Dispatcher:
             return 1, 0
         shape = inputs[self._token_input].shape
         return int(shape[0]), int(shape[1])
-
-
-def _layout(slot: int, tensor: torch.Tensor) -> tuple[object, ...]:
-    """Return what two cache tensors must agree in for one's memory to stand for the other's; ``slot`` tells keys from values."""
-    return (slot, tensor.dtype, tensor.device, tensor.shape, tensor.stride())
 
 
 def _token_input(inputs: Sequence[fx.Node], stream: ResidualStream) -> int | None:
