@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import adaskip_compile
 from adaskip_compile.cli.measure import Generation, take_turns
 from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.evaluation.domains import mixed_windows
 from adaskip_compile.inspection import PHASES
 from adaskip_compile.plans import SkipPlan
-from bench.compensation import MAPS, ORDERS, compensation_parser, learned, tuned
-from bench.recording import cell, generate_under, numbers
+from bench.compensation import MAPS, ORDERS, SIMILAR, compensation_parser, learned, tuned
+from bench.recording import cell, generate_under, ratios
 from bench.studies import Study, mean_over_domains
 
 FULL = "full"
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = mixed_windows(study.domains, study.tokenizer, "profiling", arguments.samples, arguments.length)
     counts = sorted({skip + extra for skip in arguments.skips for extra in arguments.extra})
     profile = learned(study, texts, [MAPS], max(counts))
-    plans = {_paper(skip): adaskip_compile.plan(profile, skip=skip) for skip in arguments.skips}
+    plans = {_paper(skip): ORDERS[SIMILAR](profile, skip) for skip in arguments.skips}
     for order in arguments.orders:
         for count in counts:
             plans[_ours(order, count)] = compensated(ORDERS[order](profile, count), profile, MAPS)
@@ -97,7 +96,7 @@ def _compare(
 ) -> None:
     """Add a table of speed-ups and losses, and say which of ``others`` are as fast as ``paper``."""
     study.say(f"## {paper} sublayers skipped", "")
-    beside = {name: [_ratios(runs[paper], runs[name], phase) for phase in PHASES] for name in others}
+    beside = {name: [ratios(runs[paper], runs[name], phase) for phase in PHASES] for name in others}
     columns = (
         *(f"{phase} speed-up" for phase in PHASES),
         *(f"{phase}, beside the paper's" for phase in PHASES),
@@ -106,7 +105,7 @@ def _compare(
     rows = [
         (
             name,
-            *(cell(_ratios(runs[FULL], runs[name], phase), 1, 3) for phase in PHASES),
+            *(cell(ratios(runs[FULL], runs[name], phase), 1, 3) for phase in PHASES),
             *(f"{ratio[0]:.3f}" for ratio in beside.get(name, [(1.0,), (1.0,)])),
             *(f"{loss:+.3f} ({loss / losses[paper][domain]:.2f})" for domain, loss in losses[name].items()),
         )
@@ -119,11 +118,6 @@ def _compare(
         return
     shares = (f"{name}, with {losses[name]['mean'] / losses[paper]['mean']:.2f} of the loss" for name in fast)
     study.say(f"As fast in both phases: {'; '.join(shares)}.", "")
-
-
-def _ratios(before: Sequence[Generation], after: Sequence[Generation], phase: str) -> tuple[float, float, float]:
-    pairs = zip(before, after, strict=True)
-    return numbers([first.seconds(phase) / second.seconds(phase) for first, second in pairs])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.predicted_times import predict_times
 from adaskip_compile.prediction import Measured
 from adaskip_compile.profiles import Profile
-from bench.recording import bench_parser, cell, generate_under, numbers, write
+from bench.recording import bench_parser, cell, generate_under, ratios, write
 
 FULL = "full"
 
@@ -93,8 +93,7 @@ def _measure(
     rows = []
     for speedup, plan in plans.items():
         for phase, skipped in (("prefill", frozenset(plan.paths)), ("decode", plan.paths_at(math.inf))):
-            pairs = zip(rounds[FULL], rounds[str(speedup)], strict=True)
-            measured = numbers([full.seconds(phase) / run.seconds(phase) for full, run in pairs])
+            measured = ratios(rounds[FULL], rounds[str(speedup)], phase)
             attentions = sum(one.kind == "attention" and one.path in skipped for one in profile.sublayers)
             rows.append(
                 {

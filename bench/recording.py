@@ -52,6 +52,12 @@ def numbers(values: Sequence[float]) -> tuple[float, float, float]:
     return round(spread.median, 5), round(spread.low, 5), round(spread.high, 5)
 
 
+def ratios(before: Sequence[Generation], after: Sequence[Generation], phase: str) -> tuple[float, float, float]:
+    """Return how many times as fast ``after`` is as ``before`` in ``phase``, the ratios taken within each round."""
+    pairs = zip(before, after, strict=True)
+    return numbers([first.seconds(phase) / second.seconds(phase) for first, second in pairs])
+
+
 def cell(found: Sequence[float], factor: float = 1, digits: int = 2) -> str:
     """Return what :func:`numbers` found as the cell of a table, each number times ``factor``."""
     median, low, high = (f"{value * factor:.{digits}f}" for value in found)

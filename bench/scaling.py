@@ -31,7 +31,7 @@ from adaskip_compile.executor import Executor
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from adaskip_passes.regions import Region
-from bench.recording import bench_parser, cell, generate_under, numbers, write
+from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
 
 FULL, EAGER, WHOLE = "full", "eager", "inductor"
 
@@ -125,21 +125,17 @@ def _row(
     shares: Mapping[str, float],
     skipped: Sequence[str],
 ) -> dict[str, Any]:
-    times = [run.seconds(phase) for run in rounds[name]]
-    ratios = {
-        base: numbers([run.seconds(phase) / time for run, time in zip(rounds[base], times, strict=True)])
-        for base in (FULL, EAGER)
-    }
+    faster = {base: ratios(rounds[base], rounds[name], phase) for base in (FULL, EAGER)}
     ideal = 1 / (1 - sum(shares[path] for path in skipped))
     return {
         "phase": phase,
         "context": context,
         "way": name,
-        "seconds": numbers(times),
-        "vs_full": ratios[FULL],
-        "vs_eager": ratios[EAGER],
+        "seconds": numbers([run.seconds(phase) for run in rounds[name]]),
+        "vs_full": faster[FULL],
+        "vs_eager": faster[EAGER],
         "ideal": round(ideal, 4),
-        "of_ideal": round(ratios[FULL][0] / ideal, 4),
+        "of_ideal": round(faster[FULL][0] / ideal, 4),
     }
 
 

@@ -21,7 +21,7 @@ import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import Generation, generate, take_turns
 from adaskip_compile.plans import SkipPlan
-from bench.recording import bench_parser, cell, generate_under, numbers, write
+from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
 
 EAGER = "eager"
 
@@ -64,11 +64,9 @@ def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:
     """Return times in seconds and ratios to eager and to the compiled full model, each (median, least, greatest)."""
     row: dict[str, Any] = {"way": way, "kv_bytes": rounds[way][-1].cache_bytes}
     for phase in ("prefill", "decode"):
-        times = [run.seconds(phase) for run in rounds[way]]
-        row[phase] = numbers(times)
+        row[phase] = numbers([run.seconds(phase) for run in rounds[way]])
         for name, other in (("eager", EAGER), ("full", "0")):
-            ratios = [base.seconds(phase) / time for base, time in zip(rounds[other], times, strict=True)]
-            row[f"{phase}_vs_{name}"] = numbers(ratios)
+            row[f"{phase}_vs_{name}"] = ratios(rounds[other], rounds[way], phase)
     return row
 
 

@@ -28,23 +28,20 @@ def test_a_hit_is_among_the_top_of_both():
     assert hit_rate([3, 2, 1, 0], [0, 1, 2, 3], 2) == 0
 
 
-def test_error_growth_compares_the_losses_together_with_their_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_error_growth_compares_the_losses_together_with_their_sum(made_up_texts: None, tmp_path: Path):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(
-        "adaskip_compile.evaluation.domains.built_in_domains", lambda: (made_up_domain("sea"), made_up_domain("city"))
-    )
     model = save_tiny(tmp_path / "model")
     sizes = "--samples 2 --length 48 --windows 1 --skips 1 3 --threads 1".split()
     assert error_growth.main(["--model", str(model), *sizes, "--out", str(tmp_path)]) == 0
-    page = (tmp_path / "error_growth_model.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
-    one, three = ([float(cell) for cell in row[:3]] for row in rows if row[0] in ("1", "3"))
-    alone = [float(row[1]) for row in rows if row[0].startswith("`")]
+    page = tmp_path / "error_growth_model.md"
+    rows = page_rows(page)
+    one, three = ([float(name), *map(float, row[:2])] for name in ("1", "3") for row in rows[name])
+    alone = [float(row[0]) for name, found in rows.items() if name.startswith("`") for row in found]
     assert one[1] == pytest.approx(one[2], abs=2e-3)  # one sublayer together is that one alone
     assert three[2] == pytest.approx(sum(alone), abs=2e-3)
     assert abs(three[1] - three[2]) > 1e-3
     assert (tmp_path / "error_growth_model.png").exists()
-    assert str(tmp_path) not in page
+    assert str(tmp_path) not in page.read_text()
 
 
 def test_decode_statistics_are_those_that_hooks_see():
