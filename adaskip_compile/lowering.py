@@ -24,6 +24,7 @@ from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_mode, fake_tensor
 from adaskip_passes.one_query_attention import spell_out_one_query_attention
 from adaskip_passes.one_row_products import spell_out_one_row_products
+from adaskip_passes.open_slices import close_slices
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.regions import Region
 from adaskip_passes.residual_stream import ResidualStream
@@ -118,6 +119,7 @@ class Lowering:
         self.compiled += 1
         spell_out_one_row_products(gm)
         spell_out_one_query_attention(gm)
+        close_slices(gm)
         _pin_layout(gm)
         environment = getattr(fake_mode(gm.graph), "shape_env", None)
         known, symbols = (0, set()) if environment is None else (len(environment.guards), {*environment.var_to_range})

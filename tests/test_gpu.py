@@ -1,0 +1,114 @@
+"""On a CUDA device: whole requests, through Inductor, against the eager model and one that truly omits the sublayers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import adaskip_compile
+from adaskip_compile import SkipPlan
+from tests.generation import CACHES, generate, left_padded, make_cache
+from tests.models import tiny, tokens
+from tests.reference import omit_sublayers, run_request
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+STEPS = 24
+SKIPPED = {"model.layers.0.self_attn": 0.97, "model.layers.2.mlp": 1.03, "model.layers.3.self_attn": 0.95}
+
+
+def on_gpu(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    return tiny(family, num_hidden_layers=4, **overrides).to(DEVICE, dtype)
+
+
+def padded(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    row = tokens(1, 40)[0]
+    ids, mask = left_padded([row[3 * place :] for place in range(rows)])
+    return ids.to(DEVICE), mask.to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_nothing_skipped_changes_no_token(family, kind):
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3_text" else {}
+    model = on_gpu(family, **layers)
+    requests = [padded(1), padded(2)]
+    wanted = [generate(model, *one, STEPS, past_key_values=make_cache(kind, model)) for one in requests]
+    adaskip_compile.compile(model, SkipPlan.none())
+    for request, tokens_wanted in zip(requests, wanted, strict=True):
+        got = generate(model, *request, STEPS, past_key_values=make_cache(kind, model))
+        assert torch.equal(got, tokens_wanted)
+    assert not adaskip_compile.report(model).sessions[-1].unskipped_graphs
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)], ids=["fp32", "bf16"])
+def test_skipped_sublayers_are_truly_omitted(kind, dtype, tolerance):
+    model = on_gpu("llama", dtype)
+    prompt, forced = tokens(2, 41).to(DEVICE), tokens(2, STEPS, seed=1).to(DEVICE)
+
+    def run() -> torch.Tensor:
+        cache = make_cache(kind, model)
+        return torch.stack(run_request(model, prompt, forced, cache=cache)).float()
+
+    full = run()
+    with omit_sublayers(model, SKIPPED):
+        wanted = run()
+    adaskip_compile.compile(model, SkipPlan.from_scales(SKIPPED))
+    got = run()
+    assert adaskip_compile.report(model).requests[-1].skipped == SKIPPED
+    assert (got - full).abs().max() > 2 * tolerance
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_the_window_adds_what_the_cpu_adds():
+    plan = replace(SkipPlan.from_scales(SKIPPED, window=4), beta=-2.0)
+    prompt, forced = tokens(1, 41), tokens(1, STEPS, seed=1)
+    found = {}
+    for device, inner in (("cpu", "eager"), (DEVICE, "inductor")):
+        model = tiny("llama", num_hidden_layers=4).to(device)
+        adaskip_compile.compile(model, plan, inner=inner)
+        cache = make_cache("dynamic", model)
+        logits = run_request(model, prompt.to(device), forced.to(device), cache=cache)
+        found[device] = adaskip_compile.report(model).requests[-1].extra, torch.stack(logits).cpu()
+    (extra, logits), (wanted, logits_wanted) = found[DEVICE], found["cpu"]
+    assert len(wanted) == 3
+    assert extra == pytest.approx(wanted, abs=1e-4)
+    torch.testing.assert_close(logits, logits_wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_it_learns_and_then_skips():
+    model = on_gpu("llama")
+    adaskip_compile.compile(model, skip=3, learn=2, keep_captures=False)
+    for _ in range(3):
+        generate(model, *padded(1), 4)
+    counts = [len(request.skipped) for request in adaskip_compile.report(model).requests]
+    assert counts == [0, 0, 3]
+
+
+def test_a_skipped_attention_holds_no_keys_and_values():
+    model = on_gpu("llama")
+    held = {}
+    for name, plan in (("full", SkipPlan.none()), ("skipping", SkipPlan.from_scales(SKIPPED))):
+        adaskip_compile.compile(model, plan)
+        cache = make_cache("dynamic", model)
+        generate(model, *padded(1), STEPS, past_key_values=cache)
+        entries = [entry for layer in cache.layers for entry in (layer.keys, layer.values)]
+        held[name] = sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in entries}.values())
+    assert held["skipping"] == held["full"] / 2
+
+
+def test_profile_and_plan_on_the_device():
+    model = on_gpu("llama")
+    samples = [tokens(1, 64, seed=seed).to(DEVICE) for seed in range(2)]
+    found = adaskip_compile.profile(model, samples, progress=False)
+    wanted = adaskip_compile.profile(model.cpu(), [sample.cpu() for sample in samples], progress=False)
+    for one, other in zip(found.sublayers, wanted.sublayers, strict=True):
+        assert one.path == other.path
+        assert one.mean_scale() == pytest.approx(other.mean_scale(), rel=1e-4)
+
+
