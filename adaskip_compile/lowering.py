@@ -24,7 +24,6 @@ from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_mode, fake_tensor
 from adaskip_passes.one_query_attention import spell_out_one_query_attention
 from adaskip_passes.one_row_products import spell_out_one_row_products
-from adaskip_passes.open_slices import close_slices
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.regions import Region
 from adaskip_passes.residual_stream import ResidualStream
@@ -114,27 +113,40 @@ class Lowering:
     def _compile(self, gm: fx.GraphModule) -> Runnable:
         if self.inner == "eager":
             return gm.forward
-        from torch._inductor import standalone_compile
-
         self.compiled += 1
         spell_out_one_row_products(gm)
         spell_out_one_query_attention(gm)
-        close_slices(gm)
         _pin_layout(gm)
         environment = getattr(fake_mode(gm.graph), "shape_env", None)
         known, symbols = (0, set()) if environment is None else (len(environment.guards), {*environment.var_to_range})
-        # Code for sizes of any value: else the sizes of the first call decide how sums are made and what broadcasts.
+        try:
+            artifact = self._standalone(gm, any_size=True)
+        except Exception as error:  # noqa: BLE001 - whatever Inductor raises: what it cannot do at all, it raises again
+            log.info("Inductor has no code for all sizes: %s", str(error).strip().partition("\n")[0])
+            artifact = self._standalone(gm, any_size=False)
+        guards: list[Any] = [] if environment is None else environment.guards[known:]
+        # What is said of symbols that were only made meanwhile is said of constants.
+        self.assumed += [guard.expr for guard in guards if symbols & guard.expr.free_symbols]
+        return artifact
+
+    def _standalone(self, gm: fx.GraphModule, *, any_size: bool) -> Runnable:
+        """Compile ``gm``, where ``any_size`` for sizes of any value, otherwise with what those of the first call suggest.
+
+        Those would decide how sums are made and what broadcasts. Inductor before torch 2.13 cannot always do without:
+        it does not see that no size exceeds the greatest integer, where a slice without an end ends.
+        """
+        from torch._inductor import standalone_compile
+
+        if not any_size:
+            with _kernels_when_called(self._waited):
+                return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
         # The setting is not in the key of what Inductor keeps: code for some sizes must not be taken for it.
         with (
             _kernels_when_called(self._waited),
             symbol_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
             compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}adaskip-any-size"),  # type: ignore[attr-defined]
         ):
-            artifact = standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
-        guards: list[Any] = [] if environment is None else environment.guards[known:]
-        # What is said of symbols that were only made meanwhile is said of constants.
-        self.assumed += [guard.expr for guard in guards if symbols & guard.expr.free_symbols]
-        return artifact
+            return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
 
     def _waited(self, seconds: float) -> None:
         self.waited += seconds
