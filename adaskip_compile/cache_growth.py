@@ -38,6 +38,11 @@ class CacheGrowth:
         result = run_pipeline(gm, stream, (AppendInPlace(),))
         self.gm, self.stream = result.gm, result.stream
 
+    @property
+    def grows(self) -> bool:
+        """Whether any entry grows."""
+        return bool(self._entries)
+
     def used(self, gm: fx.GraphModule) -> tuple[bool, ...]:
         """Tell for each entry whether the variant ``gm`` still has a use for it: a skipped attention has none."""
         return tuple(

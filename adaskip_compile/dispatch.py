@@ -20,6 +20,7 @@ from torch import fx
 
 from adaskip_compile.cache_growth import CacheGrowth
 from adaskip_compile.capture import capture_reason, collector_paused, forget_marks
+from adaskip_compile.cuda_graphs import RecordedRun, recordable, written_inputs
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.hole_memory import HoleMemory
 from adaskip_compile.lowering import Lowering, Runnable
@@ -112,6 +113,8 @@ class Dispatcher:
         self._token_input = _token_input(inputs, stream)
         self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
         self._growth = CacheGrowth(gm, stream, session.storages)
+        recorded = session.options.cuda_graphs and stream.phase == "decode" and not self._growth.grows
+        self._recorded = recorded and recordable(gm)
         self._ffns = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and not item.stateful)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -132,7 +135,7 @@ class Dispatcher:
         request.check(frozenset(request.skipped))
         variant = self._variant_for(request, phase)
         started = time.perf_counter()
-        added = (*self._grown(variant, inputs), *self._stand_ins(request, variant.skipped, inputs))
+        added = (*self._grown(variant, inputs), *self._stand_ins(request, variant.skipped))
         outputs = variant.run(*inputs, *added)
         request.seconds[phase] += time.perf_counter() - started
         variant.shapes.check(inputs, outputs)
@@ -212,13 +215,15 @@ class Dispatcher:
         """Return the cache entries as this call shall leave them, with room for its tokens."""
         return self._growth.entries(variant.grown, inputs, *self._rows_and_tokens(inputs))
 
-    def _stand_ins(self, request: Request, paths: tuple[str, ...], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    def _stand_ins(self, request: Request, paths: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
         """Return what a variant that skips ``paths`` takes in their place: scales and tensors of maps; nothing for none."""
         if not paths:
             return ()
         known = request.stand_ins.get(paths)
         if known is None:
-            device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+            first = fake_tensor(self.stream.by_path(paths[0]).stream_in)
+            assert first is not None
+            device = first.device
             skipped, maps = request.skipped, request.plan.maps
             values = [skipped.get(path, 1.0) for path in self.stream.paths]
             held = [torch.tensor(values, dtype=torch.float32, device=device)]
@@ -269,6 +274,8 @@ class Dispatcher:
             lowering = Lowering(lowering.inner, "whole", self.session.note)
         grown = self._growth.used(result.gm)
         run = lowering.lower(result.gm)
+        if self._recorded and lowering.inner == "inductor":
+            run = RecordedRun(run, written_inputs(self.gm), self.session.note)
         seconds = time.perf_counter() - started
         log.info(
             "%s: made the %s graph that skips %d and probes %d sublayers, in %.1f s",

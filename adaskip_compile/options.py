@@ -86,6 +86,9 @@ class Options:
     regions: str = "shared"
     """What is compiled as one: `shared` regions, each distinct one once, or the `whole` graph."""
 
+    cuda_graphs: bool = True
+    """Whether decode steps on a CUDA device over a cache of fixed size are recorded once as CUDA graphs, and replayed."""
+
     debug_dir: str | os.PathLike[str] | None = None
     """Where to write each graph before and after every pass, with a `repro.py` that runs the passes again; None for nowhere."""
 
@@ -99,8 +102,9 @@ class Options:
             raise OptionError("plan and profile are both given: a plan is made from a profile, so give one of them")
         if type(self.learn) is not int or self.learn < 1:
             raise OptionError(f"learn={self.learn!r}: takes a number of requests, 1 or more")
-        if type(self.keep_captures) is not bool:
-            raise OptionError(f"keep_captures={self.keep_captures!r}: takes True or False")
+        for name in ("keep_captures", "cuda_graphs"):
+            if type(getattr(self, name)) is not bool:
+                raise OptionError(f"{name}={getattr(self, name)!r}: takes True or False")
         for name, known in (("inner", INNER_BACKENDS), ("regions", REGIONS)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r}: takes one of {', '.join(known)}")
@@ -128,7 +132,7 @@ class Options:
         >>> Options.from_mapping({"polcy": "adaskip"})
         Traceback (most recent call last):
         adaskip_passes.errors.OptionError: unknown option 'polcy': did you mean 'policy'? Options are plan, profile, \
-skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, keep_captures, inner, regions, debug_dir
+skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, keep_captures, inner, regions, cuda_graphs, debug_dir
         """
         known = [field.name for field in fields(cls)]
         for name in options or {}:

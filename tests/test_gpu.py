@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
+from adaskip_compile.cuda_graphs import RecordedRun
+from adaskip_compile.sessions import sessions_of
 from tests.generation import CACHES, generate, left_padded, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request
@@ -37,10 +40,11 @@ def test_nothing_skipped_changes_no_token(family, kind):
     layers = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3_text" else {}
     model = on_gpu(family, **layers)
     requests = [padded(1), padded(2)]
-    wanted = [generate(model, *one, STEPS, past_key_values=make_cache(kind, model)) for one in requests]
+    how = {"disable_compile": True}  # transformers compiles decode with a fixed cache by itself
+    wanted = [generate(model, *one, STEPS, past_key_values=make_cache(kind, model), **how) for one in requests]
     adaskip_compile.compile(model, SkipPlan.none())
     for request, tokens_wanted in zip(requests, wanted, strict=True):
-        got = generate(model, *request, STEPS, past_key_values=make_cache(kind, model))
+        got = generate(model, *request, STEPS, past_key_values=make_cache(kind, model), **how)
         assert torch.equal(got, tokens_wanted)
     assert not adaskip_compile.report(model).sessions[-1].unskipped_graphs
 
@@ -63,6 +67,44 @@ def test_skipped_sublayers_are_truly_omitted(kind, dtype, tolerance):
     assert adaskip_compile.report(model).requests[-1].skipped == SKIPPED
     assert (got - full).abs().max() > 2 * tolerance
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("how", [{"disable_compile": True}, {}], ids=["alone", "within-compiled-decode"])
+def test_decode_over_a_fixed_cache_is_replayed(how):
+    model = on_gpu("llama")
+    plan = replace(SkipPlan.from_scales(SKIPPED, window=6), beta=-2.0)
+    adaskip_compile.compile(model, plan)
+    wanted = [generate(model, *padded(rows), STEPS) for rows in (1, 2, 1)]
+    for rows, one in zip((1, 2, 1), wanted, strict=True):
+        got = generate(model, *padded(rows), STEPS, past_key_values=make_cache("static", model), **how)
+        assert torch.equal(got, one)
+    variants = [
+        variant for session in sessions_of(model) for graph in session.graphs for variant in graph.variants.values()
+    ]
+    recorded = [one for one in variants if isinstance(one.run, RecordedRun) and one.run.recorded]
+    assert {bool(one.probed) for one in recorded} == {False, True}
+    assert not adaskip_compile.report(model).sessions[-1].notes
+
+
+def test_threads_share_a_recorded_step():
+    model = on_gpu("llama")
+    adaskip_compile.compile(model, SkipPlan.from_scales(SKIPPED))
+    ids, mask = padded(1)
+    requests = [(ids, mask), (ids.flip(1), mask)]
+    wanted = [generate(model, *one, STEPS) for one in requests]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(place: int) -> None:
+        cache = make_cache("static", model)
+        found[place] = generate(model, *requests[place], STEPS, past_key_values=cache, disable_compile=True)
+
+    work(0)
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[place], one) for place, one in enumerate(wanted))
 
 
 def test_the_window_adds_what_the_cpu_adds():
@@ -110,5 +152,3 @@ def test_profile_and_plan_on_the_device():
     for one, other in zip(found.sublayers, wanted.sublayers, strict=True):
         assert one.path == other.path
         assert one.mean_scale() == pytest.approx(other.mean_scale(), rel=1e-4)
-
-

@@ -36,6 +36,7 @@ def test_defaults() -> None:
         "keep_captures": True,
         "inner": "inductor",
         "regions": "shared",
+        "cuda_graphs": True,
         "debug_dir": None,
     }
 
@@ -53,7 +54,7 @@ def test_unknown_option_suggests_the_nearest(name: str, nearest: str) -> None:
     assert str(caught.value) == (
         f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, seed, "
         "phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, "
-        "keep_captures, inner, regions, debug_dir"
+        "keep_captures, inner, regions, cuda_graphs, debug_dir"
     )
 
 
@@ -94,6 +95,7 @@ def test_unknown_option_like_no_other(name: Any) -> None:
         ({"plan": ""}, "plan='': takes a SkipPlan or the path of a file, or None"),
         ({"profile": SkipPlan.none()}, f"profile={SkipPlan.none()!r}: takes a Profile or the path of a file, or None"),
         ({"keep_captures": "yes"}, "keep_captures='yes': takes True or False"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1: takes True or False"),
         ({"cache_dir": 3}, "cache_dir=3: takes a folder, or None"),
     ],
 )
