@@ -27,6 +27,7 @@ from adaskip_compile.planning import resolve_plan
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.requests import Request, RequestTable
 from adaskip_passes.errors import CaptureError
+from adaskip_passes.implied_masks import drop_implied_masks
 from adaskip_passes.straighten_stream import straightened_stream
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Session:
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
             return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
         path = self._path_of(captured_module())
+        drop_implied_masks(gm)
         stream = straightened_stream(gm).below(path)
         if stream.problems:
             stop = graph_break(gm)
@@ -147,6 +149,7 @@ class Session:
         Raises:
             CaptureError: It has no residual stream, or other sublayers than the session's graphs.
         """
+        drop_implied_masks(gm)
         stream = straightened_stream(gm).below(path)
         if stream.problems or (self.graphs and self.graphs[0].stream.paths != stream.paths):
             raise CaptureError("; ".join(stream.problems) or "it has other sublayers than the others")
