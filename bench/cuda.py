@@ -136,7 +136,7 @@ class Crew:
 
     def tell(self, context: int) -> None:
         """Have it run each of its ways once at ``context``; :meth:`ready` tells how long each took."""
-        if self.told != context:
+        if self.names and self.told != context:
             self.told, self._since = context, time.monotonic()
             self._pipe.send(context)
 

@@ -37,7 +37,9 @@ def padded(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
 def test_nothing_skipped_changes_no_token(family, kind):
-    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3_text" else {}
+    layers: dict[str, Any] = (
+        {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3_text" else {}
+    )
     model = on_gpu(family, **layers)
     requests = [padded(1), padded(2)]
     how = {"disable_compile": True}  # transformers compiles decode with a fixed cache by itself
