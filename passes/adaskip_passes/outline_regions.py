@@ -125,6 +125,7 @@ class _Wiring:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.source, self.graph = gm, fx.Graph()
         self.regions: list[Region] = []
+        self.distinct: dict[str, Region] = {}
         self.images: dict[fx.Node, fx.Node] = {}
         self.calls: dict[fx.Node, fx.Node] = {}
         self.symbols = symbol_inputs(gm.graph)
@@ -150,8 +151,10 @@ class _Wiring:
         outputs = [node for node in nodes if any(user not in members for user in node.users)]
         read = [source for node in nodes for source in node.all_input_nodes if source not in members]
         inputs = list(dict.fromkeys([*read, *symbols_of(read, self.symbols, nodes)]))
-        region = Region(f"region_{len(self.regions)}", _extracted(self.source, nodes, inputs, outputs))
+        extracted = _extracted(self.source, nodes, inputs, outputs)
+        region = Region(f"region_{len(self.regions)}", extracted, self.distinct)
         self.regions.append(region)
+        self.distinct.setdefault(region.key, region)
         call = self.graph.call_function(region, tuple(self.images[source] for source in inputs))
         call.meta["example_value"] = tuple(fake_value(node) for node in outputs)
         for node in nodes:

@@ -20,15 +20,21 @@ class Region:
     dtypes and devices. ``written_inputs`` are the positions of the inputs that it writes to.
     """
 
-    def __init__(self, name: str, gm: fx.GraphModule) -> None:
+    def __init__(self, name: str, gm: fx.GraphModule, equals: Mapping[str, Region] | None = None) -> None:
+        """Take from ``equals``, regions by their keys, what is known of an equal one."""
         self.__name__, self.gm, self.key = name, gm, region_key(gm)
-        places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        roots = dict.fromkeys(write.root for write in find_effects(gm).writes)
-        self.written_inputs = tuple(places[root] for root in roots if root in places)
+        equal = (equals or {}).get(self.key)
+        self.written_inputs = _written_inputs(gm) if equal is None else equal.written_inputs
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run the region node by node."""
         return self.gm.forward(*inputs)
+
+
+def _written_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
+    places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    roots = dict.fromkeys(write.root for write in find_effects(gm).writes)
+    return tuple(places[root] for root in roots if root in places)
 
 
 def symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:

@@ -95,7 +95,9 @@ def _read_graph(data: dict[str, Any], reader: ValueReader) -> fx.GraphModule:
         node = graph.create_node(entry["op"], reader.read(entry["target"]), args, kwargs, name=entry["name"])
         node.name = entry["name"]
         if "value" in entry:
-            node.meta["example_value"] = reader.read(entry["value"])
+            # Two inputs that are one object would be taken for one input.
+            read = reader.read if entry["op"] == "placeholder" else reader.read_known
+            node.meta["example_value"] = read(entry["value"])
         if "module" in entry:
             node.meta["nn_module_stack"] = {"": (entry["module"], torch.nn.Module)}
         if "source" in entry:

@@ -96,6 +96,7 @@ class ValueReader:
         self._symbols, self._env = symbols, symbols[""]
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._nodes: Mapping[str, fx.Node] = {}
+        self._known: dict[str, Any] = {}
 
     def with_nodes(self, nodes: Mapping[str, fx.Node]) -> ValueReader:
         """Return a reader of the same symbols and fake mode that knows ``nodes`` by name."""
@@ -114,6 +115,13 @@ class ValueReader:
             return getattr(self, f"_read_{kind}")(content)
         except AttributeError as error:
             raise DamagedFileError(f"a saved graph holds {data!r}: {error}") from error
+
+    def read_known(self, data: Any) -> Any:
+        """Return what :meth:`read` does, one object for equal ``data``: a graph has thousands of values, and few kinds of them."""
+        key = repr(data)
+        if key not in self._known:
+            self._known[key] = self.read(data)
+        return self._known[key]
 
     def _read_float(self, content: str) -> float:
         return float(content)
