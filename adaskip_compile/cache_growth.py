@@ -11,7 +11,6 @@ from torch import fx
 
 from adaskip_compile.growing_storage import GrowingStorages
 from adaskip_passes.append_in_place import GROWN_INPUT, AppendInPlace, find_appends
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.merge_equal_nodes import MergeEqualNodes
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
@@ -28,8 +27,8 @@ class _Entry:
 class CacheGrowth:
     """Makes the inputs of one captured graph in which its cache grows.
 
-    ``gm`` is the graph with ``append-in-place`` applied, without what is dead or done twice, and ``stream`` its residual
-    stream. A variant of it takes the captured inputs, then those of :meth:`entries`, then what other passes have added.
+    ``gm`` is the graph with ``append-in-place`` applied and nothing done twice, and ``stream`` its residual stream. A variant
+    of it takes the captured inputs, then those of :meth:`entries`, then what other passes have added.
     """
 
     def __init__(self, gm: fx.GraphModule, stream: ResidualStream, storages: GrowingStorages) -> None:
@@ -37,7 +36,7 @@ class CacheGrowth:
         place = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         appends = find_appends(gm, stream)
         self._entries = [_Entry(None if one.past is None else place[one.past], one.grown) for one in appends]
-        result = run_pipeline(gm, stream, (AppendInPlace(), EliminateDeadCode(), MergeEqualNodes()))
+        result = run_pipeline(gm, stream, (AppendInPlace(), MergeEqualNodes()))
         self.gm, self.stream = result.gm, result.stream
 
     @property

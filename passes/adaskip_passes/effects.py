@@ -15,6 +15,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -36,6 +37,7 @@ _CHECKS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_check", "_c
 OPENING = frozenset({"_vmap_increment_nesting", "_enter_autocast", "_enter_inference_mode"})
 CLOSING = frozenset({"_vmap_decrement_nesting", "_exit_autocast", "_exit_inference_mode"})
 _SCOPES = OPENING | CLOSING | {"lazy_load_decompositions", "_set_grad_enabled"}
+_ACTS = _CHECKS | _SCOPES
 
 
 def op_name(node: fx.Node) -> str:
@@ -101,7 +103,7 @@ def find_effects(gm: fx.GraphModule) -> Effects:
 
 
 def _acts(node: fx.Node) -> bool:
-    return not hasattr(node.target, "written_inputs") and (op_name(node) in _CHECKS | _SCOPES or node.is_impure())
+    return not hasattr(node.target, "written_inputs") and (op_name(node) in _ACTS or node.is_impure())
 
 
 def _viewed_input(node: fx.Node) -> fx.Node | None:
@@ -118,7 +120,8 @@ def _written_inputs(node: fx.Node) -> Iterator[fx.Node]:
     if region_writes is not None:
         yield from (node.args[place] for place in region_writes)
         return
-    schema = _mutable_schema(node.target)
+    is_operator = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    schema = _mutable_schema(node.target) if is_operator else None
     if schema is not None:
         yield from _written_by_schema(node, schema)
         return
@@ -163,13 +166,12 @@ def _place_of_inplace(target: object) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def _mutable_schema(target: object) -> torch.FunctionSchema | None:
-    """Return the schema by which ``target`` writes its arguments; None where it has none or writes nothing."""
-    overloads = [target]
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        overloads = [getattr(target, name) for name in target.overloads()]
-    schemas = [overload._schema for overload in overloads if isinstance(overload, torch._ops.OpOverload)]
-    return next((schema for schema in schemas if schema.is_mutable), None)
+@functools.cache
+def _mutable_schema(target: Any) -> torch.FunctionSchema | None:
+    """Return the schema by which the operator ``target`` writes its arguments; None where it writes nothing."""
+    packet = isinstance(target, torch._ops.OpOverloadPacket)
+    overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
+    return next((overload._schema for overload in overloads if overload._schema.is_mutable), None)
 
 
 def _written_by_schema(node: fx.Node, schema: torch.FunctionSchema) -> Iterator[fx.Node]:

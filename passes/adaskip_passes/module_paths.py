@@ -9,6 +9,7 @@ plans, never for deciding what a sublayer is.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import torch
@@ -35,6 +36,7 @@ _PART = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=1 << 14)  # a graph has a few thousand sources, and each is asked for many times
 def normalise_source(source: str) -> tuple[str, str]:
     """Split a Dynamo source or module name into its root and the path below it.
 

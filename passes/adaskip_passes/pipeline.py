@@ -93,19 +93,17 @@ def run_pipeline(
     gm, images = copy_graph(gm)
     # Of a graph that was rewritten before, the stream still names nodes that have been erased.
     stream = stream.mapped(lambda node: images.get(node, node))
-    contract = Contract.of(gm, stream)
-    verify(gm, contract, stream, after="capture")
+    contract = verify(gm, None, stream, after="capture")
     history = []
     for item in passes:
         started, before = time.perf_counter(), len(gm.graph.nodes)
         try:
-            result = _apply(item, gm, stream, contract)
+            result, contract = _apply(item, gm, stream, contract)
         except AdaSkipError as error:
             if on_failure is not None:
                 on_failure(item, gm, error)
             raise
         stream = result.stream
-        contract = Contract.of(gm, stream)
         seconds = time.perf_counter() - started
         history.append(
             PassRecord(pass_text(item), result.modified, result.matched, before, len(gm.graph.nodes), seconds)
@@ -115,16 +113,16 @@ def run_pipeline(
     return PipelineResult(gm, stream, tuple(history))
 
 
-def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Contract) -> PassResult:
+def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Contract) -> tuple[PassResult, Contract]:
     try:
         result = item.apply(gm, stream)
     except AdaSkipError:
         raise
     except Exception as error:
         raise PassError(f"{pass_text(item)} failed: {type(error).__name__}: {error}") from error
-    verify(gm, contract, result.stream, after=pass_text(item))
+    contract = verify(gm, contract, result.stream, after=pass_text(item))
     gm.recompile()
-    return result
+    return result, contract
 
 
 def pass_text(item: Pass) -> str:

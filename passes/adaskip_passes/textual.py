@@ -73,8 +73,14 @@ class _Symbols:
 
     def __init__(self) -> None:
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._written: dict[sympy.Basic, str] = {}
 
     def write(self, expression: sympy.Basic) -> str:
+        if expression not in self._written:
+            self._written[expression] = self._text(expression)
+        return self._written[expression]
+
+    def _text(self, expression: sympy.Basic) -> str:
         if expression.is_number:
             return str(expression) if expression.is_Integer else repr(float(expression))  # type: ignore[arg-type]
         for symbol in sorted(expression.atoms(sympy.Symbol), key=str):

@@ -38,13 +38,21 @@ class Contract:
         )
 
 
-def verify(gm: fx.GraphModule, contract: Contract, stream: ResidualStream, *, after: str) -> None:
-    """Raise :class:`VerificationError`, naming the pass ``after``, where ``gm`` breaks a rule."""
-    for problem in _problems(gm, contract, stream):
+def verify(gm: fx.GraphModule, contract: Contract | None, stream: ResidualStream, *, after: str) -> Contract:
+    """Return the contract that ``gm`` offers to the next pass, None given for the first.
+
+    Raises:
+        VerificationError: ``gm`` breaks a rule; the message names the pass ``after``.
+    """
+    for problem in _own_problems(gm):
         raise VerificationError(f"after {after}: {problem}")
+    offered = Contract.of(gm, stream)
+    for problem in () if contract is None else _breaches(contract, offered, stream):
+        raise VerificationError(f"after {after}: {problem}")
+    return offered
 
 
-def _problems(gm: fx.GraphModule, contract: Contract, stream: ResidualStream) -> Iterator[str]:
+def _own_problems(gm: fx.GraphModule) -> Iterator[str]:
     try:
         gm.graph.lint()
     except Exception as error:  # noqa: BLE001 - lint raises whatever it trips over
@@ -54,16 +62,18 @@ def _problems(gm: fx.GraphModule, contract: Contract, stream: ResidualStream) ->
         computed = node.op in ("call_function", "call_method") and node.users
         if computed and "example_value" not in node.meta and "val" not in node.meta:
             yield f"node {node.name} has no fake value"
-    inputs = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
-    if inputs[: len(contract.inputs)] != contract.inputs:
+
+
+def _breaches(contract: Contract, offered: Contract, stream: ResidualStream) -> Iterator[str]:
+    if offered.inputs[: len(contract.inputs)] != contract.inputs:
         yield "inputs were removed, renamed or reordered"
-    outputs = tuple(_type(node) for node in output_values(gm))
-    for position, (was, now) in enumerate(zip(contract.outputs, outputs, strict=False)):
+    for position, (was, now) in enumerate(zip(contract.outputs, offered.outputs, strict=False)):
         if was != now:
             yield f"output {position} was {was} and is now {now}"
-    if not 0 <= len(outputs) - len(contract.outputs) <= 1:
-        yield f"there were {len(contract.outputs)} outputs and are now {len(outputs)}; a pass may append one"
-    lost = contract.writes - _lasting_writes(gm) - _writes_of_skipped(stream)
+    before, now = len(contract.outputs), len(offered.outputs)
+    if not 0 <= now - before <= 1:
+        yield f"there were {before} outputs and are now {now}; a pass may append one"
+    lost = contract.writes - offered.writes - _writes_of_skipped(stream) - _adds(stream)
     if lost:
         yield f"writes to memory that outlives the call were lost: {', '.join(sorted(lost))}"
 
