@@ -40,7 +40,8 @@ class RecordedRun:
     """Calls ``run``, and replays it from a CUDA graph once its inputs have settled. Safe under threads.
 
     They have after a call in which nothing lay elsewhere than in the call before but small inputs known to move. Of
-    ``written``, the positions of the inputs that ``run`` writes, none may. ``note`` is told where recording fails.
+    ``written``, the positions of the inputs that ``run`` writes, none may. ``note`` is told where recording fails;
+    ``replays`` counts the calls that were replayed.
     """
 
     def __init__(self, run: Runnable, written: frozenset[int], note: Callable[[str], None]) -> None:
@@ -50,12 +51,8 @@ class RecordedRun:
         self._moving: set[int] = set()
         self._recording: Recording | None = None
         self._failed = False
+        self.replays = 0
         self._lock = threading.Lock()
-
-    @property
-    def recorded(self) -> bool:
-        """Whether the next call may be a replay."""
-        return self._recording is not None
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Return what ``run`` returns for ``inputs``."""
@@ -63,18 +60,20 @@ class RecordedRun:
             return self._call(inputs)
 
     def _call(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        if self._recording is not None and self._recording.serves(inputs):
-            return self._recording.replay(inputs)
-        self._recording = None  # its memory goes before another takes some
-        if self._failed or not self._settled(inputs):
-            return self._run(*inputs)
-        try:
-            self._recording = Recording(self._run, inputs, self._moving)
-        except RuntimeError as error:
-            self._failed = True
-            line = str(error).strip().partition("\n")[0]
-            self._note(f"a decode step could not be recorded as a CUDA graph, and is launched kernel by kernel: {line}")
-            return self._run(*inputs)
+        if self._recording is None or not self._recording.serves(inputs):
+            self._recording = None  # its memory goes before another takes some
+            if self._failed or not self._settled(inputs):
+                return self._run(*inputs)
+            try:
+                self._recording = Recording(self._run, inputs, self._moving)
+            except RuntimeError as error:
+                self._failed = True
+                line = str(error).strip().partition("\n")[0]
+                self._note(
+                    f"a decode step could not be recorded as a CUDA graph, and is launched kernel by kernel: {line}"
+                )
+                return self._run(*inputs)
+        self.replays += 1
         return self._recording.replay(inputs)
 
     def _settled(self, inputs: Sequence[Any]) -> bool:
@@ -100,7 +99,7 @@ class Recording:
 
     def __init__(self, run: Runnable, inputs: Sequence[Any], moving: set[int]) -> None:
         with torch.inference_mode(False):  # a later call may be outside of it, and has to write them
-            self._buffers = {place: torch.empty_like(inputs[place]) for place in sorted(moving)}
+            self._buffers = {place: torch.empty_like(inputs[place]).copy_(inputs[place]) for place in sorted(moving)}
         values = [self._buffers.get(place, value) for place, value in enumerate(inputs)]
         self._layouts = _layouts(inputs)
         self._fixed = [(place, _address(value)) for place, value in enumerate(inputs) if place not in moving]

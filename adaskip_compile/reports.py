@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from adaskip_compile.cuda_graphs import RecordedRun
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.requests import Request
 from adaskip_compile.sessions import Session, sessions_of
@@ -14,12 +15,16 @@ from adaskip_compile.sessions import Session, sessions_of
 
 @dataclass(frozen=True)
 class VariantReport:
-    """One specialised graph: how many sublayers it skips and probes, its nodes, and the seconds that making it took."""
+    """One specialised graph: how many sublayers it skips and probes, its nodes, and the seconds that making it took.
+
+    ``replays`` counts those of its calls that were replayed from a CUDA graph.
+    """
 
     skipped: int
     probed: int
     nodes: int
     seconds: float
+    replays: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,11 @@ def _session_report(session: Session) -> SessionReport:
 def _graph_report(graph: Dispatcher) -> GraphReport:
     variants = tuple(
         VariantReport(
-            len(variant.skipped), len(variant.probed), variant.history[-1].nodes_after, round(variant.seconds, 3)
+            len(variant.skipped),
+            len(variant.probed),
+            variant.history[-1].nodes_after,
+            round(variant.seconds, 3),
+            variant.run.replays if isinstance(variant.run, RecordedRun) else 0,
         )
         for variant in graph.variants.values()
     )
@@ -176,6 +185,7 @@ def _session_text(session: SessionReport) -> str:
     for graph in session.graphs:
         variants = "; ".join(
             f"{variant.skipped} skipped, {variant.probed} probed, {variant.nodes} nodes, made in {variant.seconds:.1f} s"
+            + (f", {variant.replays} calls replayed from a CUDA graph" if variant.replays else "")
             for variant in graph.variants
         )
         lines.append(f"  graph {graph.phase:<8} {graph.calls:>6} calls  {variants or 'not run yet'}")

@@ -83,7 +83,7 @@ def test_decode_over_a_fixed_cache_is_replayed(how):
     variants = [
         variant for session in sessions_of(model) for graph in session.graphs for variant in graph.variants.values()
     ]
-    recorded = [one for one in variants if isinstance(one.run, RecordedRun) and one.run.recorded]
+    recorded = [one for one in variants if isinstance(one.run, RecordedRun) and one.run.replays]
     assert {bool(one.probed) for one in recorded} == {False, True}
     assert not adaskip_compile.report(model).sessions[-1].notes
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from adaskip_compile import cuda_graphs
+import adaskip_compile
+from adaskip_compile import SkipPlan, cuda_graphs, dispatch
 from adaskip_compile.cuda_graphs import RecordedRun, recordable, written_inputs
 from tests.captures import first_graph
+from tests.generation import generate, left_padded, make_cache
+from tests.models import tiny, tokens
 
 WEIGHT, CACHE, TOKEN = range(3)
 
@@ -31,9 +35,9 @@ class Device:
     def record(self, run: Any, values: Any) -> tuple[Any, Any]:
         self.recorded += 1
         kept = [value.detach() if isinstance(value, torch.Tensor) else value for value in values]  # addresses
-        before = [value.clone() for value in kept]
+        before = [(value, value.clone()) for value in kept if isinstance(value, torch.Tensor)]
         outputs = run(*values)
-        for value, old in zip(kept, before, strict=True):
+        for value, old in before:
             value.copy_(old)  # recording runs nothing
 
         def replay() -> None:
@@ -81,7 +85,7 @@ def test_it_is_replayed_once_only_small_inputs_move(device):
     steps = Steps()
     for value in range(6):
         steps.take(value)
-    assert (device.recorded, device.replayed) == (1, 4)
+    assert (device.recorded, device.replayed, steps.run.replays) == (1, 4, 4)
 
 
 def test_what_was_returned_outlives_the_next_replay(device):
@@ -144,7 +148,7 @@ def test_a_cache_is_not_kept_alive(monkeypatch):
     weight = torch.ones(2)
     for token in tokens:
         run(weight, cache, token)
-    assert run.recorded
+    assert run.replays == 2
     gone = weakref.ref(cache)
     del cache
     assert gone() is None
@@ -186,6 +190,38 @@ def test_threads_take_turns(device):
     for thread in threads:
         thread.join()
     assert torch.equal(cache, torch.full((2,), 200.0))
+
+
+def test_decode_steps_of_whole_requests_are_replayed(device, monkeypatch):
+    monkeypatch.setattr(dispatch, "recordable", lambda gm: True)
+    skipped = {"model.layers.0.self_attn": 0.97, "model.layers.2.mlp": 1.03}
+    model = tiny("llama", num_hidden_layers=3)
+    plan = replace(SkipPlan.from_scales(skipped, window=6), beta=-2.0)
+    adaskip_compile.compile(model, plan, keep_captures=False)
+    row = tokens(1, 11)[0]
+    for rows in ([row], [row.flip(0)], [row, row[3:]]):
+        ids, mask = left_padded(rows)
+        wanted = generate(model, ids, mask, 16, past_key_values=make_cache("dynamic", model))
+        before = device.replayed
+        got = generate(model, ids, mask, 16, past_key_values=make_cache("static", model))
+        assert torch.equal(got, wanted)
+        assert device.replayed - before >= 8  # of 15: the first steps of each variant and request are not
+    [session] = adaskip_compile.report(model).sessions
+    replays = {
+        (graph.phase, variant.probed > 0): variant.replays for graph in session.graphs for variant in graph.variants
+    }
+    assert sum(variant.replays for graph in session.graphs for variant in graph.variants) == device.replayed
+    assert replays.keys() == {("prefill", False), ("decode", False), ("decode", True)}
+    assert "calls replayed from a CUDA graph" in str(adaskip_compile.report(model))
+
+
+def test_it_can_be_turned_off(device, monkeypatch):
+    monkeypatch.setattr(dispatch, "recordable", lambda gm: True)
+    model = tiny("llama")
+    adaskip_compile.compile(model, SkipPlan.none(), cuda_graphs=False, keep_captures=False)
+    ids, mask = left_padded([tokens(1, 11)[0]])
+    generate(model, ids, mask, 6, past_key_values=make_cache("static", model))
+    assert device.recorded == 0
 
 
 def test_graphs_on_the_cpu_are_not_recorded():
