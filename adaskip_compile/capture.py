@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def captured_module() -> nn.Module | None:
@@ -125,8 +126,18 @@ def capture_reason() -> str | None:
 
 
 def example_inputs(gm: fx.GraphModule) -> list[Any]:
-    """Return the fake values of the inputs of ``gm``, in order."""
-    return [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+    """Return the fake values of the inputs of ``gm``, in order, each an object of its own.
+
+    Of two inputs that are one object, an inner compiler would take one for both.
+    """
+    values: list[Any] = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta["example_value"]
+        if isinstance(value, FakeTensor) and any(value is other for other in values):
+            with value.fake_mode:
+                value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        values.append(value)
+    return values
 
 
 def forget_marks(tensor: torch.Tensor) -> None:

@@ -1,0 +1,41 @@
+"""What lowering takes care of before Inductor sees a graph."""
+
+from __future__ import annotations
+
+import torch
+
+from adaskip_compile import lowering
+from adaskip_compile.capture import example_inputs
+from adaskip_compile.lowering import Lowering
+from tests.captures import first_graph
+
+
+def test_inputs_that_share_a_fake_value_are_two_inputs():
+    gm = first_graph(lambda x, y: (x - y,), torch.ones(3), torch.zeros(3))
+    first, second = gm.graph.find_nodes(op="placeholder")
+    second.meta["example_value"] = first.meta["example_value"]  # as values are shared in a graph that was read
+    one, other = example_inputs(gm)
+    assert one is not other
+    assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+    [got] = Lowering("inductor", "whole").lower(gm)(torch.full((3,), 5.0), torch.full((3,), 2.0))
+    assert torch.equal(got, torch.full((3,), 3.0))
+
+
+def test_what_has_no_code_for_all_sizes_is_compiled_for_those_seen(monkeypatch):
+    import torch._inductor
+
+    compile_standalone, settings = torch._inductor.standalone_compile, []
+
+    def refuse_any_size(*args, **kwargs):
+        any_size = lowering.symbol_config.backed_size_oblivious
+        settings.append(any_size)
+        if any_size:
+            raise RuntimeError("unbacked_bindings")
+        return compile_standalone(*args, **kwargs)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", refuse_any_size)
+    x = torch.randn(7, 3)
+    gm = first_graph(lambda x: (x * 2 + 1,), x)
+    [got] = Lowering("inductor", "whole").lower(gm)(x)
+    assert settings == [True, False]
+    torch.testing.assert_close(got, x * 2 + 1)
