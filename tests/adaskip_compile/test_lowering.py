@@ -24,7 +24,8 @@ def test_inputs_that_share_a_fake_value_are_two_inputs():
 def test_what_has_no_code_for_all_sizes_is_compiled_for_those_seen(monkeypatch):
     import torch._inductor
 
-    compile_standalone, settings = torch._inductor.standalone_compile, []
+    compile_standalone = torch._inductor.standalone_compile
+    settings: list[bool] = []
 
     def refuse_any_size(*args, **kwargs):
         any_size = lowering.symbol_config.backed_size_oblivious
