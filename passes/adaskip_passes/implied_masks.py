@@ -26,7 +26,7 @@ from adaskip_passes.effects import Effects, find_effects, op_name
 from adaskip_passes.graph import call, fake_tensor, fake_value, named_arguments
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_QUERY, _KEY = sympy.symbols("query key", integer=True, nonnegative=True)
+_ROW, _HEAD, _QUERY, _KEY = sympy.symbols("row head query key", integer=True, nonnegative=True)
 # From the differences of both sides: what has to be zero or more.
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "le": lambda a, b: b - a,
@@ -43,14 +43,17 @@ _WIDEST = 256
 def drop_implied_masks(gm: fx.GraphModule) -> int:
     """Rewrite the attentions of ``gm`` whose masks say no more than causality, in place; return how many there were."""
     calls = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.scaled_dot_product_attention)
-    found = [(node, rule) for node in calls if (rule := _rule(node)) is not None]
-    if not found:
+    masked = [node for node in calls if fake_tensor(named_arguments(node, _NAMES).get("attn_mask")) is not None]
+    if not masked:
         return 0
     effects = find_effects(gm)
+    reader = _MaskReader(effects)
+    found = [(node, rule) for node in masked if (rule := _rule(node, reader)) is not None]
     for node, rule in found:
         _rewrite(gm.graph, node, rule, effects)
-    gm.graph.lint()
-    gm.recompile()
+    if found:
+        gm.graph.lint()
+        gm.recompile()
     return len(found)
 
 
@@ -66,7 +69,7 @@ class _UnknownError(Exception):
     """A mask is computed in a way that is not understood here."""
 
 
-def _rule(node: fx.Node) -> _Rule | None:
+def _rule(node: fx.Node, reader: _MaskReader) -> _Rule | None:
     given = named_arguments(node, _NAMES)
     q, k, mask = (fake_tensor(given.get(name)) for name in ("query", "key", "attn_mask"))
     if q is None or k is None or mask is None or given.get("is_causal") or mask.dtype != torch.bool:
@@ -75,7 +78,7 @@ def _rule(node: fx.Node) -> _Rule | None:
         return None
     queries, keys = _expression(q.shape[-2]), _expression(k.shape[-2])
     try:
-        conditions = _conditions(given["attn_mask"], (sympy.Integer(0), sympy.Integer(0), _QUERY, _KEY))
+        conditions = reader.conditions(given["attn_mask"], (_ROW, _HEAD, _QUERY, _KEY))
     except _UnknownError:
         return None
     left = [one for one in conditions if not _always(one, queries, keys)]
@@ -95,69 +98,77 @@ def _always(condition: sympy.Expr, queries: sympy.Expr, keys: sympy.Expr) -> boo
     return bool(sympy.expand(least).is_nonnegative)
 
 
-def _conditions(node: Any, index: Sequence[sympy.Expr]) -> tuple[sympy.Expr, ...]:
-    """Return what has to be zero or more for the element at ``index`` of the boolean tensor ``node`` to be true."""
-    if node is True:
-        return ()
-    value = fake_tensor(node)
-    if value is None or value.dtype != torch.bool:
+class _MaskReader:
+    """Works out single elements of masks, and of the integers that they are computed from, at symbolic places."""
+
+    def __init__(self, effects: Effects) -> None:
+        self._roots = effects.roots
+        # What such memory holds depends on when it is read.
+        self._written = {write.root for write in effects.writes}
+
+    def conditions(self, node: Any, index: Sequence[sympy.Expr]) -> tuple[sympy.Expr, ...]:
+        """Return what has to be zero or more for the element at ``index`` of the boolean tensor ``node`` to be true."""
+        value = fake_tensor(node)
+        if value is None or value.dtype != torch.bool:
+            raise _UnknownError
+        name = self._operation(node)
+        if name in _COMPARISONS:
+            left, right = (self._number(operand, index) for operand in _two(node))
+            return (_COMPARISONS[name](left, right),)
+        if name in ("and", "bitwise_and", "logical_and"):
+            return tuple(one for operand in _two(node) for one in self.conditions(operand, _broadcast(operand, index)))
+        if name in ("new_ones", "ones"):
+            return ()
+        return self.conditions(*_moved(node, name, index))
+
+    def _number(self, node: Any, index: Sequence[sympy.Expr]) -> sympy.Expr:
+        """Return the element at ``index``, as far as it has dimensions, of the integer tensor ``node``; a size is one too."""
+        if isinstance(node, int):
+            return sympy.Integer(node)
+        value = fake_value(node) if isinstance(node, fx.Node) else None
+        if isinstance(value, (int, torch.SymInt)):
+            return _expression(value)
+        if not isinstance(value, torch.Tensor) or value.is_floating_point():
+            raise _UnknownError
+        name = self._operation(node)
+        index = _broadcast(node, index)
+        if name == "arange":
+            return self._arange(node, index[0])
+        if name in _ARITHMETIC:
+            left, right = (self._number(operand, index) for operand in _two(node))
+            return _ARITHMETIC[name](left, right)
+        return self._number(*_moved(node, name, index))
+
+    def _arange(self, node: fx.Node, at: sympy.Expr) -> sympy.Expr:
+        numbers = [self._number(one, ()) for one in node.args]
+        if len(numbers) not in (1, 2) or node.kwargs.keys() - {"device", "dtype"}:
+            raise _UnknownError
+        return at if len(numbers) == 1 else numbers[0] + at
+
+    def _operation(self, node: fx.Node) -> str:
+        if node.op not in ("call_function", "call_method") or self._roots[node] in self._written:
+            raise _UnknownError
+        return op_name(node).strip("_")
+
+
+def _two(node: fx.Node) -> tuple[Any, Any]:
+    if len(node.args) != 2 or node.kwargs:
         raise _UnknownError
-    name = op_name(node).strip("_")
-    if name in _COMPARISONS:
-        left, right = (_number(operand, index) for operand in node.args)
-        return (_COMPARISONS[name](left, right),)
-    if name in ("and", "bitwise_and", "logical_and"):
-        return tuple(one for operand in node.args for one in _conditions(operand, _broadcast(operand, index)))
-    if name in ("new_ones", "ones"):
-        return ()
-    source, place = _moved(node, name, index)
-    return _conditions(source, place)
-
-
-def _number(node: Any, index: Sequence[sympy.Expr]) -> sympy.Expr:
-    """Return the element at ``index``, as far as it has dimensions, of the integer tensor ``node``; a size is one too."""
-    if isinstance(node, int):
-        return sympy.Integer(node)
-    value = fake_value(node) if isinstance(node, fx.Node) else None
-    if isinstance(value, (int, torch.SymInt)):
-        return _expression(value)
-    if not isinstance(value, torch.Tensor) or value.is_floating_point() or node.op == "placeholder":
-        raise _UnknownError
-    index = _broadcast(node, index)
-    name = op_name(node).strip("_")
-    if name == "arange":
-        return _arange(node, index[0])
-    if name in _ARITHMETIC:
-        left, right = (_number(operand, index) for operand in node.args)
-        return _ARITHMETIC[name](left, right)
-    source, place = _moved(node, name, index)
-    return _number(source, place)
-
-
-def _arange(node: fx.Node, at: sympy.Expr) -> sympy.Expr:
-    numbers = [_number(one, ()) for one in node.args]
-    if len(numbers) not in (1, 2) or node.kwargs.keys() - {"device", "dtype"}:
-        raise _UnknownError
-    return at if len(numbers) == 1 else numbers[0] + at
+    return node.args
 
 
 def _moved(node: fx.Node, name: str, index: Sequence[sympy.Expr]) -> tuple[Any, Sequence[sympy.Expr]]:
     """Return of which tensor, and where in it, the element at ``index`` of the view or copy ``node`` is."""
-    if node.op not in ("call_function", "call_method") or not node.args:
-        raise _UnknownError
-    source = node.args[0]
+    source, *others = node.args or (None,)
     if name in _SAME_VALUES:
         return source, index
     if name == "expand":
         return source, _broadcast(source, index)
-    if name == "unsqueeze":
-        rank = len(index)
-        dim = node.args[1]
-        assert isinstance(dim, int)
-        dim %= rank
+    if name == "unsqueeze" and others and isinstance(others[0], int):
+        dim = others[0] % len(index)
         return source, (*index[:dim], *index[dim + 1 :])
     if name == "getitem":
-        items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        items = others[0] if isinstance(others[0], tuple) else (others[0],)
         if all(item is None or item == slice(None) for item in items):
             kept = [at for item, at in zip(items, index, strict=False) if item is not None]
             return source, (*kept, *index[len(items) :])

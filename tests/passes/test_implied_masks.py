@@ -69,6 +69,25 @@ def strictly(q, k, v):
     return (attention(q, k, v, at[None, None, None, :] < at[None, None, :, None] + 2),)
 
 
+def written_positions(q, k, v):
+    at = torch.arange(k.shape[2])
+    shifted = at + 0
+    shifted.add_(2)
+    return (attention(q, k, v, at[None, None, None, :] <= shifted[None, None, :, None]),)
+
+
+def scaled_positions(q, k, v):
+    at = torch.arange(k.shape[2])
+    later = torch.add(at, at, alpha=0) + 0
+    return (attention(q, k, v, at[None, None, None, :] <= torch.add(later, 1, alpha=3)[None, None, :, None]),)
+
+
+def by_row(q, k, v):
+    at, rows = torch.arange(k.shape[2]), torch.arange(q.shape[0])
+    allowed = at[None, None, None, :] <= at[None, None, :, None] + rows[:, None, None, None]
+    return (attention(q, k, v, allowed),)
+
+
 def padded(q, k, v, mask):
     return (attention(q, k, v, causal(q.shape[2], k.shape[2]) & mask[:, None, None, :]),)
 
@@ -158,10 +177,13 @@ def test_a_copy_of_what_is_written_later_stays():
         (chunk, inputs(3, 9)),
         (sliding, inputs(7, 7)),
         (strictly, inputs(7, 7)),
+        (written_positions, inputs(7, 7)),
+        (scaled_positions, inputs(7, 7)),
+        (by_row, tuple(torch.cat([value, value]) for value in inputs(7, 7))),
         (padded, inputs(7, 7, torch.ones(1, 7, dtype=torch.bool))),
         (lambda q, k, v, mask: (attention(q, k, v, mask),), inputs(7, 7, torch.ones(1, 1, 7, 7, dtype=torch.bool))),
     ],
-    ids=["chunk", "sliding", "other-diagonal", "padding", "given"],
+    ids=["chunk", "sliding", "other-diagonal", "written", "alpha", "by-row", "padding", "given"],
 )
 def test_any_other_mask_stays(function, values):
     gm = captured(function, values)
