@@ -104,8 +104,7 @@ class Recording:
         self._layouts = _layouts(inputs)
         self._fixed = [(place, _address(value)) for place, value in enumerate(inputs) if place not in moving]
         self._replay, outputs = record(run, values)
-        lent = {value.untyped_storage()._cdata: place for place, value in enumerate(values) if _is_tensor(value)}
-        self._outputs = [_output(value, values, lent) for value in outputs]
+        self._outputs = [_output(value, values) for value in outputs]
 
     def serves(self, inputs: Sequence[Any]) -> bool:
         """Tell whether ``inputs`` are laid out as those recorded, and those that are not copied lie where they lay."""
@@ -139,13 +138,16 @@ class _Input:
         self.place = place
 
 
-def _output(value: Any, values: Sequence[Any], lent: dict[int, int]) -> Any:
-    if not _is_tensor(value) or value.untyped_storage()._cdata not in lent:
+def _output(value: Any, values: Sequence[Any]) -> Any:
+    """Return what to keep of an output of the call on ``values``: of one that is an input, its place."""
+    if not _is_tensor(value):
         return value
-    place = lent[value.untyped_storage()._cdata]
-    if value is not values[place]:
+    place = next((place for place, one in enumerate(values) if one is value), None)
+    if place is not None:
+        return _Input(place)
+    if any(_is_tensor(one) and one.untyped_storage()._cdata == value.untyped_storage()._cdata for one in values):
         raise RuntimeError("an output is a view of an input")
-    return _Input(place)
+    return value
 
 
 def _is_tensor(value: Any) -> bool:
