@@ -8,7 +8,6 @@ mask) are copied to where the graph reads them.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import fx
 
 from adaskip_compile.lowering import Runnable
-from adaskip_passes.effects import find_effects
 from adaskip_passes.graph import fake_value
 
 # Inputs of more bytes are not copied in each step: where one lies elsewhere, another graph is recorded.
@@ -30,17 +28,11 @@ def recordable(gm: fx.GraphModule) -> bool:
     return len(devices) == 1 and next(iter(devices)).type == "cuda"
 
 
-def written_inputs(gm: fx.GraphModule) -> frozenset[int]:
-    """Return the positions of the inputs that ``gm`` writes in place: a copy of one would take the writes away."""
-    roots = {write.root for write in find_effects(gm).writes}
-    return frozenset(place for place, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in roots)
-
-
 class RecordedRun:
     """Calls ``run``, and replays it from a CUDA graph once its inputs have settled. Safe under threads.
 
     They have after a call in which nothing lay elsewhere than in the call before but small inputs known to move. Of
-    ``written``, the positions of the inputs that ``run`` writes, none may. ``note`` is told where recording fails;
+    ``written``, the positions of the inputs that ``run`` writes, none may: a copy would take the writes away. ``note`` is told where recording fails;
     ``replays`` counts the calls that were replayed.
     """
 
@@ -84,7 +76,7 @@ class RecordedRun:
             return False
         moved = {place for place, pair in enumerate(zip(before, addresses, strict=True)) if pair[0] != pair[1]}
         new = moved - self._moving
-        self._moving |= {place for place in new - self._written if _bytes(inputs[place]) <= _SMALL}
+        self._moving |= {place for place in new - self._written if inputs[place].nbytes <= _SMALL}
         return not new
 
 
@@ -166,7 +158,3 @@ def _stream() -> int:
 
 def _address(value: Any) -> int:
     return value.data_ptr() if isinstance(value, torch.Tensor) else 0
-
-
-def _bytes(value: torch.Tensor) -> int:
-    return math.prod(value.shape) * value.element_size()

@@ -20,13 +20,14 @@ from torch import fx
 
 from adaskip_compile.cache_growth import CacheGrowth
 from adaskip_compile.capture import capture_reason, collector_paused, forget_marks
-from adaskip_compile.cuda_graphs import RecordedRun, recordable, written_inputs
+from adaskip_compile.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.hole_memory import HoleMemory
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request, equal_groups
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.append_in_place import AppendInPlace
+from adaskip_passes.effects import positions_written
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.graph import fake_tensor
@@ -114,7 +115,7 @@ class Dispatcher:
         self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
         self._growth = CacheGrowth(gm, stream, session.storages)
         recorded = session.options.cuda_graphs and stream.phase == "decode" and not self._growth.grows
-        self._recorded = recorded and recordable(gm)
+        self._recorded = frozenset(positions_written(gm)) if recorded and recordable(gm) else None
         self._ffns = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and not item.stateful)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -274,8 +275,8 @@ class Dispatcher:
             lowering = Lowering(lowering.inner, "whole", self.session.note)
         grown = self._growth.used(result.gm)
         run = lowering.lower(result.gm)
-        if self._recorded and lowering.inner == "inductor":
-            run = RecordedRun(run, written_inputs(self.gm), self.session.note)
+        if self._recorded is not None and lowering.inner == "inductor":
+            run = RecordedRun(run, self._recorded, self.session.note)
         seconds = time.perf_counter() - started
         log.info(
             "%s: made the %s graph that skips %d and probes %d sublayers, in %.1f s",

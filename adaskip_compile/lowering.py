@@ -137,14 +137,12 @@ class Lowering:
         """
         from torch._inductor import standalone_compile
 
-        if not any_size:
-            with _kernels_when_called(self._waited):
-                return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
+        tag = f"{compiler_config.cache_key_tag}adaskip-any-size" if any_size else compiler_config.cache_key_tag
         # The setting is not in the key of what Inductor keeps: code for some sizes must not be taken for it.
         with (
             _kernels_when_called(self._waited),
-            symbol_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-            compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}adaskip-any-size"),  # type: ignore[attr-defined]
+            symbol_config.patch(backed_size_oblivious=any_size),  # type: ignore[attr-defined]
+            compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
         ):
             return standalone_compile(gm, example_inputs(gm), dynamic_shapes="from_graph")
 

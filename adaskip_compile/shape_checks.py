@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils._sympy.printers import PythonPrinter
 
 from adaskip_passes.errors import LegalityError
-from adaskip_passes.graph import fake_tensor, fake_value
+from adaskip_passes.graph import fake_tensor, fake_value, size_expression
 from adaskip_passes.state import output_values
 
 
@@ -26,7 +26,7 @@ class ShapeCheck:
     def __init__(self, captured: fx.GraphModule, rewritten: fx.GraphModule) -> None:
         pairs = zip(output_values(captured), output_values(rewritten), strict=False)
         self._wanted = [
-            (position, [_expression(size) for size in _shape(was)])
+            (position, [size_expression(size) for size in _shape(was)])
             for position, (was, now) in enumerate(pairs)
             if _shape(was) is not None and str(_shape(was)) != str(_shape(now))
         ]
@@ -83,10 +83,6 @@ class AssumptionCheck:
 def _shape(node: fx.Node | None) -> Any:
     value = fake_tensor(node)
     return None if value is None else tuple(value.shape)
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _symbol_sources(gm: fx.GraphModule) -> dict[sympy.Symbol, Callable[[Sequence[Any]], int]]:

@@ -102,6 +102,13 @@ def find_effects(gm: fx.GraphModule) -> Effects:
     return Effects(tuple(writes), roots, frozenset(checks))
 
 
+def positions_written(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Return the positions of the inputs that ``gm`` writes in place, in the order of the writes."""
+    places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    roots = dict.fromkeys(write.root for write in find_effects(gm).writes)
+    return tuple(places[root] for root in roots if root in places)
+
+
 def _acts(node: fx.Node) -> bool:
     return not hasattr(node.target, "written_inputs") and (op_name(node) in _ACTS or node.is_impure())
 

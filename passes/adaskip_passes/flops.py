@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.effects import op_name
-from adaskip_passes.graph import fake_tensor
+from adaskip_passes.graph import fake_tensor, size_expression
 
 __all__ = ["count_flops", "shape_of", "sizes_product"]
 
@@ -27,7 +27,7 @@ def shape_of(value: Any) -> Shape:
     tensor = value if isinstance(value, torch.Tensor) else fake_tensor(value)
     if tensor is None:
         return ()
-    return tuple(sympy.Integer(size) if isinstance(size, int) else size.node.expr for size in tensor.shape)
+    return tuple(map(size_expression, tensor.shape))
 
 
 def sizes_product(shape: Shape) -> sympy.Expr:

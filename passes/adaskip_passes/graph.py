@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -104,6 +105,11 @@ def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphM
     Its Python code is made when it first runs: most graphs that passes make are only read.
     """
     return _LazyGraphModule(root, graph)
+
+
+def size_expression(size: Any) -> sympy.Expr:
+    """Return a plain or symbolic size as an expression in the symbols of its graph."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
 def size_hint(size: Any) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.effects import Effects, find_effects, op_name
-from adaskip_passes.graph import call, fake_tensor, fake_value, named_arguments
+from adaskip_passes.graph import call, fake_tensor, fake_value, named_arguments, size_expression
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _ROW, _HEAD, _QUERY, _KEY = sympy.symbols("row head query key", integer=True, nonnegative=True)
@@ -76,7 +76,7 @@ def _rule(node: fx.Node, reader: _MaskReader) -> _Rule | None:
         return None
     if q.dim() != 4 or k.dim() != 4 or mask.dim() != 4:
         return None
-    queries, keys = _expression(q.shape[-2]), _expression(k.shape[-2])
+    queries, keys = size_expression(q.shape[-2]), size_expression(k.shape[-2])
     try:
         conditions = reader.conditions(given["attn_mask"], (_ROW, _HEAD, _QUERY, _KEY))
     except _UnknownError:
@@ -127,7 +127,7 @@ class _MaskReader:
             return sympy.Integer(node)
         value = fake_value(node) if isinstance(node, fx.Node) else None
         if isinstance(value, (int, torch.SymInt)):
-            return _expression(value)
+            return size_expression(value)
         if not isinstance(value, torch.Tensor) or value.is_floating_point():
             raise _UnknownError
         name = self._operation(node)
@@ -187,10 +187,6 @@ def _broadcast(node: Any, index: Sequence[sympy.Expr]) -> Sequence[sympy.Expr]:
         sympy.Integer(0) if isinstance(size, int) and size == 1 else at
         for size, at in zip(value.shape, behind, strict=True)
     )
-
-
-def _expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, rule: _Rule, effects: Effects) -> None:

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.effects import find_effects
+from adaskip_passes.effects import positions_written
 from adaskip_passes.graph import fake_tensor, fake_value
 
 
@@ -24,17 +24,11 @@ class Region:
         """Take from ``equals``, regions by their keys, what is known of an equal one."""
         self.__name__, self.gm, self.key = name, gm, region_key(gm)
         equal = (equals or {}).get(self.key)
-        self.written_inputs = _written_inputs(gm) if equal is None else equal.written_inputs
+        self.written_inputs = positions_written(gm) if equal is None else equal.written_inputs
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run the region node by node."""
         return self.gm.forward(*inputs)
-
-
-def _written_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
-    places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    roots = dict.fromkeys(write.root for write in find_effects(gm).writes)
-    return tuple(places[root] for root in roots if root in places)
 
 
 def symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:

@@ -12,7 +12,8 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan, cuda_graphs, dispatch
-from adaskip_compile.cuda_graphs import RecordedRun, recordable, written_inputs
+from adaskip_compile.cuda_graphs import RecordedRun, recordable
+from adaskip_passes.effects import positions_written
 from tests.captures import first_graph
 from tests.generation import generate, left_padded, make_cache
 from tests.models import tiny, tokens
@@ -232,5 +233,5 @@ def test_graphs_on_the_cpu_are_not_recorded():
 def test_what_a_graph_writes_is_told_by_position():
     gm = first_graph(lambda weight, cache, token: step(weight, cache, token)[:1], *torch.zeros(3, 2))
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    [place] = written_inputs(gm)
+    [place] = positions_written(gm)
     assert "cache" in names[place]
