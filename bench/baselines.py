@@ -6,13 +6,20 @@ in full; end-to-end by the same after a prompt that skipped too, by needles, and
 against the full model's. Speed-ups are those of a request, measured in rounds in turn (--inner inductor for what a user
 gets; quality is measured with eager regions, which compute the same).
 
-    python -m bench.baselines --model smollm2 --skips 8 [--policies adaskip early_exit ...] [--texts NAME=DIR ...]
+With --kept DIR all is kept there as it is found, and what is there is not measured again: scores may come from a GPU
+(--device cuda --inner none) and times from the machine that is in question.
+
+    python -m bench.baselines --model smollm2 --skips 4 8 12 16 --inner inductor --kept DIR [--texts NAME=DIR ...]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import adaskip_compile
@@ -20,9 +27,12 @@ from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
 from adaskip_compile.evaluation.candidates import FULL, make_plan
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Measure, Sizes, kind_of, make_measures
+from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, TIMES, SweepResults
+from adaskip_compile.identity import identify
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.policy_names import POLICIES
-from adaskip_passes.errors import OptionError
+from adaskip_compile.profiles import PROFILE_FORMAT, Profile
+from adaskip_passes.errors import ForeignFileError, OptionError
 from bench.studies import Study, study_parser
 
 # Which measures tell of skipping in which phases.
@@ -36,11 +46,13 @@ QUICK = tuple(policy for policy in POLICIES if policy != "loss_greedy")
 
 TITLES = {"prefill": "Prefill-only", "decode": "Decode-only", "both": "End-to-end"}
 
+_SIZES = ("windows", "length", "decoded", "needles", "questions", "prompts", "prompt_tokens", "new_tokens")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the page."""
     sizes = {"samples": 20, "length": 1024, "windows": 1, "decoded": 32, "needles": 6, "questions": 16, "prompts": 4}
-    parser = study_parser(str(__doc__), **sizes, prompt_tokens=512, new_tokens=48, rounds=3)
+    parser = study_parser(str(__doc__), **sizes, prompt_tokens=512, new_tokens=48, rounds=3, timed_context=1024)
     parser.add_argument("--skips", type=int, nargs="+", default=[8], metavar="K")
     parser.add_argument("--policies", nargs="+", default=list(QUICK), metavar="NAME")
     parser.add_argument("--compensations", nargs="+", default=["scale"], metavar="NAME")
@@ -49,76 +61,171 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--inner", choices=("eager", "inductor", "none"), default="none", help="to time with; none: do not"
     )
+    parser.add_argument("--kept", type=Path, metavar="DIR", help="keep profile, scores and times here")
     arguments = parser.parse_args(argv)
     study = Study("baselines", "What does each policy lose at equal skip counts?", arguments)
-    measures = _measures(study)
-    profile = study.profile(
-        policies=arguments.policies, compensations=arguments.compensations, most=max(arguments.skips)
-    )
-    for phase in arguments.phases:
-        chosen = [measure for measure in measures if kind_of(measure.name) in PHASES[phase]]
-        study.say(f"## {TITLES[phase]}", "")
-        full = _row(study, SkipPlan.none(), chosen)
-        for skip in arguments.skips:
-            plans = _plans(study, profile, skip, phase)
-            scores = {FULL: full} | {name: _row(study, plan, chosen) for name, plan in plans.items()}
-            times = _times(study, plans) if arguments.inner != "none" else {}
-            study.say(f"### {skip} sublayers skipped", "")
-            _table(study, scores, times, phase)
+    with ExitStack() as stack:
+        folder = arguments.kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _Baselines(study, folder).run()
     study.write()
     return 0
 
 
-def _measures(study: Study) -> list[Measure]:
-    how = study.arguments
-    named = ("windows", "length", "decoded", "needles", "questions", "prompts", "prompt_tokens", "new_tokens")
-    sizes = Sizes(**{name: getattr(how, name) for name in named}, contexts=tuple(how.contexts))
-    wanted = [kind for phase in how.phases for kind in PHASES[phase]]
-    adaskip_compile.compile(study.model, SkipPlan.none(), inner="eager")
-    return make_measures(list(dict.fromkeys(wanted)), study.model, study.tokenizer, study.domains, sizes)
+class _Baselines:
+    """The study: its profile, what was found so far, and the measures."""
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        self.study, self.folder = study, folder
+        how = study.arguments
+        self.profile = self._profile()
+        model = f"{identify(study.model).name} {identify(study.model).key}"
+        about = {"model": model, "profile": _digest(repr(PROFILE_FORMAT.read(self._file("profile"))))}
+        texts = {domain.name: _digest(f"{domain.profiling}\0{domain.evaluation}") for domain in study.domains}
+        sizes = {f"--{name.replace('_', '-')}": getattr(how, name) for name in (*_SIZES, "contexts")}
+        self.scores = self._results("scores", {**about, "texts": texts, **sizes})
+        timing = ("inner", "threads", "new_tokens", "timed_context")
+        timed = {f"--{name.replace('_', '-')}": getattr(how, name) for name in timing}
+        self.times = None if how.inner == "none" else self._results("times", {**about, **timed})
+        adaskip_compile.compile(study.model, SkipPlan.none(), inner="eager")
+        self.measures = self._measures()
+
+    def run(self) -> None:
+        how, study = self.study.arguments, self.study
+        for name, results in (("Scores", self.scores), ("Times", self.times)):
+            if results is not None and results.about["made on"] != study.machine:
+                study.say(f"{name}: {results.about['made on']}.", "")
+        for phase in how.phases:
+            study.say(f"## {TITLES[phase]}", "")
+            measures = [measure for measure in self.measures if kind_of(measure.name) in PHASES[phase]]
+            found: dict[str, list[tuple[str, float]]] = {}
+            for skip in how.skips:
+                plans = self._plans(skip, phase)
+                scores = {name: self._scores(name, plan, measures) for name, plan in plans.items()}
+                if self.times is not None:
+                    self._time(self.times, plans)
+                study.say(f"### {skip} sublayers skipped", "")
+                self._table(scores)
+                for name, each in scores.items():
+                    found.setdefault(_shown(name), []).append((name, _loss(each, scores[FULL])))
+            if self.times is not None:
+                self._plot(phase, found)
+
+    def _profile(self) -> Profile:
+        how = self.study.arguments
+        kept = Profile.load(self._file("profile")) if self._file("profile").exists() else None
+        if kept is not None and ("loss_greedy" not in how.policies or len(kept.joint_order) >= max(how.skips)):
+            kept.check(identify(self.study.model), source=str(self._file("profile")))
+            return kept
+        found = self.study.profile(policies=how.policies, compensations=how.compensations, most=max(how.skips))
+        found.save(self._file("profile"))
+        return found
+
+    def _file(self, what: str) -> Path:
+        return self.folder / f"{self.study.stem}.{what}.json"
+
+    def _results(self, what: str, about: dict[str, Any]) -> SweepResults:
+        """Return what is kept of ``what``, which may have been made on another machine."""
+        file = self._file(what)
+        made = SWEEP_FORMAT.read(file)["about"].get("made on") if file.exists() else self.study.machine
+        return SweepResults.open(file, {**about, "made on": made})
+
+    def _measures(self) -> list[Measure]:
+        how, study = self.study.arguments, self.study
+        sizes = Sizes(**{name: getattr(how, name) for name in _SIZES}, contexts=tuple(how.contexts))
+        wanted = dict.fromkeys(kind for phase in how.phases for kind in PHASES[phase])
+        return make_measures(list(wanted), study.model, study.tokenizer, study.domains, sizes)
+
+    def _plans(self, skip: int, phase: str) -> dict[str, SkipPlan]:
+        """Return the full model and the plans that there are, by name, and say which policies have none."""
+        found = {FULL: SkipPlan.none()}
+        for policy in self.study.arguments.policies:
+            for compensation in self.study.arguments.compensations:
+                name = policy if compensation == "scale" else f"{policy}, {compensation}"
+                options = {"skip": skip, "policy": policy, "compensation": compensation, "phase": phase}
+                try:
+                    found[f"{phase}/{skip}/{name}"] = make_plan(self.profile, **options)
+                except OptionError as error:
+                    self.study.say(f"- {name}, {skip}: {error}", "")
+        return found
+
+    def _scores(self, name: str, plan: SkipPlan, measures: Sequence[Measure]) -> dict[str, Scores]:
+        known = self.scores.quality.get(name, {})
+        lacking = [measure for measure in measures if measure.name not in known]
+        if lacking:
+            self._require_own(self.scores)
+            adaskip_compile.compile(self.study.model, plan, inner="eager")
+        for measure in lacking:
+            self.scores.add_quality(name, measure.name, measure.run(self.study.model))
+        return {measure.name: Scores(tuple(self.scores.quality[name][measure.name])) for measure in measures}
+
+    def _require_own(self, results: SweepResults) -> None:
+        if results.about["made on"] != self.study.machine:
+            raise ForeignFileError(
+                f"{results.path} lacks some of what is asked for, and was made on {results.about['made on']}, which this "
+                "is not: add to it there, or keep what is found here in another folder"
+            )
+
+    def _time(self, times: SweepResults, plans: Mapping[str, SkipPlan]) -> None:
+        """Time each plan in turn with the full model, but for those that were timed often enough already."""
+        how = self.study.arguments
+        lacking = {name: plan for name, plan in plans.items() if name != FULL and times.timed(name) < how.rounds}
+        if not lacking:
+            return
+        self._require_own(times)
+        [prompt] = self.study.domains[0].windows(self.study.tokenizer, "evaluation", 1, how.timed_context)
+        ids = prompt[None].to(self.study.model.device)
+
+        def timed(plan: SkipPlan) -> Generation:
+            adaskip_compile.compile(self.study.model, plan, inner=how.inner)
+            return generate(self.study.model, ids, how.new_tokens)
+
+        ways = {name: partial(timed, plan) for name, plan in {FULL: plans[FULL], **lacking}.items()}
+        take_turns(ways, 1)  # captures and compiles; not timed
+        for _ in range(how.rounds):
+            found = {name: runs[0] for name, runs in take_turns(ways, 1).items()}
+            times.add_round({name: (run.first, sum(run.later), run.steady(20)) for name, run in found.items()})
+
+    def _speedup(self, name: str, *parts: str) -> Spread:
+        """Return how many times as fast as the full model it was, by these :data:`TIMES` together, within rounds."""
+        assert self.times is not None
+        places = [TIMES.index(part) for part in parts]
+        return Spread.of(
+            sum(found[FULL][place] for place in places) / sum(found[name][place] for place in places)
+            for found in self.times.rounds
+            if name in found
+        )
+
+    def _table(self, scores: Mapping[str, dict[str, Scores]]) -> None:
+        measures = list(scores[FULL])
+        rows = []
+        for name, found in scores.items():
+            speeds = () if self.times is None else (self._speedup(name, part) for part in ("first", "step"))
+            cells = [f"{_loss(found, scores[FULL]):+.3f}", *(f"{found[measure]}" for measure in measures)]
+            rows.append((_shown(name), *(speed.format(1, 2, "x") for speed in speeds), *cells))
+        columns = () if self.times is None else ("prefill speed-up", "decode speed-up")
+        self.study.table(("policy", *columns, "loss (NLL)", *measures), rows)
+
+    def _plot(self, phase: str, found: Mapping[str, Iterable[tuple[str, float]]]) -> None:
+        """Draw the loss over the speed-up of a request, a line a policy; losses below a hundredth are drawn there."""
+
+        def draw(axes: Any) -> None:
+            axes.set_yscale("log")
+            for shown, points in found.items():
+                if shown == FULL:
+                    continue
+                speeds = [self._speedup(name, "first", "later").median for name, _ in points]
+                axes.plot(speeds, [max(loss, 0.01) for _, loss in points], marker="o", label=shown)
+            axes.legend(fontsize="small")
+
+        how = self.study.arguments
+        title = f"{self.study.shown}: {TITLES[phase].lower()}, {', '.join(map(str, how.skips))} sublayers skipped"
+        speed = f"speed-up of a request of {how.timed_context} + {how.new_tokens} tokens"
+        self.study.plot(title, speed, "NLL above the full model's, nats a token", draw, suffix=f"_{phase}")
 
 
-def _plans(study: Study, profile: Any, skip: int, phase: str) -> dict[str, SkipPlan]:
-    """Return the plans that there are, by policy and compensation, and say which policies have none."""
-    found: dict[str, SkipPlan] = {}
-    for policy in study.arguments.policies:
-        for compensation in study.arguments.compensations:
-            name = policy if compensation == "scale" else f"{policy}, {compensation}"
-            try:
-                found[name] = make_plan(profile, skip=skip, policy=policy, compensation=compensation, phase=phase)
-            except OptionError as error:
-                study.say(f"- {name}: {error}", "")
-    return found
-
-
-def _row(study: Study, plan: SkipPlan, measures: Sequence[Measure]) -> dict[str, Scores]:
-    adaskip_compile.compile(study.model, plan, inner="eager")
-    return {measure.name: Scores(measure.run(study.model)) for measure in measures}
-
-
-def _times(study: Study, plans: Mapping[str, SkipPlan]) -> dict[str, list[Generation]]:
-    how = study.arguments
-    [prompt] = study.domains[0].windows(study.tokenizer, "evaluation", 1, max(how.contexts))
-
-    def timed(plan: SkipPlan) -> Generation:
-        adaskip_compile.compile(study.model, plan, inner=how.inner)
-        return generate(study.model, prompt[None], how.new_tokens)
-
-    ways = {name: partial(timed, plan) for name, plan in {FULL: SkipPlan.none(), **plans}.items()}
-    take_turns(ways, 1)
-    return take_turns(ways, how.rounds)
-
-
-def _table(
-    study: Study, scores: Mapping[str, dict[str, Scores]], times: Mapping[str, list[Generation]], phase: str
-) -> None:
-    names = list(scores[FULL])
-    rows = []
-    for name, found in scores.items():
-        cells = [f"{_loss(found, scores[FULL]):+.3f}", *(f"{found[measure]}" for measure in names)]
-        rows.append((name, *(_speedups(times[FULL], times[name]) if times else ()), *cells))
-    speeds = ("prefill speed-up", "decode speed-up") if times else ()
-    study.table(("policy", *speeds, "loss (NLL)", *names), rows)
+def _shown(name: str) -> str:
+    """Return the policy, and its compensation, in the name under which scores and times are kept."""
+    return name.rpartition("/")[2]
 
 
 def _loss(found: Mapping[str, Scores], full: Mapping[str, Scores]) -> float:
@@ -127,11 +234,8 @@ def _loss(found: Mapping[str, Scores], full: Mapping[str, Scores]) -> float:
     return sum(found[name].mean - full[name].mean for name in names) / len(names)
 
 
-def _speedups(full: Sequence[Generation], ours: Sequence[Generation]) -> tuple[str, str]:
-    pairs = list(zip(full, ours, strict=True))
-    prefill = Spread.of(before.first / after.first for before, after in pairs)
-    decode = Spread.of(before.steady(20) / after.steady(20) for before, after in pairs)
-    return prefill.format(1, 2, "x"), decode.format(1, 2, "x")
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def study_parser(description: str, **defaults: int) -> argparse.ArgumentParser:
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the page and plots go")
     return parser
 
@@ -42,7 +43,7 @@ class Study:
     def __init__(self, name: str, question: str, arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
         self.name, self.arguments = name, arguments
-        self.model, self.tokenizer = load_checkpoint(arguments.model)
+        self.model, self.tokenizer = load_checkpoint(arguments.model, device=arguments.device)
         self.domains = read_domains(arguments.texts)
         # Pages are read elsewhere: where a model lies on this machine is nobody's business.
         self.shown = Path(arguments.model).stem if Path(arguments.model).exists() else arguments.model
@@ -102,21 +103,23 @@ class Study:
         self.arguments.out.mkdir(parents=True, exist_ok=True)
         (self.arguments.out / f"{self.stem}.md").write_text("\n".join(self.lines).rstrip() + "\n")
 
-    def _circumstances(self) -> str:
+    @property
+    def machine(self) -> str:
+        """Where this runs, as pages tell it: dtype, device and versions."""
         versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in VERSIONS)
+        return f"float32, {self.model.device.type}, Python {platform.python_version()}, {versions}"
+
+    def _circumstances(self) -> str:
         given = {
             name: value
             for name, value in vars(self.arguments).items()
-            if name not in ("texts", "model") and value is not None and not isinstance(value, Path)
+            if name not in ("texts", "model", "device") and value is not None and not isinstance(value, Path)
         }
         sizes = ", ".join(
             f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()
         )
         texts = ", ".join(domain.name for domain in self.domains)
-        return (
-            f"`python -m bench.{self.name} --model {self.shown}`: {sizes}; domains: {texts}. "
-            f"float32, {self.model.device.type}, Python {platform.python_version()}, {versions}."
-        )
+        return f"`python -m bench.{self.name} --model {self.shown}`: {sizes}; domains: {texts}. {self.machine}."
 
 
 def mean_over_domains(scores: Mapping[str, Scores]) -> float:

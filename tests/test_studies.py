@@ -12,7 +12,8 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.cli.measure import Generation
 from adaskip_compile.evaluation.likelihood import decoded_nlls
-from bench import compensation, equal_speed, error_growth
+from adaskip_passes.errors import ForeignFileError
+from bench import baselines, compensation, equal_speed, error_growth, studies
 from bench.decode_statistics import decode_statistics
 from bench.hit_rates import hit_rate
 from bench.quantized_cache import quantiser
@@ -131,3 +132,51 @@ def test_equal_speed_times_code_once_and_compares_within_rounds(
     assert "most similar, 4, with" in verdict
     assert "most similar, 4, tuned, with" in verdict
     assert "most similar, 2" not in verdict
+
+
+def test_baselines_keeps_scores_for_a_run_that_adds_times(
+    made_up_texts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("matplotlib")
+    model = save_tiny(tmp_path / "model")
+    kept = tmp_path / "kept"
+    sizes = (
+        "--samples 2 --length 48 --decoded 4 --needles 2 --questions 2 --prompts 2 --prompt-tokens 16 --new-tokens 4"
+    )
+    how = [*sizes.split(), *"--contexts 288 --timed-context 32 --rounds 2 --skips 1 2 --threads 1".split()]
+    arguments = ["--model", str(model), *how, "--policies", "adaskip", "early_exit", "--kept", str(kept)]
+    arguments += ["--out", str(tmp_path)]
+    assert baselines.main(arguments) == 0
+    page = tmp_path / "baselines_model.md"
+    scored = page_rows(page)
+    assert [len(rows) for rows in (scored["adaskip"], scored["full"])] == [6, 6]  # three phases, two counts
+    assert "Times" not in page.read_text()
+    loss, *domains = map(float, scored["early_exit"][0][:3])
+    assert loss == pytest.approx(sum(domains) / 2 - sum(map(float, scored["full"][0][1:3])) / 2, abs=2e-3)
+    written = (kept / "baselines_model.scores.json").stat().st_mtime_ns
+
+    compiled: list[SkipPlan] = []
+    compile_ = adaskip_compile.compile
+    monkeypatch.setattr(adaskip_compile, "compile", lambda *a, **k: compiled.append(a[1]) or compile_(*a, **k))
+
+    def generated(*_: object) -> Generation:
+        left = 1.0 - 0.2 * len(compiled[-1].paths)
+        return Generation((0,) * 4, left, (left,) * 3, 0)
+
+    monkeypatch.setattr("bench.baselines.generate", generated)
+    assert baselines.main([*arguments, "--inner", "eager"]) == 0
+    timed = page_rows(page)
+    assert (kept / "baselines_model.scores.json").stat().st_mtime_ns == written  # nothing was measured again
+    assert [row[2:] for row in timed["adaskip"]] == scored["adaskip"]
+    assert [row[0][:5] for row in timed["early_exit"]] == ["1.67x", "1.00x", "1.67x"]  # whole layers: not of one
+    assert page.read_text().count("- early_exit, 1: ") == 3
+    assert (tmp_path / "baselines_model_both.png").exists()
+
+    monkeypatch.setattr(studies.Study, "machine", "another machine")
+    assert baselines.main([*arguments, "--inner", "eager"]) == 0
+    assert "Scores: float32, cpu" in page.read_text()
+    with pytest.raises(ForeignFileError, match="lacks some"):
+        baselines.main([*arguments, "--policies", "shortgpt"])
+    with pytest.raises(ForeignFileError, match="--windows"):
+        baselines.main([*arguments, "--windows", "2"])
