@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# What the dearest option is scaled to.
+_COSTS = 1e3
+# What scipy calls a problem that nothing solves.
+_INFEASIBLE = 2
+
 
 @dataclass(frozen=True)
 class Option:
@@ -25,21 +30,24 @@ def cover(items: Sequence[Sequence[Option]], need: tuple[float, float]) -> tuple
     >>> cover([(nothing, cheap), (nothing, dear)], (0.5, 0.5))
     (0, 1)
     """
-    import highspy  # most plans have no goal
+    from scipy.optimize import LinearConstraint, milp  # most plans have no goal
 
-    solver = highspy.Highs()
-    solver.setOptionValue("output_flag", False)
-    # One thread: the pool of others that it starts would outlive it.
-    for name, value in (("threads", 1), ("mip_rel_gap", 0.0), ("mip_abs_gap", 0.0)):
-        solver.setOptionValue(name, value)
-    taken = [[solver.addBinary(obj=option.cost) for option in item] for item in items]
-    for ways in taken:
-        solver.addConstr(solver.qsum(ways) == 1)
-    for side in (0, 1):
-        weights = (option.weights[side] for item in items for option in item)
-        ways = (way for ways in taken for way in ways)
-        solver.addConstr(solver.qsum(weight * way for weight, way in zip(weights, ways, strict=True)) >= need[side])
-    solver.minimize()
-    if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+    options = [(number, option) for number, item in enumerate(items) for option in item]
+    one_each = [[float(owner == number) for owner, _ in options] for number in range(len(items))]
+    weights = [[option.weights[side] for _, option in options] for side in (0, 1)]
+    # Scaled, so that the absolute gap at which the solver stops is far below any difference of costs.
+    dearest = max(option.cost for _, option in options)
+    found = milp(
+        [option.cost * _COSTS / dearest if dearest else 0.0 for _, option in options],
+        integrality=[1] * len(options),
+        bounds=(0, 1),
+        constraints=(LinearConstraint(one_each, 1, 1), LinearConstraint(weights, need)),
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.status == _INFEASIBLE:
         return None
-    return tuple(max(range(len(ways)), key=[*map(solver.val, ways)].__getitem__) for ways in taken)
+    if found.x is None:
+        raise RuntimeError(f"the solver of plans for a goal gave up: {found.message}")
+    values = iter(found.x)
+    shares = [[next(values) for _ in item] for item in items]
+    return tuple(max(range(len(ways)), key=ways.__getitem__) for ways in shares)
