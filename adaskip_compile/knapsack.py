@@ -32,6 +32,8 @@ def cover(items: Sequence[Sequence[Option]], need: tuple[float, float]) -> tuple
     """
     from scipy.optimize import LinearConstraint, milp  # most plans have no goal
 
+    if not items:
+        return None if max(need) > 0 else ()
     options = [(number, option) for number, item in enumerate(items) for option in item]
     one_each = [[float(owner == number) for owner, _ in options] for number in range(len(items))]
     weights = [[option.weights[side] for _, option in options] for side in (0, 1)]
