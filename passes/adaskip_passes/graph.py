@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
@@ -54,7 +55,8 @@ def call(
     if like is not None:
         node.meta["example_value"] = like
         return node
-    with torch.no_grad(), fake_mode(graph):
+    # Before 2.12 torch cannot tell the shape of a composite op of unknown sizes without its Python dispatcher.
+    with torch.no_grad(), fake_mode(graph), enable_python_dispatcher():
         fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), fake_value)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         node.meta["example_value"] = function(*fake_args, **fake_kwargs)
