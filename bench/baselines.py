@@ -7,7 +7,7 @@ against the full model's. Speed-ups are those of a request, measured in rounds i
 gets; quality is measured with eager regions, which compute the same).
 
 With --kept DIR all is kept there as it is found, and what is there is not measured again: scores may come from a GPU
-(--device cuda --inner none) and times from the machine that is in question.
+(--device cuda --inner none) and times from the machine that is in question. --show writes the page of what is there.
 
     python -m bench.baselines --model smollm2 --skips 4 8 12 16 --inner inductor --kept DIR [--texts NAME=DIR ...]
 """
@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--inner", choices=("eager", "inductor", "none"), default="none", help="to time with; none: do not"
     )
     parser.add_argument("--kept", type=Path, metavar="DIR", help="keep profile, scores and times here")
+    parser.add_argument("--show", action="store_true", help="measure nothing: '-' stands for what is not kept")
     arguments = parser.parse_args(argv)
+    if arguments.show and arguments.kept is None:
+        parser.error("--show: of what? Give --kept too")
     study = Study("baselines", "What does each policy lose at equal skip counts?", arguments)
     with ExitStack() as stack:
         folder = arguments.kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -78,8 +81,10 @@ class _Baselines:
         self.study, self.folder = study, folder
         how = study.arguments
         self.profile = self._profile()
-        model = f"{identify(study.model).name} {identify(study.model).key}"
-        about = {"model": model, "profile": _digest(repr(PROFILE_FORMAT.read(self._file("profile"))))}
+        about = {
+            "model": f"{study.shown} {identify(study.model).key}",
+            "profile": _digest(repr(PROFILE_FORMAT.read(self._file("profile")))),
+        }
         texts = {domain.name: _digest(f"{domain.profiling}\0{domain.evaluation}") for domain in study.domains}
         sizes = {f"--{name.replace('_', '-')}": getattr(how, name) for name in (*_SIZES, "contexts")}
         self.scores = self._results("scores", {**about, "texts": texts, **sizes})
@@ -93,15 +98,15 @@ class _Baselines:
         how, study = self.study.arguments, self.study
         for name, results in (("Scores", self.scores), ("Times", self.times)):
             if results is not None and results.about["made on"] != study.machine:
-                study.say(f"{name}: {results.about['made on']}.", "")
+                study.say(f"{name} made on: {results.about['made on']}.", "")
         for phase in how.phases:
             study.say(f"## {TITLES[phase]}", "")
             measures = [measure for measure in self.measures if kind_of(measure.name) in PHASES[phase]]
-            found: dict[str, list[tuple[str, float]]] = {}
+            found: dict[str, list[tuple[str, float | None]]] = {}
             for skip in how.skips:
                 plans = self._plans(skip, phase)
                 scores = {name: self._scores(name, plan, measures) for name, plan in plans.items()}
-                if self.times is not None:
+                if self.times is not None and not how.show:
                     self._time(self.times, plans)
                 study.say(f"### {skip} sublayers skipped", "")
                 self._table(scores)
@@ -148,22 +153,18 @@ class _Baselines:
                     self.study.say(f"- {name}, {skip}: {error}", "")
         return found
 
-    def _scores(self, name: str, plan: SkipPlan, measures: Sequence[Measure]) -> dict[str, Scores]:
+    def _scores(self, name: str, plan: SkipPlan, measures: Sequence[Measure]) -> dict[str, Scores | None]:
         known = self.scores.quality.get(name, {})
-        lacking = [measure for measure in measures if measure.name not in known]
+        lacking = [measure for measure in measures if measure.name not in known and not self.study.arguments.show]
         if lacking:
-            self._require_own(self.scores)
             adaskip_compile.compile(self.study.model, plan, inner="eager")
+            made = self.scores.about["made on"].split("; ")
+            # Machines differ in the last bits of a score alone, so one may go on where another stopped.
+            self.scores.about["made on"] = "; ".join(dict.fromkeys((*made, self.study.machine)))
         for measure in lacking:
             self.scores.add_quality(name, measure.name, measure.run(self.study.model))
-        return {measure.name: Scores(tuple(self.scores.quality[name][measure.name])) for measure in measures}
-
-    def _require_own(self, results: SweepResults) -> None:
-        if results.about["made on"] != self.study.machine:
-            raise ForeignFileError(
-                f"{results.path} lacks some of what is asked for, and was made on {results.about['made on']}, which this "
-                "is not: add to it there, or keep what is found here in another folder"
-            )
+        found = self.scores.quality.get(name, {})
+        return {one.name: Scores(tuple(found[one.name])) if one.name in found else None for one in measures}
 
     def _time(self, times: SweepResults, plans: Mapping[str, SkipPlan]) -> None:
         """Time each plan in turn with the full model, but for those that were timed often enough already."""
@@ -171,7 +172,11 @@ class _Baselines:
         lacking = {name: plan for name, plan in plans.items() if name != FULL and times.timed(name) < how.rounds}
         if not lacking:
             return
-        self._require_own(times)
+        if times.about["made on"] != self.study.machine:
+            raise ForeignFileError(
+                f"{times.path} lacks some of what is asked for, and was made on {times.about['made on']}, which this is "
+                "not: add to it there, or keep the times of this machine in another folder"
+            )
         [prompt] = self.study.domains[0].windows(self.study.tokenizer, "evaluation", 1, how.timed_context)
         ids = prompt[None].to(self.study.model.device)
 
@@ -185,36 +190,40 @@ class _Baselines:
             found = {name: runs[0] for name, runs in take_turns(ways, 1).items()}
             times.add_round({name: (run.first, sum(run.later), run.steady(20)) for name, run in found.items()})
 
-    def _speedup(self, name: str, *parts: str) -> Spread:
+    def _speedup(self, name: str, *parts: str) -> Spread | None:
         """Return how many times as fast as the full model it was, by these :data:`TIMES` together, within rounds."""
-        assert self.times is not None
         places = [TIMES.index(part) for part in parts]
-        return Spread.of(
+        ratios = [
             sum(found[FULL][place] for place in places) / sum(found[name][place] for place in places)
-            for found in self.times.rounds
+            for found in (self.times.rounds if self.times is not None else ())
             if name in found
-        )
+        ]
+        return Spread.of(ratios) if ratios else None
 
-    def _table(self, scores: Mapping[str, dict[str, Scores]]) -> None:
+    def _table(self, scores: Mapping[str, dict[str, Scores | None]]) -> None:
         measures = list(scores[FULL])
         rows = []
         for name, found in scores.items():
-            speeds = () if self.times is None else (self._speedup(name, part) for part in ("first", "step"))
-            cells = [f"{_loss(found, scores[FULL]):+.3f}", *(f"{found[measure]}" for measure in measures)]
-            rows.append((_shown(name), *(speed.format(1, 2, "x") for speed in speeds), *cells))
+            speeds = [self._speedup(name, part) for part in (() if self.times is None else ("first", "step"))]
+            loss = _loss(found, scores[FULL])
+            cells = [
+                *(None if speed is None else speed.format(1, 2, "x") for speed in speeds),
+                None if loss is None else f"{loss:+.3f}",
+            ]
+            rows.append((_shown(name), *(cell or "-" for cell in (*cells, *found.values()))))
         columns = () if self.times is None else ("prefill speed-up", "decode speed-up")
         self.study.table(("policy", *columns, "loss (NLL)", *measures), rows)
 
-    def _plot(self, phase: str, found: Mapping[str, Iterable[tuple[str, float]]]) -> None:
+    def _plot(self, phase: str, found: Mapping[str, Iterable[tuple[str, float | None]]]) -> None:
         """Draw the loss over the speed-up of a request, a line a policy; losses below a hundredth are drawn there."""
 
         def draw(axes: Any) -> None:
             axes.set_yscale("log")
             for shown, points in found.items():
-                if shown == FULL:
-                    continue
-                speeds = [self._speedup(name, "first", "later").median for name, _ in points]
-                axes.plot(speeds, [max(loss, 0.01) for _, loss in points], marker="o", label=shown)
+                pairs = [(self._speedup(name, "first", "later"), loss) for name, loss in points if shown != FULL]
+                known = [(speed.median, max(loss, 0.01)) for speed, loss in pairs if speed and loss is not None]
+                if known:
+                    axes.plot(*zip(*known, strict=True), marker="o", label=shown)
             axes.legend(fontsize="small")
 
         how = self.study.arguments
@@ -228,10 +237,11 @@ def _shown(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _loss(found: Mapping[str, Scores], full: Mapping[str, Scores]) -> float:
-    """Return the NLL above the full model's, the mean over the domains."""
-    names = [name for name in found if kind_of(name) in ("nll", "decode")]
-    return sum(found[name].mean - full[name].mean for name in names) / len(names)
+def _loss(found: Mapping[str, Scores | None], full: Mapping[str, Scores | None]) -> float | None:
+    """Return the NLL above the full model's, the mean over the domains; None where one of them was not measured."""
+    pairs = [(found[name], full[name]) for name in found if kind_of(name) in ("nll", "decode")]
+    losses = [ours.mean - base.mean for ours, base in pairs if ours is not None and base is not None]
+    return sum(losses) / len(losses) if len(losses) == len(pairs) else None
 
 
 def _digest(text: str) -> str:

@@ -174,9 +174,15 @@ def test_baselines_keeps_scores_for_a_run_that_adds_times(
     assert (tmp_path / "baselines_model_both.png").exists()
 
     monkeypatch.setattr(studies.Study, "machine", "another machine")
+    with pytest.raises(ForeignFileError, match="lacks some"):  # times are of one machine
+        baselines.main([*arguments, "--inner", "eager", "--policies", "shortgpt", "--phases", "prefill"])
     assert baselines.main([*arguments, "--inner", "eager"]) == 0
-    assert "Scores: float32, cpu" in page.read_text()
-    with pytest.raises(ForeignFileError, match="lacks some"):
-        baselines.main([*arguments, "--policies", "shortgpt"])
+    told = page.read_text()
+    assert "Scores made on: float32, cpu" in told
+    assert "; another machine." in told  # those of shortgpt
+    assert baselines.main([*arguments, "--show", "--policies", "unified", "shortgpt", "--phases", "prefill"]) == 0
+    shown = page_rows(page)
+    assert set(shown["unified"][0]) == {"-"}
+    assert "-" not in shown["shortgpt"][0]
     with pytest.raises(ForeignFileError, match="--windows"):
         baselines.main([*arguments, "--windows", "2"])
