@@ -60,6 +60,7 @@ def compensation_parser(description: str, **defaults: int) -> argparse.ArgumentP
     parser = study_parser(description, samples=24, length=1024, windows=2, judged=4, steps=150, **defaults)
     parser.add_argument("--skips", type=int, nargs="+", default=[8, 16], metavar="K")
     parser.add_argument("--orders", nargs="+", default=list(ORDERS), choices=list(ORDERS), help="of what is skipped")
+    parser.add_argument("--rank", type=int, metavar="R", help="of low-rank maps (default: an eighth of the width)")
     parser.add_argument(
         "--plans",
         type=Path,
@@ -74,11 +75,13 @@ def learned(study: Study, texts: Sequence[Any], forms: Sequence[str], most: int)
     how = study.arguments
     most = most if JOINT in how.orders else 0
     kept = _kept(study, "")
-    if kept is not None and kept.exists() and _has(known := Profile.load(kept), forms, most):
+    if kept is not None and kept.exists() and _has(known := Profile.load(kept), forms, how.rank, most):
         return known
     more = {"max_samples": len(texts), "progress": True}
     profile = _timed(study, "profile", lambda: adaskip_compile.profile(study.model, texts, **more))
-    profile = _timed(study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=forms, **more))
+    profile = _timed(
+        study, "fit", lambda: adaskip_compile.fit(study.model, profile, texts, forms=forms, rank=how.rank, **more)
+    )
     if most:
         few = {"max_samples": how.judged, "max_tokens": 384, "most": most, "candidates": 2 * most}
         profile = _timed(
@@ -91,9 +94,10 @@ def learned(study: Study, texts: Sequence[Any], forms: Sequence[str], most: int)
     return profile
 
 
-def _has(profile: Profile, forms: Sequence[str], most: int) -> bool:
-    fitted = {found.form for maps in profile.maps.values() for found in maps}
-    return fitted.issuperset(forms) and len(profile.joint_order) >= most
+def _has(profile: Profile, forms: Sequence[str], rank: int | None, most: int) -> bool:
+    fitted = {found.form: found.rank for maps in profile.maps.values() for found in maps}
+    asked = rank is None or fitted.get(MAPS) == rank
+    return asked and fitted.keys() >= {*forms} and len(profile.joint_order) >= most
 
 
 def _plans(study: Study, profile: Profile, skip: int, texts: Sequence[Any]) -> dict[str, SkipPlan]:
