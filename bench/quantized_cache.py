@@ -10,13 +10,12 @@ the tokens decoded after that; cache bytes are those of what would be kept, each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 import adaskip_compile
-from adaskip_compile.cli.measure import cache_bytes
 from adaskip_compile.evaluation.candidates import FULL, make_plan
 from adaskip_compile.evaluation.likelihood import decoded_nlls
 from adaskip_compile.evaluation.scores import Scores
@@ -66,7 +65,20 @@ def _measure(study: Study, windows: dict[str, list[torch.Tensor]], bits: int | N
 
 
 def _as_it_is(held: list[int]) -> Callable[[Any], None]:
-    return lambda cache: held.append(cache_bytes(cache))
+    return lambda cache: held.append(sum(tensor.nbytes for tensor in _kept(cache)))
+
+
+def _kept(cache: Any) -> Iterator[torch.Tensor]:
+    """Yield the keys and values of a cache, but for those of skipped attentions, which share the memory of kept ones.
+
+    A window of the last tokens may lie in the memory of all of them until the next step; what counts is the window.
+    """
+    seen: set[int] = set()
+    for tensor in (tensor for entry in cache.layers for tensor in (entry.keys, entry.values)):
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in seen:
+            seen.add(storage)
+            yield tensor
 
 
 def quantiser(bits: int, held: list[int]) -> Callable[[Any], None]:
@@ -76,15 +88,12 @@ def quantiser(bits: int, held: list[int]) -> Callable[[Any], None]:
     layer = QuantoQuantizedLayer(nbits=bits, q_group_size=64)
 
     def quantise(cache: Any) -> None:
-        seen: dict[int, int] = {}
-        for tensor in (tensor for entry in cache.layers for tensor in (entry.keys, entry.values)):
-            storage = tensor.untyped_storage().data_ptr()
-            if storage in seen:  # of a skipped attention: it shares the memory of a kept one
-                continue
+        size = 0
+        for tensor in _kept(cache):
             packed = layer._quantize(tensor.contiguous(), axis=0)
-            seen[storage] = _packed_bytes(packed)
+            size += _packed_bytes(packed)
             tensor.copy_(layer._dequantize(packed))
-        held.append(sum(seen.values()))
+        held.append(size)
 
     return quantise
 
