@@ -7,7 +7,8 @@ against the full model's. Speed-ups are those of a request, measured in rounds i
 gets; quality is measured with eager regions, which compute the same).
 
 With --kept DIR all is kept there as it is found, and what is there is not measured again: scores may come from a GPU
-(--device cuda --inner none) and times from the machine that is in question. --show writes the page of what is there.
+(--device cuda --measure scores) and times from the machine in question (--measure times). --measure with nothing after
+it writes the page of what is there.
 
     python -m bench.baselines --model smollm2 --skips 4 8 12 16 --inner inductor --kept DIR [--texts NAME=DIR ...]
 """
@@ -62,10 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--inner", choices=("eager", "inductor", "none"), default="none", help="to time with; none: do not"
     )
     parser.add_argument("--kept", type=Path, metavar="DIR", help="keep profile, scores and times here")
-    parser.add_argument("--show", action="store_true", help="measure nothing: '-' stands for what is not kept")
+    parser.add_argument(
+        "--measure",
+        nargs="*",
+        default=["scores", "times"],
+        choices=("scores", "times"),
+        help="what to measure where it is not kept; the page has '-' for what is neither",
+    )
     arguments = parser.parse_args(argv)
-    if arguments.show and arguments.kept is None:
-        parser.error("--show: of what? Give --kept too")
     study = Study("baselines", "What does each policy lose at equal skip counts?", arguments)
     with ExitStack() as stack:
         folder = arguments.kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -106,7 +111,7 @@ class _Baselines:
             for skip in how.skips:
                 plans = self._plans(skip, phase)
                 scores = {name: self._scores(name, plan, measures) for name, plan in plans.items()}
-                if self.times is not None and not how.show:
+                if self.times is not None and "times" in how.measure:
                     self._time(self.times, plans)
                 study.say(f"### {skip} sublayers skipped", "")
                 self._table(scores)
@@ -155,7 +160,8 @@ class _Baselines:
 
     def _scores(self, name: str, plan: SkipPlan, measures: Sequence[Measure]) -> dict[str, Scores | None]:
         known = self.scores.quality.get(name, {})
-        lacking = [measure for measure in measures if measure.name not in known and not self.study.arguments.show]
+        wanted = measures if "scores" in self.study.arguments.measure else ()
+        lacking = [measure for measure in wanted if measure.name not in known]
         if lacking:
             adaskip_compile.compile(self.study.model, plan, inner="eager")
             made = self.scores.about["made on"].split("; ")

@@ -180,7 +180,7 @@ def test_baselines_keeps_scores_for_a_run_that_adds_times(
     told = page.read_text()
     assert "Scores made on: float32, cpu" in told
     assert "; another machine." in told  # those of shortgpt
-    assert baselines.main([*arguments, "--show", "--policies", "unified", "shortgpt", "--phases", "prefill"]) == 0
+    assert baselines.main([*arguments, "--measure", "--policies", "unified", "shortgpt", "--phases", "prefill"]) == 0
     shown = page_rows(page)
     assert set(shown["unified"][0]) == {"-"}
     assert "-" not in shown["shortgpt"][0]
