@@ -193,6 +193,7 @@ def test_threads_take_turns(device):
     assert torch.equal(cache, torch.full((2,), 200.0))
 
 
+@pytest.mark.newest("Inductor of older ones cannot compile padded rows for a CPU")
 def test_decode_steps_of_whole_requests_are_replayed(device, monkeypatch):
     monkeypatch.setattr(dispatch, "recordable", lambda gm: True)
     skipped = {"model.layers.0.self_attn": 0.97, "model.layers.2.mlp": 1.03}

@@ -23,6 +23,8 @@ from tests.generation import generate, make_cache
 from tests.models import tiny, tokens
 from tests.tiny_checkpoints import save_tiny
 
+pytestmark = pytest.mark.newest("captures are kept with versions of torch that were tried alone")
+
 PROGRAM = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
