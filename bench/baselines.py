@@ -121,13 +121,14 @@ class _Baselines:
                 self._plot(phase, found)
 
     def _profile(self) -> Profile:
-        how = self.study.arguments
-        kept = Profile.load(self._file("profile")) if self._file("profile").exists() else None
-        if kept is not None and ("loss_greedy" not in how.policies or len(kept.joint_order) >= max(how.skips)):
-            kept.check(identify(self.study.model), source=str(self._file("profile")))
+        """Return the profile that is kept, which all plans of this study are made from, or measure it."""
+        how, file = self.study.arguments, self._file("profile")
+        if file.exists():
+            kept = Profile.load(file)
+            kept.check(identify(self.study.model), source=str(file))
             return kept
         found = self.study.profile(policies=how.policies, compensations=how.compensations, most=max(how.skips))
-        found.save(self._file("profile"))
+        found.save(file)
         return found
 
     def _file(self, what: str) -> Path:
