@@ -254,6 +254,7 @@ def test_the_model_is_as_it_was(tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.newest("to load a compiled package, 2.11 needs setuptools beside it")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_the_compiled_package_generates_with_pytorch_alone(family, tmp_path):

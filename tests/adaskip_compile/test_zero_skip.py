@@ -87,6 +87,7 @@ def test_tokens_of_a_tiny_model(way, kind):
         check_tokens(model, way, make_cache(kind, model), rows)
 
 
+@pytest.mark.newest("Inductor of 2.11 cannot compile a mask of padded rows for a CPU")
 @pytest.mark.parametrize("kind", CACHES)
 def test_tokens_through_inductor(kind):
     model = tiny("llama", num_hidden_layers=2)
@@ -108,6 +109,7 @@ def test_a_static_cache_without_a_mask_through_inductor():
 REAL_REQUESTS = [(17, 1), (17, 2), (512, 1), (512, 2), (2048, 1), (2048, 2)]
 
 
+@pytest.mark.newest("Inductor of 2.11 cannot compile a mask of padded rows for a CPU")
 @pytest.mark.pretrained
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "kind"), WAYS, ids=WAY_NAMES)

@@ -205,6 +205,7 @@ def masks_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", never_while_captured)
 
 
+@pytest.mark.newest("older transformers hand a mask of ones on, which a graph cannot know")
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("skipped", [{}, {"model.layers.0.self_attn": 0.95}], ids=["full", "skipping"])
 def test_whole_requests_without_their_masks(masks_always, kind, skipped):

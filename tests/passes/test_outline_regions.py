@@ -198,6 +198,7 @@ def missing_symbols(region):
 QUICK = ("llama", "gemma3_text", "bloom")
 
 
+@pytest.mark.newest("Dynamo of 2.11 breaks at baddbmm of bloom with a static cache")
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize(
     "family", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
