@@ -134,6 +134,11 @@ def producer() -> str:
         return DISTRIBUTION
 
 
+def digest(text: str) -> str:
+    """Return a short digest of ``text``, to tell it from any other."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def checksum(payload: dict[str, Any]) -> str:
     """Return the digest of a payload's values; raises ValueError where it holds NaN or an infinity."""
     canonical = json.dumps(payload, allow_nan=False, sort_keys=True, separators=(",", ":"))

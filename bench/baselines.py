@@ -15,7 +15,6 @@ it writes the page of what is there.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,10 +24,11 @@ from typing import Any
 
 import adaskip_compile
 from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
+from adaskip_compile.documents import digest
 from adaskip_compile.evaluation.candidates import FULL, make_plan
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Measure, Sizes, kind_of, make_measures
-from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, TIMES, SweepResults
+from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, SweepResults
 from adaskip_compile.identity import identify
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.policy_names import POLICIES
@@ -88,9 +88,9 @@ class _Baselines:
         self.profile = self._profile()
         about = {
             "model": f"{study.shown} {identify(study.model).key}",
-            "profile": _digest(repr(PROFILE_FORMAT.read(self._file("profile")))),
+            "profile": digest(repr(PROFILE_FORMAT.read(self._file("profile")))),
         }
-        texts = {domain.name: _digest(f"{domain.profiling}\0{domain.evaluation}") for domain in study.domains}
+        texts = {domain.name: domain.digest for domain in study.domains}
         sizes = {f"--{name.replace('_', '-')}": getattr(how, name) for name in (*_SIZES, "contexts")}
         self.scores = self._results("scores", {**about, "texts": texts, **sizes})
         timing = ("inner", "threads", "new_tokens", "timed_context")
@@ -199,12 +199,7 @@ class _Baselines:
 
     def _speedup(self, name: str, *parts: str) -> Spread | None:
         """Return how many times as fast as the full model it was, by these :data:`TIMES` together, within rounds."""
-        places = [TIMES.index(part) for part in parts]
-        ratios = [
-            sum(found[FULL][place] for place in places) / sum(found[name][place] for place in places)
-            for found in (self.times.rounds if self.times is not None else ())
-            if name in found
-        ]
+        ratios = self.times.speedups(name, *parts) if self.times is not None else None
         return Spread.of(ratios) if ratios else None
 
     def _table(self, scores: Mapping[str, dict[str, Scores | None]]) -> None:
@@ -249,10 +244,6 @@ def _loss(found: Mapping[str, Scores | None], full: Mapping[str, Scores | None])
     pairs = [(found[name], full[name]) for name in found if kind_of(name) in ("nll", "decode")]
     losses = [ours.mean - base.mean for ours, base in pairs if ours is not None and base is not None]
     return sum(losses) / len(losses) if len(losses) == len(pairs) else None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

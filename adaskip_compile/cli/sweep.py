@@ -133,26 +133,20 @@ def _about(model: Any, domains: Sequence[Domain], arguments: argparse.Namespace)
 
     import torch
 
-    from adaskip_compile.documents import producer
+    from adaskip_compile.documents import digest, producer
     from adaskip_compile.identity import identify
     from adaskip_compile.profiles import PROFILE_FORMAT
 
     names = ("dtype", "inner", "window", "samples", "windows", "length", "context", "new_tokens", "items")
-    profile = _digest(repr(PROFILE_FORMAT.read(arguments.profile))) if arguments.profile else "measured by the sweep"
+    profile = digest(repr(PROFILE_FORMAT.read(arguments.profile))) if arguments.profile else "measured by the sweep"
     return {
         "model": f"{identify(model).name} {identify(model).key}",
         "made by": f"{producer()}, torch {torch.__version__}",
         "machine": f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads",
         "profile": profile,
-        "texts": {domain.name: _digest(f"{domain.profiling}\0{domain.evaluation}") for domain in domains},
+        "texts": {domain.name: domain.digest for domain in domains},
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names},
     }
-
-
-def _digest(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _measure(

@@ -12,7 +12,7 @@ from adaskip_compile.cli.measure import Spread
 from adaskip_compile.evaluation.candidates import FULL, Candidate
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import kind_of
-from adaskip_compile.evaluation.sweep_results import TIMES, SweepResults
+from adaskip_compile.evaluation.sweep_results import SweepResults
 from adaskip_passes.errors import PlanError
 
 
@@ -48,9 +48,9 @@ def make_rows(candidates: Sequence[Candidate], results: SweepResults) -> list[Ro
             candidate,
             _mean_nll(measures[candidate.name]) - full,
             measures[candidate.name],
-            _speedup(results, candidate.name, "first"),
-            _speedup(results, candidate.name, "step"),
-            _speedup(results, candidate.name, "first", "later"),
+            Spread.of(results.speedups(candidate.name, "first")),
+            Spread.of(results.speedups(candidate.name, "step")),
+            Spread.of(results.speedups(candidate.name, "first", "later")),
             results.cache_bytes[candidate.name],
         )
         for candidate in candidates
@@ -127,13 +127,6 @@ def recommend(rows: Sequence[Row], *, max_loss: float | None = None, speedup: fl
 def _mean_nll(measures: dict[str, Scores]) -> float:
     found = [scores.mean for name, scores in measures.items() if kind_of(name) == "nll"]
     return sum(found) / len(found)
-
-
-def _speedup(results: SweepResults, name: str, *what: str) -> Spread:
-    """Return the ratio of the full model's time to this one's, the sum of ``what``, each round compared with itself."""
-    columns = [TIMES.index(column) for column in what]
-    pairs = [(found[FULL], found[name]) for found in results.rounds if name in found and FULL in found]
-    return Spread.of(sum(full[at] for at in columns) / sum(ours[at] for at in columns) for full, ours in pairs)
 
 
 def _numbers(spread: Spread) -> tuple[float, float, float]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from adaskip_compile.documents import digest
 from adaskip_compile.texts import DOMAINS, built_in_text, spread, windows
 from adaskip_passes.errors import FileError, MissingFileError, OptionError
 
@@ -31,6 +32,11 @@ class Domain:
     name: str
     profiling: str
     evaluation: str
+
+    @property
+    def digest(self) -> str:
+        """A short digest of all of its text."""
+        return digest(f"{self.profiling}\0{self.evaluation}")
 
     def pieces(self, half: Half, count: int, characters: int) -> list[str]:
         """Return ``count`` pieces of ``characters`` characters, evenly spread, each beginning at a line.

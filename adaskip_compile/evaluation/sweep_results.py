@@ -71,6 +71,12 @@ class SweepResults:
         """Return in how many rounds a candidate was timed beside the full model."""
         return sum(candidate in found and FULL in found for found in self.rounds)
 
+    def speedups(self, candidate: str, *what: str) -> list[float]:
+        """Return the ratio of the full model's time to this one's, of :data:`TIMES` summed, a value for each round of both."""
+        columns = [TIMES.index(column) for column in what]
+        pairs = [(found[FULL], found[candidate]) for found in self.rounds if candidate in found and FULL in found]
+        return [sum(full[at] for at in columns) / sum(ours[at] for at in columns) for full, ours in pairs]
+
     def _check(self, theirs: Any) -> None:
         if not isinstance(theirs, dict):
             raise SWEEP_FORMAT.damaged(self.path, "it does not say what it is about")
