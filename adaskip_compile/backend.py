@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import captured_module, constant_floats, make_room_for_graphs, specialise_floats
+from adaskip_compile.capture import (
+    captured_module,
+    constant_floats,
+    guard_module,
+    make_room_for_graphs,
+    specialise_floats,
+)
 from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
@@ -37,6 +43,7 @@ def adaskip(
     make_room_for_graphs()
     specialise_floats(gm)
     session = session_for(captured_module(), Options.from_mapping(options or {}))
+    guard_module()  # equal options are one backend to Dynamo, whatever the model
     return session.admit(gm, example_inputs)
 
 

@@ -21,15 +21,40 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def captured_module() -> nn.Module | None:
     """Return the module whose call Dynamo is capturing right now, or None for a plain function."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        frame = InstructionTranslator.current_tx().output.root_tx
-    except (AttributeError, LookupError):
-        return None
+    frame = _captured_frame()
     owner = frame.f_locals.get("self") if frame is not None else None
     owner = getattr(owner, "_orig_mod", owner)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def guard_module() -> None:
+    """Have what Dynamo is capturing right now serve this one module alone.
+
+    Weights are inputs of a graph, so Dynamo would call it for any module of equal code and shapes.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import LocalSource
+
+    frame = _captured_frame()
+    if frame is not None and isinstance(frame.f_locals.get("self"), nn.Module):
+        in_cell = "self" in (*frame.f_code.co_cellvars, *frame.f_code.co_freevars)
+        source = LocalSource("self", is_input=True, is_derefed_cell_contents=in_cell)
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def resumes() -> bool:
+    """Tell whether what Dynamo is capturing right now is the rest of a function, behind a graph break in it."""
+    frame = _captured_frame()
+    return frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume_in_")
+
+
+def _captured_frame() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except (AttributeError, LookupError):
+        return None
 
 
 def graph_break(gm: fx.GraphModule) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import captured_module, graph_break
+from adaskip_compile.capture import captured_module, graph_break, resumes
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.growing_storage import GrowingStorages
 from adaskip_compile.identity import ModelIdentity, identify
@@ -125,12 +125,14 @@ class Session:
         """Return what Dynamo shall call in place of the graph that it captured."""
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
             return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
-        path = self._path_of(captured_module())
+        captured = captured_module()
+        path = self._path_of(captured)
         drop_implied_masks(gm)
         stream = straightened_stream(gm).below(path)
-        if stream.problems:
+        problem = "; ".join(stream.problems) or self._shared(captured)
+        if problem:
             stop = graph_break(gm)
-            why = f"capture broke the forward in pieces: {stop}" if stop else "; ".join(stream.problems)
+            why = f"capture broke the forward in pieces: {stop}" if stop else problem
             return self._refuse(gm, inputs, f"no residual stream: {why}; runs unskipped")
         log.info("%s: captured a %s graph of %d sublayers", self.model_name, stream.phase, len(stream.sublayers))
         with self._lock:
@@ -162,6 +164,18 @@ class Session:
         """Return where in the model the module lies whose forward was captured; a graph break leaves inner ones on their own."""
         modules = self.module.named_modules() if self.module is not None else ()
         return next((path for path, module in modules if module is captured), "")
+
+    def _shared(self, captured: nn.Module | None) -> str | None:
+        """Tell of a piece of a broken forward that it is no one part of the model, or return None.
+
+        Weights are inputs of a graph: Dynamo runs what it captured of one layer for all of them.
+        """
+        if self.module is None or captured is self.module:
+            return None
+        if captured is None:
+            return "it is the rest of a function behind a graph break" if resumes() else None
+        alike = sum(type(module) is type(captured) for module in self.module.modules())
+        return f"it is a piece of each of the {alike} {type(captured).__name__}s" if alike > 1 else None
 
     def _refuse(self, gm: fx.GraphModule, inputs: list[Any], reason: str) -> Callable[..., Any]:
         self.note(reason)

@@ -63,7 +63,8 @@ def find_chain(gm: fx.GraphModule, dependence: Dependence) -> Chain:
     if problems:
         return Chain((), tuple(trees), problems)
     links = tuple(_links(gm, trees, dependence))
-    inside = {node for link in links for node in link.region}
+    # A value of the stream may be handed out as well: the hidden states of all layers.
+    inside = {node for link in links for node in (*link.region, link.tree.stream, link.tree.add)}
     problems = tuple(entries_outside(gm, inside, trees[-1].add, dependence, weighted))
     return Chain(() if problems else links, tuple(trees), problems)
 
