@@ -24,6 +24,7 @@ from adaskip_passes.stream_links import find_chain
 from tests.architecture_checks import examine, verdict
 from tests.architectures import tiny_architecture
 from tests.models import PlainAttention, PlainDecoder, capture, plain, redraw, tokens
+from tests.reference import omit_sublayers
 
 ROOT = Path(__file__).parent.parent
 
@@ -222,6 +223,34 @@ def request(model):
             logits, past = model(tokens(1, 1, seed=step + 1), past)
             found.append(logits[:, -1])
     return torch.stack(found)
+
+
+@pytest.fixture
+def llava():
+    """Return a tiny model of text and images: a Llama that a vision tower hands embeddings."""
+    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    sizes = {"intermediate_size": 96, "num_attention_heads": 4}
+    text = LlamaConfig(hidden_size=64, num_hidden_layers=3, vocab_size=128, pad_token_id=0, eos_token_id=None, **sizes)
+    vision = CLIPVisionConfig(hidden_size=32, num_hidden_layers=2, image_size=28, patch_size=14, **sizes)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=127, vision_feature_layer=-1)
+    return redraw(AutoModelForImageTextToText.from_config(config).eval(), seed=0)
+
+
+def test_a_multimodal_model_skips_in_its_language_model(llava):
+    scales = {"model.language_model.layers.1.self_attn": 0.9, "model.language_model.layers.2.mlp": 1.1}
+    ids = tokens(1, 9, vocabulary=127)
+    image = torch.cat([ids[:, :3], torch.full((1, 4), 127), ids[:, 3:]], 1)  # four patches
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    wanted = {}
+    with omit_sublayers(llava, scales), torch.no_grad():
+        for name, how in (("text", {"input_ids": ids}), ("image", {"input_ids": image, "pixel_values": pixels})):
+            wanted[name] = how, llava(**how).logits, llava.generate(**how, max_new_tokens=6, do_sample=False)
+    adaskip_compile.compile(llava, SkipPlan.from_scales(scales), inner="eager")
+    for how, logits, sequence in wanted.values():
+        with torch.no_grad():
+            torch.testing.assert_close(llava(**how).logits, logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(llava.generate(**how, max_new_tokens=6, do_sample=False), sequence)
 
 
 def test_a_broken_graph_is_not_a_silent_match_of_nothing():
