@@ -1,4 +1,4 @@
-"""Masks that say no more than causality go, and only those: against the same function uncompiled, and on whole models."""
+"""Masks that say no more than causality or a window go, and only those: against the same function uncompiled, and on whole models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.sessions import sessions_of
+from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.graph import named_arguments
 from adaskip_passes.implied_masks import drop_implied_masks
 from adaskip_passes.textual import print_graph
@@ -58,10 +59,33 @@ def chunk(q, k, v):
     return (attention(q, k, v, causal(q.shape[2], k.shape[2], k.shape[2] - q.shape[2])),)
 
 
+def within(window: int, queries: Any, keys: Any, past: Any = 0) -> torch.Tensor:
+    q_at, k_at = torch.arange(queries) + past, torch.arange(keys)
+    return causal(queries, keys, past) & (k_at[None, None, None, :] > q_at[None, None, :, None] - window)
+
+
 def sliding(q, k, v):
+    return (attention(q, k, v, within(3, q.shape[2], k.shape[2])),)
+
+
+def wide(q, k, v):
+    return (attention(q, k, v, within(130, q.shape[2], k.shape[2])),)
+
+
+def far_behind(q, k, v):
+    return (attention(q, k, v, within(3, q.shape[2], k.shape[2], -(q.shape[2] // 2))),)
+
+
+def sliding_chunk(q, k, v):
+    return (attention(q, k, v, within(3, q.shape[2], k.shape[2], k.shape[2] - q.shape[2])),)
+
+
+def ahead(q, k, v):
     at = torch.arange(k.shape[2])
-    near = at[None, None, None, :] > at[None, None, :, None] - 3
-    return (attention(q, k, v, causal(q.shape[2], k.shape[2]) & near),)
+    near = (at[None, None, None, :] >= at[None, None, :, None]) & (
+        at[None, None, None, :] < at[None, None, :, None] - 2
+    )
+    return (attention(q, k, v, near),)
 
 
 def strictly(q, k, v):
@@ -110,6 +134,11 @@ def sdpa(gm: Any) -> dict[str, Any]:
     return named_arguments(node, ("query", "key", "value"))
 
 
+def band(gm: Any) -> tuple[Any, ...]:
+    [node] = gm.graph.find_nodes(op="call_function", target=BANDED_ATTENTION)
+    return node.args
+
+
 def run(gm: Any, values: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Call ``gm`` with ``values``, ``q``, ``k`` and ``v``, and where it wants a size with that of the tensor that has it."""
     tensors = dict(zip(("l_q_", "l_k_", "l_v_"), values, strict=True))
@@ -138,6 +167,36 @@ def test_a_mask_that_causality_implies_goes(function, sizes, is_causal, fixed):
     for queries, keys in sizes[:1] if fixed else sizes:
         values = inputs(queries, keys)
         torch.testing.assert_close(run(gm, values), function(*values)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes", "window"),
+    [
+        (sliding, [(7, 7), (2, 2), (3, 3), (400, 400)], 3),
+        (wide, [(300, 300), (129, 129), (131, 131), (8, 8)], 130),
+        (sliding, [(5, 9), (3, 20)], 3),
+    ],
+    ids=["prefill", "blocks", "longer-cache"],
+)
+@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
+def test_a_window_becomes_a_band(function, sizes, window, fixed):
+    gm = captured(function, inputs(*sizes[0]), fixed=fixed)
+    assert drop_implied_masks(gm) == 1
+    assert band(gm)[3:] == (0, window, 0.3)
+    assert "arange" not in print_graph(gm)
+    assert "expand" not in print_graph(gm)
+    for queries, keys in sizes[:1] if fixed else sizes:
+        values = inputs(queries, keys)
+        torch.testing.assert_close(run(gm, values), function(*values)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_band_may_begin_where_the_graph_computes():
+    gm = captured(far_behind, inputs(7, 7))
+    assert drop_implied_masks(gm) == 1
+    assert isinstance(band(gm)[3], torch.fx.Node)
+    for length in (7, 4, 30):
+        values = inputs(length, length)
+        torch.testing.assert_close(run(gm, values), far_behind(*values)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_it_happens_once():
@@ -175,7 +234,8 @@ def test_a_copy_of_what_is_written_later_stays():
     ("function", "values"),
     [
         (chunk, inputs(3, 9)),
-        (sliding, inputs(7, 7)),
+        (sliding_chunk, inputs(3, 9)),
+        (ahead, inputs(7, 7)),
         (strictly, inputs(7, 7)),
         (written_positions, inputs(7, 7)),
         (scaled_positions, inputs(7, 7)),
@@ -183,7 +243,7 @@ def test_a_copy_of_what_is_written_later_stays():
         (padded, inputs(7, 7, torch.ones(1, 7, dtype=torch.bool))),
         (lambda q, k, v, mask: (attention(q, k, v, mask),), inputs(7, 7, torch.ones(1, 1, 7, 7, dtype=torch.bool))),
     ],
-    ids=["chunk", "sliding", "other-diagonal", "written", "alpha", "by-row", "padding", "given"],
+    ids=["chunk", "sliding-chunk", "empty", "other-diagonal", "written", "alpha", "by-row", "padding", "given"],
 )
 def test_any_other_mask_stays(function, values):
     gm = captured(function, values)

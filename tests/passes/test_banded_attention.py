@@ -1,0 +1,54 @@
+"""Attention within a band, against the formula written out in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaskip_passes.banded_attention import BANDED_ATTENTION, banded_attention
+
+HEADS, WIDTH = 4, 8
+
+
+def inputs(queries: int, keys: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(queries + keys)
+    shapes = (2, HEADS, queries, WIDTH), (2, groups, keys, WIDTH), (2, groups, keys, WIDTH)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return q, k, v
+
+
+def written_out(q, k, v, first, window, scale):
+    q, k, v = q.double(), *(one.double().repeat_interleave(HEADS // one.shape[1], 1) for one in (k, v))
+    scores = q @ k.mT * (WIDTH**-0.5 if scale is None else scale)
+    behind = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    seen = (behind >= first) & (behind < first + window)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.where(seen.any(-1, keepdim=True), weights, 0) @ v
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    queries=st.integers(1, 300),
+    keys=st.integers(1, 300),
+    groups=st.sampled_from([1, 2, 4]),
+    first=st.integers(-200, 200),
+    window=st.integers(1, 280),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_each_query_sees_its_band(queries, keys, groups, first, window, scale):
+    q, k, v = inputs(queries, keys, groups)
+    got = banded_attention(q, k, v, first, window, scale)
+    torch.testing.assert_close(got.double(), written_out(q, k, v, first, window, scale), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_an_operation_as_torch_wants_them():
+    for sizes in ((9, 9), (200, 150), (300, 300)):
+        torch.library.opcheck(BANDED_ATTENTION, (*inputs(*sizes, 2), 0, 140, None))
+
+
+def test_half_precision_is_as_near_as_with_a_mask():
+    q, k, v = inputs(300, 300, 2)
+    got = banded_attention(*(one.bfloat16() for one in (q, k, v)), 0, 40, None)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), written_out(q, k, v, 0, 40, None), rtol=0.05, atol=0.02)
