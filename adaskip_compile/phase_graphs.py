@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaskip_compile.capture import constant_floats
 from adaskip_passes.errors import CaptureError
+from adaskip_passes.implied_masks import drop_implied_masks
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
 
@@ -52,7 +53,8 @@ def capture_phases(model: nn.Module) -> tuple[PhaseGraph, ...]:
             _run(hollow, recorder, call)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise CaptureError(f"the model cannot be captured: {str(error).strip().partition(chr(10))[0]}") from error
-    return tuple(_phase_graph(gm) for gm in recorder.graphs)
+    on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
+    return tuple(_phase_graph(gm, on_cpu) for gm in recorder.graphs)
 
 
 def hollow_copy(model: nn.Module) -> nn.Module:
@@ -142,6 +144,8 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _phase_graph(gm: fx.GraphModule) -> PhaseGraph:
+def _phase_graph(gm: fx.GraphModule, on_cpu: bool) -> PhaseGraph:
+    if on_cpu:
+        drop_implied_masks(gm)  # the copy is there, whatever the model is on; elsewhere windows stay masks
     stream = straightened_stream(gm)
     return PhaseGraph(stream.phase, gm, stream)

@@ -2,7 +2,7 @@
 
 Only products of matrices count, at two operations a multiply-add, as ``torch.utils.flop_counter`` counts:
 everything else is bound by memory and costs bytes. Attention counts the whole rectangle of queries by
-keys, masked or not, causal or not.
+keys, masked or not, causal or not; within a band it counts the band.
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ def _attention(node: fx.Node) -> sympy.Expr:
     return 2 * sizes_product(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _banded_attention(node: fx.Node) -> sympy.Expr:
+    query, key, value = map(shape_of, node.args[:3])
+    seen = sympy.Min(_argument(node, 4, "window"), key[-2])
+    return 2 * sizes_product(query[:-1]) * seen * (query[-1] + value[-1])
+
+
 def _convolution(node: fx.Node) -> sympy.Expr:
     # The weight is (out channels, in channels / groups, *kernel): each output element sums over all but the first.
     weight = shape_of(_argument(node, 1, "weight"))
@@ -104,4 +110,5 @@ _RULES: dict[str, Callable[[fx.Node], sympy.Expr]] = {
     "conv2d": _convolution,
     "scaled_dot_product_attention": _attention,
     "flex_attention": _attention,
+    "banded_attention": _banded_attention,
 }

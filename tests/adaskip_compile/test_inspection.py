@@ -50,6 +50,14 @@ def test_the_window_of_a_sliding_attention_is_told_from_full_attention():
     assert full.at(t=1000).flops < full.at(t=5000).flops
 
 
+def test_a_sliding_attention_of_a_prompt_on_the_cpu_costs_its_window():
+    prefill = capture_phases(tiny("gemma3_text", sliding_window=16))[0]
+    sliding, full = (find_costs(prefill.gm, prefill.stream)[ATTENTION.format(layer)] for layer in range(2))
+    products = [sliding.at(q=length).flops - full.at(q=length).flops for length in (16, 1000)]
+    heads, width = 4, 16
+    assert products == [0, 2 * heads * 1000 * (16 - 1000) * 2 * width]
+
+
 def test_a_model_is_captured_in_the_memory_of_its_names_and_left_as_it_is():
     model = tiny("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
