@@ -128,7 +128,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, rule: _Causality | _Band, effects: 
         given |= {"key": shared[0], "value": shared[1], "enable_gqa": True}
     if isinstance(rule, _Band):
         operands = *(given[name] for name in _NAMES[:3]), rule.first, rule.window, given.get("scale")
-        node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, {}
+        node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
     else:
         _make_causal(graph, node, rule, given)
     _erase_unused(graph, before, effects)
