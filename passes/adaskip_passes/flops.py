@@ -68,7 +68,7 @@ def _attention(node: fx.Node) -> sympy.Expr:
 
 def _banded_attention(node: fx.Node) -> sympy.Expr:
     query, key, value = map(shape_of, node.args[:3])
-    seen = sympy.Min(_argument(node, 4, "window"), key[-2])
+    seen = sympy.Min(node.args[4], key[-2])
     return 2 * sizes_product(query[:-1]) * seen * (query[-1] + value[-1])
 
 

@@ -3,7 +3,7 @@
 A mask is computed from positions by comparisons, and read back through views and copies to them::
 
     %m = and(le(%keys_at, %queries_at), gt(%keys_at, sub(%queries_at, 512)))
-         key - query <= 0,  query - key - 511 <= 0
+         query - key >= 0,  key - query + 511 >= 0
 """
 
 from __future__ import annotations
