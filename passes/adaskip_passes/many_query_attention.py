@@ -1,0 +1,63 @@
+"""Causal attention of a prompt, by whichever way is faster on the machine it runs on.
+
+::
+
+    %o = sdpa(%q, %k, %v, is_causal=True)        %o = banded_attention(%q, %k, %v, 0, all keys, scale)
+
+The operation chooses as it runs, by the number of queries and by what the machine is good at
+(:mod:`adaskip_passes.banded_attention`).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaskip_passes.banded_attention import BANDED_ATTENTION
+from adaskip_passes.graph import fake_tensor, named_arguments
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_ALL_KEYS = sys.maxsize
+
+
+def choose_many_query_attention(gm: fx.GraphModule) -> int:
+    """Rewrite the causal attentions of ``gm`` in place that are of 32-bit floats on the CPU and of any number of queries.
+
+    Returns:
+        How many there were. With a mask beside it, attention is left to PyTorch's kernel.
+    """
+    attention = torch.nn.functional.scaled_dot_product_attention
+    found = [node for node in gm.graph.find_nodes(op="call_function", target=attention) if _is_of_any_prompt(node)]
+    for node in found:
+        given = named_arguments(node, _NAMES)
+        operands = *(given[name] for name in _NAMES[:3]), 0, _ALL_KEYS, given.get("scale")
+        node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
+    if found:
+        gm.graph.lint()
+        gm.recompile()
+    return len(found)
+
+
+def _is_of_any_prompt(node: fx.Node) -> bool:
+    given = named_arguments(node, _NAMES)
+    operands = [fake_tensor(given.get(name)) for name in _NAMES[:3]]
+    if any(one is None or one.dim() != 4 or one.device.type != "cpu" or one.dtype != torch.float32 for one in operands):
+        return False
+    query, key, value = operands
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    heads, groups = query.shape[1], key.shape[1]
+    return (
+        given.get("is_causal") is True
+        and given.get("attn_mask") is None
+        and not given.get("dropout_p")
+        and isinstance(given.get("scale"), (float, type(None)))
+        and isinstance(query.shape[2], torch.SymInt)
+        and isinstance(heads, int)
+        and groups == value.shape[1]
+        and (heads == groups or (bool(given.get("enable_gqa")) and heads % groups == 0))
+    )
