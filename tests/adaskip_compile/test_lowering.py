@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from adaskip_compile import lowering
+import adaskip_compile
+from adaskip_compile import SkipPlan, lowering
 from adaskip_compile.capture import example_inputs
 from adaskip_compile.lowering import Lowering
+from adaskip_passes import banded_attention, many_row_products, onednn
 from tests.captures import first_graph
+from tests.generation import make_cache
+from tests.models import tiny, tokens
+from tests.reference import run_request
 
 
 def test_inputs_that_share_a_fake_value_are_two_inputs():
@@ -40,3 +46,27 @@ def test_what_has_no_code_for_all_sizes_is_compiled_for_those_seen(monkeypatch):
     [got] = Lowering("inductor", "whole").lower(gm)(x)
     assert settings == [True, False]
     torch.testing.assert_close(got, x * 2 + 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_prompts_are_multiplied_by_the_faster_library(kind, monkeypatch):
+    multiply, multiplied = onednn.multiply, []
+
+    def counted(x, weight, bias=None):
+        multiplied.append(tuple(weight.shape))
+        return multiply(x, weight, bias)
+
+    # As on a machine where oneDNN is faster, and with a prompt that is long already.
+    for module in (banded_attention, many_row_products):
+        monkeypatch.setattr(module, "onednn_pays", lambda *_: True)
+    monkeypatch.setattr(banded_attention, "_MANY", 32)
+    monkeypatch.setattr(onednn, "multiply", counted)
+    model = tiny(kind, num_hidden_layers=2)
+    request = tokens(1, 70), tokens(1, 4, seed=1)
+    eager = run_request(model, *request, cache=make_cache("dynamic", model))
+    adaskip_compile.compile(model, SkipPlan.none(), inner="inductor")
+    got = run_request(model, *request, cache=make_cache("dynamic", model))
+    torch.testing.assert_close(got, eager, rtol=2e-5, atol=2e-5)
+    layer = model.model.layers[0]
+    assert tuple(layer.mlp.down_proj.weight.shape) in multiplied
+    assert any(70 in shape for shape in multiplied)  # keys of a head
