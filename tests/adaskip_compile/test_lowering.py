@@ -50,7 +50,8 @@ def test_what_has_no_code_for_all_sizes_is_compiled_for_those_seen(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_prompts_are_multiplied_by_the_faster_library(kind, monkeypatch):
-    multiply, multiplied = onednn.multiply, []
+    multiply = onednn.multiply
+    multiplied: list[tuple[int, ...]] = []
 
     def counted(x, weight, bias=None):
         multiplied.append(tuple(weight.shape))
