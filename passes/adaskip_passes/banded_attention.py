@@ -50,7 +50,7 @@ def banded_attention(query, key, value, first, window, scale):  # type: ignore[n
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     _, heads, queries, width = query.shape
     many = query.device.type == "cpu" and query.dtype == torch.float32 and queries >= _MANY
-    if many and onednn_pays(torch.get_num_threads(), heads, key.shape[1], width):
+    if many and onednn.enabled() and onednn_pays(torch.get_num_threads(), heads, key.shape[1], width):
         return _by_products(query, key, value, first, window, scale)
     return _by_kernel(query, key, value, first, window, scale)
 
@@ -67,7 +67,7 @@ def _(query, key, value, first, window, scale):  # type: ignore[no-untyped-def]
 @cache
 def onednn_pays(threads: int, heads: int, groups: int, width: int) -> bool:
     """Return whether causal attention is clearly faster here by products of oneDNN; tried once, in some 0.1 s."""
-    query, key = torch.rand(1, heads, _MANY, width), torch.rand(1, groups, _MANY, width)
+    query, key = onednn.operand(1, heads, _MANY, width), onednn.operand(1, groups, _MANY, width)
     name = f"attention of {heads} heads with {threads} threads"
     return onednn.pays(name, _by_kernel, _by_products, query, key, key, 0, _MANY, width**-0.5)
 
@@ -121,7 +121,7 @@ def _by_products(
     result = _like(query, value)
     query = query * scale
     columns = value.transpose(2, 3).contiguous()  # (batch, groups, value_dim, keys), as a product wants its weights
-    at = torch.arange(max(queries, keys))
+    at = torch.arange(max(queries, keys), device=query.device)
     for block in _blocks(queries, keys, first, window, _block_for_products(each, min(keys, window))):
         asking, seen = slice(block.start, block.stop), slice(block.oldest, block.newest)
         if block.newest <= block.oldest:

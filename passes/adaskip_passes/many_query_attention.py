@@ -44,7 +44,9 @@ def choose_many_query_attention(gm: fx.GraphModule) -> int:
 def _is_of_any_prompt(node: fx.Node) -> bool:
     given = named_arguments(node, _NAMES)
     operands = [fake_tensor(given.get(name)) for name in _NAMES[:3]]
-    if any(one is None or one.dim() != 4 or one.device.type != "cpu" or one.dtype != torch.float32 for one in operands):
+    # The result is of other numbers under autocast.
+    values = *operands, fake_tensor(node)
+    if any(one is None or one.dim() != 4 or one.device.type != "cpu" or one.dtype != torch.float32 for one in values):
         return False
     query, key, value = operands
     assert query is not None

@@ -31,9 +31,10 @@ def many_row_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
     A graph does not know how many rows it is called with, nor on which machine: both are looked at here.
     """
-    if input.numel() < _FEW_ROWS * input.shape[-1] or not onednn_pays(torch.get_num_threads()):
-        return torch.nn.functional.linear(input, weight, bias)
-    return onednn.multiply(input, weight, bias)
+    many = input.numel() >= _FEW_ROWS * input.shape[-1]
+    if many and onednn.enabled() and onednn_pays(torch.get_num_threads()):
+        return onednn.multiply(input, weight, bias)
+    return torch.nn.functional.linear(input, weight, bias)
 
 
 @torch.library.register_fake("adaskip::many_row_linear")
@@ -48,7 +49,7 @@ MANY_ROW_LINEAR = torch.ops.adaskip.many_row_linear.default
 @cache
 def onednn_pays(threads: int) -> bool:
     """Return whether oneDNN multiplies clearly faster than ``linear`` here, with ``threads``; tried once, in 0.1 s."""
-    square = torch.rand(_TRIAL, _TRIAL)
+    square = onednn.operand(_TRIAL, _TRIAL)
     return onednn.pays(f"products with {threads} threads", torch.nn.functional.linear, onednn.multiply, square, square)
 
 
@@ -74,7 +75,11 @@ def _has_any_number_of_rows(node: fx.Node) -> bool:
         return False
     given = named_arguments(node, _NAMES)
     operands = [fake_tensor(given[name]) for name in _NAMES if given.get(name) is not None]
-    if any(value is None or value.device.type != "cpu" or value.dtype != torch.float32 for value in operands):
+    # The result is of other numbers under autocast.
+    if any(
+        value is None or value.device.type != "cpu" or value.dtype != torch.float32
+        for value in (*operands, fake_tensor(node))
+    ):
         return False
     x, weight = operands[:2]
     assert x is not None

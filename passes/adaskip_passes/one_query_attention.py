@@ -47,6 +47,9 @@ def _one_query(node: fx.Node) -> dict[str, Any] | None:
     q, k, v = (fake_tensor(given.get(name)) for name in _NAMES[:3])
     if q is None or k is None or v is None or q.device.type != "cpu" or not q.is_floating_point():
         return None
+    result = fake_tensor(node)
+    if result is None or not q.dtype == k.dtype == v.dtype == result.dtype:  # not so under autocast
+        return None
     if any(value.dim() != 4 for value in (q, k, v)) or not isinstance(q.shape[2], int) or q.shape[2] != 1:
         return None
     heads, groups = q.shape[1], k.shape[1]

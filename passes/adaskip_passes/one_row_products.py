@@ -48,7 +48,10 @@ def _is_one_row_linear(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is not torch.nn.functional.linear:
         return False
     x, weight, _ = map(fake_tensor, _operands(node))
+    result = fake_tensor(node)
     if x is None or weight is None or weight.dim() != 2 or x.device.type != "cpu" or not x.is_floating_point():
+        return False
+    if result is None or result.dtype != x.dtype:  # autocast has it computed in other numbers than it is given
         return False
     rows = x.shape[:-1]
     return all(isinstance(size, int) for size in rows) and math.prod(rows) == 1 and x.dtype == weight.dtype

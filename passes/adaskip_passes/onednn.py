@@ -30,13 +30,21 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), bias, "none", [], "")
 
 
+def operand(*shape: int) -> torch.Tensor:
+    """Return an operand to try with, whatever the defaults are, and without drawing any: users seed the generator."""
+    return torch.ones(shape, dtype=torch.float32, device="cpu")
+
+
+def enabled() -> bool:
+    """Return whether PyTorch has oneDNN, and the user has not turned it off (``torch.backends.mkldnn``)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
 def pays(name: str, plain: Callable[..., Any], onednn: Callable[..., Any], *inputs: Any) -> bool:
-    """Return whether ``onednn(*inputs)`` is clearly faster here than ``plain(*inputs)``; False where PyTorch lacks oneDNN.
+    """Return whether ``onednn(*inputs)`` is clearly faster here than ``plain(*inputs)``.
 
     Both are run by turns: what else the machine does meanwhile slows both.
     """
-    if not torch.backends.mkldnn.is_available():
-        return False
     taken = [(_seconds(plain, inputs), _seconds(onednn, inputs)) for _ in range(_TRIALS)]
     slower, faster = map(min, zip(*taken, strict=True))
     log.info("%s: oneDNN takes %.3g s for what PyTorch's choice takes %.3g s", name, faster, slower)

@@ -71,3 +71,14 @@ def test_prompts_are_multiplied_by_the_faster_library(kind, monkeypatch):
     layer = model.model.layers[0]
     assert tuple(layer.mlp.down_proj.weight.shape) in multiplied
     assert any(70 in shape for shape in multiplied)  # keys of a head
+
+
+def test_under_autocast_numbers_are_those_of_eager():
+    model = tiny("llama", num_hidden_layers=2)
+    request = tokens(1, 70), tokens(1, 4, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = run_request(model, *request, cache=make_cache("dynamic", model))
+        adaskip_compile.compile(model, SkipPlan.none(), inner="inductor")
+        got = run_request(model, *request, cache=make_cache("dynamic", model))
+    assert {one.dtype for one in got} == {torch.bfloat16}
+    torch.testing.assert_close(got, eager, rtol=0.05, atol=0.05)

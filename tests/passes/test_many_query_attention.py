@@ -78,3 +78,12 @@ def test_others_are_left_alone(values, how, dynamic):
 
     count, _ = rewritten(attend, values, dynamic=dynamic)
     assert count == 0
+
+
+def test_under_autocast_nothing_is_rewritten():
+    def attend(q, k, v):
+        return (functional.scaled_dot_product_attention(q, k, v, is_causal=True),)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        count, got = rewritten(attend, inputs())
+    assert (count, got.dtype) == (0, torch.bfloat16)

@@ -99,3 +99,10 @@ def test_any_number_of_rows_is_rewritten():
 def test_others_are_left_alone(x, weight):
     count, _ = rewritten(lambda x, w: (functional.linear(x, w),), (x, weight), dynamic=x.shape[0] > 1)
     assert count == 0
+
+
+def test_under_autocast_nothing_is_rewritten():
+    x, weight = torch.randn(2, 50, 8), weights(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        count, got = rewritten(lambda x, w: (functional.linear(x, w),), (x, weight))
+    assert (count, got.dtype) == (0, torch.bfloat16)

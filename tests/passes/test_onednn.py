@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaskip_passes import onednn
+from adaskip_passes import banded_attention, many_row_products, onednn
+from adaskip_passes.banded_attention import BANDED_ATTENTION
+from adaskip_passes.many_row_products import MANY_ROW_LINEAR
 
 
 @pytest.fixture
@@ -38,9 +40,31 @@ def test_one_slow_trial_decides_nothing(takes):
     assert onednn.pays("products", takes(1.0), takes(0.4, 9.0))
 
 
-def test_without_onednn_nothing_is_tried(monkeypatch):
+def test_it_is_not_taken_where_it_is_missing_or_turned_off(monkeypatch):
+    for module in (many_row_products, banded_attention):
+        monkeypatch.setattr(module, "onednn_pays", pytest.fail)
+    x = torch.randn(1, 1, 2048, 8)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(MANY_ROW_LINEAR(x, x[0, 0], None), torch.nn.functional.linear(x, x[0, 0]))
+        BANDED_ATTENTION(x, x, x, 0, 8, None)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not onednn.pays("products", pytest.fail, pytest.fail)
+    MANY_ROW_LINEAR(x, x[0, 0], None)
+    BANDED_ATTENTION(x, x, x, 0, 8, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_leaves_random_numbers_alone_and_needs_no_defaults(dtype, monkeypatch):
+    monkeypatch.setattr(many_row_products, "_TRIAL", 8)
+    monkeypatch.setattr(banded_attention, "_MANY", 64)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            many_row_products.onednn_pays.__wrapped__(1)
+            banded_attention.onednn_pays.__wrapped__(1, 4, 2, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_it_is_told(caplog):
