@@ -5,6 +5,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.errors import PassError
 from adaskip_passes.graph import fake_value
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.outline_regions import outline_regions
@@ -224,3 +225,20 @@ def test_a_stream_is_found_again_in_the_specialised_graph():
     prefill = shared_captures("llama")[0]
     result = run_pipeline(prefill.gm, stream_of(prefill.gm), passes_for(["model.layers.1.mlp"]))
     assert find_residual_stream(result.gm).paths == tuple(one.path for one in result.stream.kept)
+
+
+def test_a_graph_that_calls_graphs_is_not_cut():
+    model = tiny("llama", num_hidden_layers=2)
+    model.set_attn_implementation("flex_attention")
+    graphs = []
+
+    def backend(gm, _):
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=True)(tokens(1, 20), use_cache=False)
+    gm = next(gm for gm in graphs if "flex_attention" in print_graph(gm))
+    with pytest.raises(PassError, match="is no value that a region could be given"):
+        outline_regions(gm, find_residual_stream(gm))
