@@ -153,7 +153,9 @@ class _Wiring:
         inputs = list(dict.fromkeys([*read, *symbols_of(read, self.symbols, nodes)]))
         unknown = next((source.name for source in inputs if fake_value(source) is None), None)
         if unknown is not None:  # a graph within the graph, as flex_attention calls them
-            raise PassError(f"cannot cut the graph at its sublayers: {unknown} is no value that a region could be given")
+            raise PassError(
+                f"cannot cut the graph at its sublayers: {unknown} is no value that a region could be given"
+            )
         extracted = _extracted(self.source, nodes, inputs, outputs)
         region = Region(f"region_{len(self.regions)}", extracted, self.distinct)
         self.regions.append(region)
