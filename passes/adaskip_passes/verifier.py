@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from adaskip_passes.effects import find_effects
+from adaskip_passes.effects import OPENING, find_effects, op_name
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.graph import fake_tensor, size_hint
 from adaskip_passes.residual_stream import ResidualStream
@@ -59,7 +59,8 @@ def _own_problems(gm: fx.GraphModule) -> Iterator[str]:
         yield f"the graph does not lint: {error}"
         return
     for node in gm.graph.nodes:
-        computed = node.op in ("call_function", "call_method") and node.users
+        # What opens a scope yields no value, but what closes it by.
+        computed = node.op in ("call_function", "call_method") and node.users and op_name(node) not in OPENING
         if computed and "example_value" not in node.meta and "val" not in node.meta:
             yield f"node {node.name} has no fake value"
 

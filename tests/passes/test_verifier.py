@@ -126,3 +126,17 @@ def test_a_graph_that_came_broken_is_no_pass_s_fault(decode):
     forget_fake_value(gm.graph)
     with pytest.raises(VerificationError, match="after capture: node"):
         run_pipeline(gm, stream_of(decode.gm).mapped(images.__getitem__), (EliminateDeadCode(),))
+
+
+def test_what_opens_a_scope_needs_no_value(decode):
+    @dataclass(frozen=True)
+    class OpenScope:
+        name: ClassVar[str] = "open-scope"
+
+        def apply(self, gm, stream):
+            with gm.graph.inserting_before(outputs_of(gm.graph)[0]):
+                opened = gm.graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", None, False, None))
+                gm.graph.call_function(torch.amp.autocast_mode._exit_autocast, (opened,))
+            return PassResult(stream, True, 1)
+
+    run_pipeline(decode.gm, stream_of(decode.gm), (OpenScope(),))
