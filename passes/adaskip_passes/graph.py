@@ -63,6 +63,11 @@ def call(
     return node
 
 
+# The arguments of functions that several passes read, in order.
+LINEAR_ARGUMENTS = ("input", "weight", "bias")
+ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
 def named_arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
     """Return the arguments that the call ``node`` gives, by name; ``names`` are those of its function, in order."""
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

@@ -30,10 +30,9 @@ from torch import fx
 
 from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import Effects, find_effects, op_name
-from adaskip_passes.graph import call, fake_tensor, fake_value, named_arguments, size_expression
+from adaskip_passes.graph import ATTENTION_ARGUMENTS, call, fake_tensor, fake_value, named_arguments, size_expression
 from adaskip_passes.mask_conditions import HEAD, KEY, QUERY, ROW, MaskReader, UnknownMaskError
 
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 # Wider heads have no kernel that takes groups.
 _WIDEST = 256
 
@@ -41,7 +40,9 @@ _WIDEST = 256
 def drop_implied_masks(gm: fx.GraphModule) -> int:
     """Rewrite the attentions of ``gm`` whose masks say no more than causality or a window, in place; return how many there were."""
     calls = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.scaled_dot_product_attention)
-    masked = [node for node in calls if fake_tensor(named_arguments(node, _NAMES).get("attn_mask")) is not None]
+    masked = [
+        node for node in calls if fake_tensor(named_arguments(node, ATTENTION_ARGUMENTS).get("attn_mask")) is not None
+    ]
     if not masked:
         return 0
     effects = find_effects(gm)
@@ -72,7 +73,7 @@ class _Band:
 
 
 def _rule(node: fx.Node, reader: MaskReader) -> _Causality | _Band | None:
-    given = named_arguments(node, _NAMES)
+    given = named_arguments(node, ATTENTION_ARGUMENTS)
     q, k, mask = (fake_tensor(given.get(name)) for name in ("query", "key", "attn_mask"))
     if q is None or k is None or mask is None or given.get("is_causal") or mask.dtype != torch.bool:
         return None
@@ -121,13 +122,13 @@ def _always(condition: sympy.Expr, queries: sympy.Expr, keys: sympy.Expr) -> boo
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, rule: _Causality | _Band, effects: Effects) -> None:
-    given = named_arguments(node, _NAMES)
+    given = named_arguments(node, ATTENTION_ARGUMENTS)
     before = [given["key"], given["value"], given["attn_mask"]]
     shared = [_repeated(one, node, effects) for one in before[:2]]
     if all(one is not None for one in shared) and _takes_groups(*map(fake_tensor, shared)):
         given |= {"key": shared[0], "value": shared[1], "enable_gqa": True}
     if isinstance(rule, _Band):
-        operands = *(given[name] for name in _NAMES[:3]), rule.first, rule.window, given.get("scale")
+        operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), rule.first, rule.window, given.get("scale")
         node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
     else:
         _make_causal(graph, node, rule, given)
@@ -142,7 +143,7 @@ def _make_causal(graph: fx.Graph, node: fx.Node, rule: _Causality, given: dict[s
                 seen = (slice(None), slice(None), slice(None, length))
                 given[name] = call(graph, operator.getitem, given[name], seen)
     given |= {"attn_mask": None, "is_causal": rule.causal}
-    node.args = tuple(given.pop(name) for name in _NAMES[:3])
+    node.args = tuple(given.pop(name) for name in ATTENTION_ARGUMENTS[:3])
     node.kwargs = given
 
 

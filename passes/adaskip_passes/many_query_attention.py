@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaskip_passes import onednn
 from adaskip_passes.banded_attention import BANDED_ATTENTION
-from adaskip_passes.graph import fake_tensor, named_arguments
+from adaskip_passes.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments
 
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _ALL_KEYS = sys.maxsize
 
 
@@ -32,8 +32,8 @@ def choose_many_query_attention(gm: fx.GraphModule) -> int:
     attention = torch.nn.functional.scaled_dot_product_attention
     found = [node for node in gm.graph.find_nodes(op="call_function", target=attention) if _is_of_any_prompt(node)]
     for node in found:
-        given = named_arguments(node, _NAMES)
-        operands = *(given[name] for name in _NAMES[:3]), 0, _ALL_KEYS, given.get("scale")
+        given = named_arguments(node, ATTENTION_ARGUMENTS)
+        operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), 0, _ALL_KEYS, given.get("scale")
         node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
     if found:
         gm.graph.lint()
@@ -42,11 +42,9 @@ def choose_many_query_attention(gm: fx.GraphModule) -> int:
 
 
 def _is_of_any_prompt(node: fx.Node) -> bool:
-    given = named_arguments(node, _NAMES)
-    operands = [fake_tensor(given.get(name)) for name in _NAMES[:3]]
-    # The result is of other numbers under autocast.
-    values = *operands, fake_tensor(node)
-    if any(one is None or one.dim() != 4 or one.device.type != "cpu" or one.dtype != torch.float32 for one in values):
+    given = named_arguments(node, ATTENTION_ARGUMENTS)
+    operands = [fake_tensor(given.get(name)) for name in ATTENTION_ARGUMENTS[:3]]
+    if not onednn.serves(*operands, fake_tensor(node)) or any(one is None or one.dim() != 4 for one in operands):
         return False
     query, key, value = operands
     assert query is not None

@@ -14,9 +14,8 @@ import torch
 from torch import fx
 
 from adaskip_passes import onednn
-from adaskip_passes.graph import fake_tensor, named_arguments
+from adaskip_passes.graph import LINEAR_ARGUMENTS, fake_tensor, named_arguments
 
-_NAMES = ("input", "weight", "bias")
 # Fewer rows wait for the weights to be read, and oneDNN makes a kernel for each number of rows: a millisecond or more.
 _FEW_ROWS = 32
 # A trial multiplies this many rows with a square matrix as wide: some milliseconds.
@@ -61,7 +60,7 @@ def choose_many_row_products(gm: fx.GraphModule) -> int:
     """
     found = [node for node in gm.graph.nodes if _has_any_number_of_rows(node)]
     for node in found:
-        given = named_arguments(node, _NAMES)
+        given = named_arguments(node, LINEAR_ARGUMENTS)
         operands = given["input"], given["weight"], given.get("bias")
         node.target, node.args, node.kwargs = MANY_ROW_LINEAR, operands, dict[str, Any]()
     if found:
@@ -73,13 +72,9 @@ def choose_many_row_products(gm: fx.GraphModule) -> int:
 def _has_any_number_of_rows(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is not torch.nn.functional.linear:
         return False
-    given = named_arguments(node, _NAMES)
-    operands = [fake_tensor(given[name]) for name in _NAMES if given.get(name) is not None]
-    # The result is of other numbers under autocast.
-    if any(
-        value is None or value.device.type != "cpu" or value.dtype != torch.float32
-        for value in (*operands, fake_tensor(node))
-    ):
+    given = named_arguments(node, LINEAR_ARGUMENTS)
+    operands = [fake_tensor(given[name]) for name in LINEAR_ARGUMENTS if given.get(name) is not None]
+    if not onednn.serves(*operands, fake_tensor(node)):
         return False
     x, weight = operands[:2]
     assert x is not None

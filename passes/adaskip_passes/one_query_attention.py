@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.graph import call, fake_tensor, named_arguments
-
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+from adaskip_passes.graph import ATTENTION_ARGUMENTS, call, fake_tensor, named_arguments
 
 
 def spell_out_one_query_attention(gm: fx.GraphModule) -> int:
@@ -43,8 +41,8 @@ def _one_query(node: fx.Node) -> dict[str, Any] | None:
     """Return the arguments of an attention that can be spelled out, by name; None for any other node."""
     if node.op != "call_function" or node.target is not torch.nn.functional.scaled_dot_product_attention:
         return None
-    given = named_arguments(node, _NAMES)
-    q, k, v = (fake_tensor(given.get(name)) for name in _NAMES[:3])
+    given = named_arguments(node, ATTENTION_ARGUMENTS)
+    q, k, v = (fake_tensor(given.get(name)) for name in ATTENTION_ARGUMENTS[:3])
     if q is None or k is None or v is None or q.device.type != "cpu" or not q.is_floating_point():
         return None
     result = fake_tensor(node)
@@ -71,7 +69,7 @@ def _fits(mask: Any, heads: int) -> bool:
 
 
 def _spelled_out(graph: fx.Graph, node: fx.Node, given: dict[str, Any]) -> fx.Node:
-    query, key, value = (given[name] for name in _NAMES[:3])
+    query, key, value = (given[name] for name in ATTENTION_ARGUMENTS[:3])
     q, k, v, result = (fake_tensor(one) for one in (query, key, value, node))
     assert q is not None
     assert k is not None

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import fx
 
-from adaskip_passes.graph import call, fake_tensor, named_arguments
+from adaskip_passes.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments
 
 
 def spell_out_one_row_products(gm: fx.GraphModule) -> int:
@@ -40,7 +40,7 @@ def spell_out_one_row_products(gm: fx.GraphModule) -> int:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    given = named_arguments(node, ("input", "weight", "bias"))
+    given = named_arguments(node, LINEAR_ARGUMENTS)
     return given["input"], given["weight"], given.get("bias")
 
 

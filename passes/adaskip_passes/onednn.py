@@ -30,6 +30,11 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return torch.ops.mkldnn._linear_pointwise(x, weight.contiguous(), bias, "none", [], "")
 
 
+def serves(*values: torch.Tensor | None) -> bool:
+    """Return whether operands and result are all 32-bit floats on the CPU; under autocast the result is of other numbers."""
+    return all(one is not None and one.device.type == "cpu" and one.dtype == torch.float32 for one in values)
+
+
 def operand(*shape: int) -> torch.Tensor:
     """Return an operand to try with, whatever the defaults are, and without drawing any: users seed the generator."""
     return torch.ones(shape, dtype=torch.float32, device="cpu")

@@ -139,4 +139,5 @@ def test_what_opens_a_scope_needs_no_value(decode):
                 gm.graph.call_function(torch.amp.autocast_mode._exit_autocast, (opened,))
             return PassResult(stream, True, 1)
 
-    run_pipeline(decode.gm, stream_of(decode.gm), (OpenScope(),))
+    result = run_pipeline(decode.gm, stream_of(decode.gm), (OpenScope(),))
+    assert "_enter_autocast" in {op_name(node) for node in result.gm.graph.nodes if node.op == "call_function"}
