@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_passes.errors import CaptureError
+from adaskip_passes.module_paths import naming
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
 
@@ -35,7 +36,7 @@ def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
     def forward(inputs: dict[str, Any]) -> Any:
         return model._call_impl(**inputs)
 
-    compiled = torch.compile(forward, backend=record, dynamic=True)
+    compiled = torch.compile(forward, backend=naming(model, record), dynamic=True)
     with torch.no_grad():
         compiled(example_inputs)
     if len(graphs) != 1:

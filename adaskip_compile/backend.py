@@ -15,9 +15,8 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture import (
-    captured_module,
+    compiled_module,
     constant_floats,
-    guard_module,
     make_room_for_graphs,
     specialise_floats,
 )
@@ -42,9 +41,9 @@ def adaskip(
     """
     make_room_for_graphs()
     specialise_floats(gm)
-    session = session_for(captured_module(), Options.from_mapping(options or {}))
-    guard_module()  # equal options are one backend to Dynamo, whatever the model
-    return session.admit(gm, example_inputs)
+    session = session_for(compiled_module(example_inputs), Options.from_mapping(options or {}))
+    # Equal options are one backend to Dynamo, whatever the model.
+    return session.admit(gm, example_inputs, guard=True)
 
 
 def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:

@@ -1,7 +1,7 @@
 """Everything here that depends on how Dynamo hands a graph to its backend.
 
-Public interfaces tell a backend the graph and example inputs. Which model the graph belongs to is
-read off the frame that Dynamo is tracing; where that is not to be had, the graph stands alone.
+Public interfaces tell a backend the graph and example inputs. Which model the graph belongs to is told by the
+weights among these: the modules whose calls are under way are looked through for the one that holds them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import gc
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,121 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-
-def captured_module() -> nn.Module | None:
-    """Return the module whose call Dynamo is capturing right now, or None for a plain function."""
-    frame = _captured_frame()
-    owner = frame.f_locals.get("self") if frame is not None else None
-    owner = getattr(owner, "_orig_mod", owner)
-    return owner if isinstance(owner, nn.Module) else None
+from adaskip_passes.module_paths import held_tensors
 
 
-def guard_module() -> None:
-    """Have what Dynamo is capturing right now serve this one module alone.
+@dataclass(frozen=True)
+class Place:
+    """Where in a model the graph lies that Dynamo is capturing right now.
 
-    Weights are inputs of a graph, so Dynamo would call it for any module of equal code and shapes.
+    Args:
+        root: The module that the user compiled, or None for a function of no one module.
+        module: The part of ``root`` whose call the graph is of, the root itself unless capture broke; None for code
+            that reaches its weights through no module.
+        source: Dynamo's own name of ``module``, which guards are made of.
+        resumed: Whether it is the rest of a function, behind a graph break in it.
     """
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import LocalSource
 
+    root: nn.Module | None
+    module: nn.Module | None
+    source: Any
+    resumed: bool
+
+    def guard(self) -> None:
+        """Have the graph serve this one module alone.
+
+        Weights are inputs of a graph, so Dynamo would call it for any module of equal code and shapes.
+        """
+        from torch._dynamo.guards import GuardBuilder, install_guard
+
+        if self.source is not None:
+            install_guard(self.source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def place_in(root: nn.Module | None, gm: fx.GraphModule, inputs: Sequence[Any]) -> Place:
+    """Return where in ``root`` the graph ``gm`` lies that Dynamo is capturing, which is called with ``inputs``."""
     frame = _captured_frame()
-    if frame is not None and isinstance(frame.f_locals.get("self"), nn.Module):
-        in_cell = "self" in (*frame.f_code.co_cellvars, *frame.f_code.co_freevars)
-        source = LocalSource("self", is_input=True, is_derefed_cell_contents=in_cell)
-        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    resumed = frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume_in_")
+    if root is None or frame is None:
+        return Place(root, None, None, resumed)
+    parts = {id(one): one for one in root.modules()}
+    held = held_tensors(root)
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False):
+        if id(value) not in held:
+            continue
+        # The way to a weight leads through the modules that hold it: the first of them is what was called.
+        for source in reversed(_way_to(getattr(node, "_dynamo_source", None))):
+            value = _value_of(source, frame)
+            module = parts.get(id(getattr(value, "_orig_mod", value)))
+            if module is not None:
+                return Place(root, module, source, resumed)
+    return Place(root, None, None, resumed)
 
 
-def resumes() -> bool:
-    """Tell whether what Dynamo is capturing right now is the rest of a function, behind a graph break in it."""
+def compiled_module(inputs: Sequence[Any]) -> nn.Module | None:
+    """Return the module that the user compiled, of which Dynamo is capturing a graph with ``inputs`` right now.
+
+    Of the modules whose calls are under way within what was compiled it is the one that holds most of the weights
+    among ``inputs``, the outermost of several; where a function was compiled, the one module among its variables that
+    holds them all. Which names these go by differs with every decorator and wrapper around a forward. None for a
+    function of no one module.
+    """
+    weights = {id(value) for value in inputs if isinstance(value, nn.Parameter)}
+    called = _modules_called()
+    if called:
+        return max(reversed(called), key=lambda one: len(weights & held_tensors(one).keys()))
+    return next((one for one in _modules_given() if weights <= held_tensors(one).keys()), None)
+
+
+def _modules_called() -> list[nn.Module]:
+    """Return the modules whose calls have led to the code that is being captured, the innermost first.
+
+    Those alone that lie within what was compiled: the nearest call into Dynamo is where that begins.
+    """
+    from torch._dynamo import convert_frame, eval_frame
+
+    calls = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+    found: dict[int, nn.Module] = {}
+    captured = False
+    frame = sys._getframe()
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file == convert_frame.__file__:
+            captured, found = True, {}  # what came before is Dynamo's own work
+        elif captured and file == eval_frame.__file__:
+            break
+        elif captured and frame.f_code in calls:
+            module = frame.f_locals["self"]
+            found[id(module)] = getattr(module, "_orig_mod", module)
+        frame = frame.f_back  # type: ignore[assignment]
+    return list(found.values())
+
+
+def _modules_given() -> Iterator[nn.Module]:
+    """Yield the modules among the variables of the function that is being captured, and in its variable arguments."""
     frame = _captured_frame()
-    return frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume_in_")
+    for value in () if frame is None else frame.f_locals.values():
+        for one in value if isinstance(value, tuple) else (getattr(value, "__self__", value),):
+            module = getattr(one, "_orig_mod", one)
+            if isinstance(module, nn.Module):
+                yield module
+
+
+def _way_to(source: Any) -> list[Any]:
+    """Return Dynamo's sources of which ``source`` is made, itself first: the value, what holds it, what holds that."""
+    way = []
+    while source is not None:
+        way.append(source)
+        source = getattr(source, "base", None)
+    return way
+
+
+def _value_of(source: Any, frame: Any) -> Any:
+    """Return what ``source`` names in the frame that is being captured, None where that cannot be told."""
+    try:
+        return eval(source.name, {"L": frame.f_locals, "G": frame.f_globals})
+    except Exception:  # noqa: BLE001 - a name may call functions that guards alone know
+        return None
 
 
 def _captured_frame() -> Any:

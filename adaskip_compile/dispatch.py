@@ -82,14 +82,12 @@ _VARIANTS = 64
 class Dispatcher:
     """The callable that stands for one captured graph; see the module's text.
 
-    ``path`` is where in the model what was captured lies, and ``restored`` says that an earlier process captured it.
+    ``restored`` says that an earlier process captured it.
     """
 
-    def __init__(
-        self, session: Session, gm: fx.GraphModule, stream: ResidualStream, *, path: str = "", restored: bool = False
-    ) -> None:
+    def __init__(self, session: Session, gm: fx.GraphModule, stream: ResidualStream, *, restored: bool = False) -> None:
         self.session, self.gm, self.stream = session, gm, stream
-        self.path, self.restored = path, restored
+        self.restored = restored
         self.variants: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
         self.lowering = Lowering(session.options.inner, session.options.regions, session.note)
         self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}

@@ -21,10 +21,9 @@ from adaskip_compile.profiles import Profile
 from adaskip_passes.cost import Cost
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import source_name
+from adaskip_passes.module_paths import source_name, tensors_behind
 from adaskip_passes.pipeline import Pass, PassResult, run_pipeline
 from adaskip_passes.textual import diff_graphs, print_graph
-from adaskip_passes.traffic import parameters_behind
 
 PHASES = ("prefill", "decode")
 
@@ -157,7 +156,7 @@ def _with_costs(found: Inspection, graphs: tuple[PhaseGraph, ...]) -> Inspection
     first = graphs[0]
     costs = find_model_costs({graph.phase: (graph.gm, graph.stream) for graph in graphs})
     numbers = {one.path: one.group for one in costs.sublayers}
-    held = parameters_behind(first.gm.graph)
+    held = tensors_behind(first.gm.graph)
     sublayers = tuple(
         InspectedSublayer(
             one.path, one.kind, one.stateful, numbers[one.path], _count(one.nodes, held), shared_with=one.shared_with

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import collector_paused
+from adaskip_compile.capture import collector_paused, place_in
 from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.identity import identify
@@ -36,13 +36,14 @@ from adaskip_compile.sessions import Session
 from adaskip_compile.whole_files import replace_file
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.graph import fake_tensor
+from adaskip_passes.module_paths import name_modules
 from adaskip_passes.saved_graphs import read_graph, write_graph
 from adaskip_passes.textual import print_graph
 
 log = logging.getLogger(__name__)
 
 FOLDER = "captures"
-_FORMAT = 1
+_FORMAT = 2
 # A model has a few graphs: phases, kinds of cache, one sequence or several. Each takes half a second to install.
 _MOST = 8
 _numbers = itertools.count()
@@ -51,11 +52,10 @@ _called = threading.local()
 
 @dataclass(frozen=True)
 class KeptCapture:
-    """One file: what Dynamo made, the graph as JSON-able data, where in the model it is from, and its phase."""
+    """One file: what Dynamo made, the graph as JSON-able data, and its phase."""
 
     capture: Capture
     graph: dict[str, Any]
-    path: str
     phase: str
 
 
@@ -101,7 +101,7 @@ class CaptureKeeper:
 
     def __init__(self, session: Session, folder: CaptureFolder) -> None:
         self.session, self._folder = session, folder
-        self._admitted: tuple[dict[str, Any], str, str] | None = None
+        self._admitted: tuple[dict[str, Any], str] | None = None
         self._restored: list[_RestoredGraph] = []
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,10 +131,12 @@ class CaptureKeeper:
 
         Its regions are then the same there, and what the inner compiler has made of them is found again.
         """
+        name_modules(gm, example_inputs, self.session.module)  # what is kept goes by these names
+        place = place_in(self.session.module, gm, example_inputs)
         data, again = _read_again(gm)
-        run = self.session.admit(gm if again is None else again, example_inputs)
+        run = self.session.admit(gm if again is None else again, example_inputs, place)
         kept = data is not None and isinstance(run, Dispatcher)
-        self._admitted = (data, run.path, run.stream.phase) if kept else None  # type: ignore[assignment]
+        self._admitted = (data, run.stream.phase) if kept else None  # type: ignore[assignment]
         return run
 
     def _keep(self, capture: Capture) -> None:
@@ -193,7 +195,7 @@ class _RestoredGraph:
                 try:
                     with collector_paused():
                         graph = read_graph(self._kept.graph, stand_ins=False)
-                        self._dispatcher = session.restore(graph, self._kept.path)
+                        self._dispatcher = session.restore(graph)
                 except AdaSkipError as error:
                     self._usable = False
                     raise _UnusableError(

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from adaskip_compile.capture import constant_floats
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.implied_masks import drop_implied_masks
+from adaskip_passes.module_paths import naming
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
 
@@ -45,9 +46,9 @@ def capture_phases(model: nn.Module) -> tuple[PhaseGraph, ...]:
     Raises:
         CaptureError: A forward was captured in several graphs, or could not be captured.
     """
-    recorder = _Recorder()
     hollow = hollow_copy(model)
-    call = constant_floats(torch.compile(hollow._call_impl, backend=recorder, dynamic=True))
+    recorder = _Recorder()
+    call = constant_floats(torch.compile(hollow._call_impl, backend=naming(hollow, recorder), dynamic=True))
     try:
         with torch.no_grad():
             _run(hollow, recorder, call)

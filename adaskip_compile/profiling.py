@@ -18,6 +18,7 @@ from adaskip_compile.model_costs import ModelCosts, costs_of_prefill
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.insert_probes import InsertProbes
+from adaskip_passes.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
@@ -111,7 +112,7 @@ def run_samples(
     def forward(ids: torch.Tensor) -> Any:
         return model._call_impl(ids, **_cheap_arguments(model))
 
-    compiled = torch.compile(forward, backend=backend, dynamic=True)
+    compiled = torch.compile(forward, backend=naming(model, backend), dynamic=True)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens: list[int] = []
     with evaluating(model):

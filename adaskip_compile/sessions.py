@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import captured_module, graph_break, resumes
+from adaskip_compile.capture import Place, graph_break, place_in
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.growing_storage import GrowingStorages
 from adaskip_compile.identity import ModelIdentity, identify
@@ -28,6 +28,7 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.requests import Request, RequestTable
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.implied_masks import drop_implied_masks
+from adaskip_passes.module_paths import name_modules
 from adaskip_passes.straighten_stream import straightened_stream
 
 log = logging.getLogger(__name__)
@@ -121,19 +122,30 @@ class Session:
             return "the model is in training mode: it runs unskipped; call model.eval() first"
         return None
 
-    def admit(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """Return what Dynamo shall call in place of the graph that it captured."""
+    def admit(
+        self, gm: fx.GraphModule, inputs: list[Any], place: Place | None = None, *, guard: bool = False
+    ) -> Callable[..., Any]:
+        """Return what Dynamo shall call in place of the graph that it captured.
+
+        Args:
+            gm: The graph.
+            inputs: What it is called with, in order.
+            place: Where in the model it lies, where ``gm`` is not the very graph that Dynamo made.
+            guard: Have it serve this model alone: where Dynamo takes the backend of another one for the same.
+        """
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
             return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
-        captured = captured_module()
-        path = self._path_of(captured)
+        place = place or place_in(self.module, gm, inputs)
+        name_modules(gm, inputs, self.module)
         drop_implied_masks(gm)
-        stream = straightened_stream(gm).below(path)
-        problem = "; ".join(stream.problems) or self._shared(captured)
+        stream = straightened_stream(gm)
+        problem = "; ".join(stream.problems) or self._shared(place)
         if problem:
             stop = graph_break(gm)
             why = f"capture broke the forward in pieces: {stop}" if stop else problem
             return self._refuse(gm, inputs, f"no residual stream: {why}; runs unskipped")
+        if guard:
+            place.guard()
         log.info("%s: captured a %s graph of %d sublayers", self.model_name, stream.phase, len(stream.sublayers))
         with self._lock:
             if self.graphs and self.graphs[0].stream.paths != stream.paths:
@@ -141,41 +153,36 @@ class Session:
                 return self._refuse(
                     gm, inputs, f"a graph has other sublayers than the first one ({missing[0]}); it runs unskipped"
                 )
-            dispatcher = Dispatcher(self, gm, stream, path=path)
+            dispatcher = Dispatcher(self, gm, stream)
             self.graphs.append(dispatcher)
         return dispatcher
 
-    def restore(self, gm: fx.GraphModule, path: str) -> Dispatcher:
-        """Take up a graph that an earlier process captured, of what lies at ``path`` in the model.
+    def restore(self, gm: fx.GraphModule) -> Dispatcher:
+        """Take up a graph that an earlier process captured, with the names that it had there.
 
         Raises:
             CaptureError: It has no residual stream, or other sublayers than the session's graphs.
         """
         drop_implied_masks(gm)
-        stream = straightened_stream(gm).below(path)
+        stream = straightened_stream(gm)
         if stream.problems or (self.graphs and self.graphs[0].stream.paths != stream.paths):
             raise CaptureError("; ".join(stream.problems) or "it has other sublayers than the others")
-        dispatcher = Dispatcher(self, gm, stream, path=path, restored=True)
+        dispatcher = Dispatcher(self, gm, stream, restored=True)
         with self._lock:
             self.graphs.append(dispatcher)
         return dispatcher
 
-    def _path_of(self, captured: nn.Module | None) -> str:
-        """Return where in the model the module lies whose forward was captured; a graph break leaves inner ones on their own."""
-        modules = self.module.named_modules() if self.module is not None else ()
-        return next((path for path, module in modules if module is captured), "")
-
-    def _shared(self, captured: nn.Module | None) -> str | None:
+    def _shared(self, place: Place) -> str | None:
         """Tell of a piece of a broken forward that it is no one part of the model, or return None.
 
         Weights are inputs of a graph: Dynamo runs what it captured of one layer for all of them.
         """
-        if self.module is None or captured is self.module:
+        if place.root is None or place.module is place.root:
             return None
-        if captured is None:
-            return "it is the rest of a function behind a graph break" if resumes() else None
-        alike = sum(type(module) is type(captured) for module in self.module.modules())
-        return f"it is a piece of each of the {alike} {type(captured).__name__}s" if alike > 1 else None
+        if place.module is None:
+            return "it is the rest of a function behind a graph break" if place.resumed else None
+        alike = sum(type(module) is type(place.module) for module in place.root.modules())
+        return f"it is a piece of each of the {alike} {type(place.module).__name__}s" if alike > 1 else None
 
     def _refuse(self, gm: fx.GraphModule, inputs: list[Any], reason: str) -> Callable[..., Any]:
         self.note(reason)

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from adaskip_compile.capture import constant_floats, make_room_for_graphs
 from adaskip_passes.errors import CaptureError, OptionError
+from adaskip_passes.module_paths import naming
 
 # A prime, so that the number of tokens is never taken for a size of the model.
 EXAMPLE_TOKENS = 13
@@ -151,7 +152,7 @@ def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_len
     def forward(**arguments: Any) -> Any:
         return model._call_impl(**arguments).logits[:, -1:]
 
-    compiled = constant_floats(torch.compile(forward, backend=record, dynamic=False, fullgraph=True))
+    compiled = constant_floats(torch.compile(forward, backend=naming(model, record), dynamic=False, fullgraph=True))
     try:
         compiled(input_ids=ids, past_key_values=cache, use_cache=True, **_arguments(model, positions))
     except Exception as error:

@@ -23,6 +23,7 @@ from adaskip_compile.profiling import evaluating, show_progress, token_ids
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
 from adaskip_passes.graph import fake_tensor
+from adaskip_passes.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.skip_sublayers import SkipSublayers
@@ -119,7 +120,7 @@ class _Pair:
         def forward(ids: torch.Tensor) -> torch.Tensor:
             return model._call_impl(ids).logits
 
-        self._forward = torch.compile(forward, backend=self._backend, dynamic=True)
+        self._forward = torch.compile(forward, backend=naming(model, self._backend), dynamic=True)
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         stream = straightened_stream(gm)

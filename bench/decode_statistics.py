@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.insert_probes import InsertProbes
+from adaskip_passes.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.straighten_stream import straightened_stream
 
@@ -35,7 +36,7 @@ def decode_statistics(model: Any, prompts: Iterable[torch.Tensor], steps: int) -
 
         return run
 
-    compiled = torch.compile(model._call_impl, backend=probe, dynamic=True)
+    compiled = torch.compile(model._call_impl, backend=naming(model, probe), dynamic=True)
     requests = []
     for prompt in prompts:
         result = compiled(input_ids=prompt[None].to(model.device), use_cache=True, logits_to_keep=1)

@@ -19,6 +19,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from adaskip_passes.module_paths import naming
+
 Model = TypeVar("Model", bound=nn.Module)
 
 SIZES = {
@@ -281,7 +283,7 @@ def capture_all(
     """
     torch._dynamo.reset()
     recorder = _Recorder()
-    compiled = torch.compile(model._call_impl, backend=recorder, dynamic=dynamic)
+    compiled = torch.compile(model._call_impl, backend=naming(model, recorder), dynamic=dynamic)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]

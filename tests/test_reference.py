@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from adaskip_passes.module_paths import naming
 from tests.models import capture_all, tiny, tokens
 from tests.reference import (
     InterpreterReference,
@@ -43,7 +44,7 @@ def assert_same(got, wanted, tolerance=1e-5):
 
 def interpreted(model, scales, cache, mask=None):
     torch._dynamo.reset()
-    compiled = torch.compile(model._call_impl, backend=reference_backend(scales), dynamic=True)
+    compiled = torch.compile(model._call_impl, backend=naming(model, reference_backend(scales)), dynamic=True)
     return run_request(compiled, PROMPT, FORCED, cache=cache, mask=mask)
 
 

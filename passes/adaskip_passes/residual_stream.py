@@ -102,17 +102,6 @@ class ResidualStream:
         """Return this stream over a copy of its graph; ``to`` gives each node's copy."""
         return replace(self, sublayers=tuple(sublayer.mapped(to) for sublayer in self.sublayers))
 
-    def below(self, prefix: str) -> ResidualStream:
-        """Return this stream with ``prefix`` before every path: its graph was captured from a part of the model."""
-        if not prefix:
-            return self
-
-        def whole(sublayer: Sublayer) -> Sublayer:
-            readers = tuple(f"{prefix}.{path}" for path in sublayer.shared_with)
-            return replace(sublayer, path=f"{prefix}.{sublayer.path}", shared_with=readers)
-
-        return replace(self, sublayers=tuple(map(whole, self.sublayers)))
-
     def __str__(self) -> str:
         if self.problems:
             return "no residual stream: " + "; ".join(self.problems)

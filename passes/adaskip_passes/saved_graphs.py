@@ -15,6 +15,7 @@ from torch import fx
 
 from adaskip_passes.expression_trees import from_tree, to_tree
 from adaskip_passes.graph import ADDED_BY, fake_value
+from adaskip_passes.module_paths import NAMES
 from adaskip_passes.saved_values import ValueReader, write_value
 
 __all__ = ["read_graph", "write_graph"]
@@ -42,6 +43,8 @@ def _write_node(gm: fx.GraphModule, node: fx.Node, symbols: dict[str, Any]) -> d
     stack = node.meta.get("nn_module_stack")
     if stack:
         entry["module"] = list(stack.values())[-1][0]
+    if NAMES in node.meta:
+        entry["names"] = list(node.meta[NAMES])
     if ADDED_BY in node.meta:
         entry[ADDED_BY] = node.meta[ADDED_BY]
     if node.op in ("get_attr", "call_module"):
@@ -102,6 +105,8 @@ def _read_graph(data: dict[str, Any], reader: ValueReader) -> fx.GraphModule:
             node.meta["nn_module_stack"] = {"": (entry["module"], torch.nn.Module)}
         if "source" in entry:
             node._dynamo_source = _Source(entry["source"])  # type: ignore[attr-defined]
+        if "names" in entry:
+            node.meta[NAMES] = tuple(map(str, entry["names"]))
         if ADDED_BY in entry:
             node.meta[ADDED_BY] = entry[ADDED_BY]
         nodes[entry["name"]] = node

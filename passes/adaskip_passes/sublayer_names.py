@@ -1,23 +1,22 @@
 """Name sublayers by the module path that their user knows them by.
 
-A sublayer is called by the deepest module that holds all of its weighted ops: ``model.layers.3.mlp``.
+A sublayer is called by the deepest module that holds all matrices that it reads: ``model.layers.3.mlp``.
 Where that module holds another sublayer too (a block that calls ``fc1`` and ``fc2`` itself), the
-module of the sublayer's first weighted op stands for it.
+module of the first of them stands for it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from adaskip_passes.dependence import Dependence
-from adaskip_passes.effects import Effects
 from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import module_path
+from adaskip_passes.module_paths import module_path, shared_by_modules, tensors_behind
 
 if TYPE_CHECKING:
     from adaskip_passes.residual_stream import Sublayer
@@ -25,29 +24,57 @@ if TYPE_CHECKING:
 
 def name_sublayers(sublayers: Sequence[Sublayer], dependence: Dependence) -> tuple[Sublayer, ...]:
     """Return the sublayers with unique paths, and with the paths that read their values beside the stream."""
-    weighted = [_weighted_paths(sublayer, dependence.effects) for sublayer in sublayers]
-    paths = [_common(found) or f"sublayer.{index}" for index, found in enumerate(weighted)]
+    read = _paths_read(sublayers, dependence)
+    paths = [_common(found) or f"sublayer.{index}" for index, found in enumerate(read)]
     for index, path in enumerate(paths):
-        if _holds_another(path, index, paths) and weighted[index]:
-            paths[index] = weighted[index][0]
+        if _holds_another(path, index, paths) and read[index]:
+            paths[index] = read[index][0]
     taken = Counter(paths)
     unique = [path if taken[path] == 1 else f"{path}#{index}" for index, path in enumerate(paths)]
     named = [replace(sublayer, path=path) for sublayer, path in zip(sublayers, unique, strict=True)]
     return tuple(replace(sublayer, shared_with=_readers(sublayer, named, dependence)) for sublayer in named)
 
 
-def _weighted_paths(sublayer: Sublayer, effects: Effects) -> list[str]:
-    """Return the module paths of the ops that read a matrix of weights; of all ops where none does."""
-    pathed = [(node, path) for node in sublayer.nodes if (path := module_path(node))]
-    weighted = [
-        path for node, path in pathed if any(_is_matrix(effects.roots[source]) for source in node.all_input_nodes)
-    ]
-    return weighted or [path for _, path in pathed]
+def _paths_read(sublayers: Sequence[Sublayer], dependence: Dependence) -> list[list[str]]:
+    """Return for each sublayer the modules of the matrices that it alone reads, in graph order.
+
+    Of all matrices where it has none for itself (layers that share weights), and of its ops where it reads none.
+    """
+    if not sublayers:
+        return []
+    behind = tensors_behind(sublayers[0].stream_in.graph)
+    reads = [tuple(_matrices_read(sublayer, dependence, behind)) for sublayer in sublayers]
+    readers = Counter(matrix for read in reads for matrix in {matrix for _, matrix in read})
+    found = []
+    for sublayer, read in zip(sublayers, reads, strict=True):
+        own = [(node, matrix) for node, matrix in read if readers[matrix] == 1]
+        paths = [_path_of(matrix, node) for node, matrix in own or read]
+        found.append(list(filter(None, paths)) or [path for node in sublayer.nodes if (path := module_path(node))])
+    return found
 
 
-def _is_matrix(root: fx.Node) -> bool:
-    value = fake_tensor(root)
-    return root.op in ("placeholder", "get_attr") and value is not None and value.dim() >= 2 and bool(module_path(root))
+def _matrices_read(
+    sublayer: Sublayer, dependence: Dependence, behind: Mapping[fx.Node, frozenset[fx.Node]]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield each op of a sublayer that reads a matrix of the model, and the matrix.
+
+    A matrix may be read as it is held, or be made from what is held: out of packed integers and their scales.
+    """
+    roots = dependence.effects.roots
+    for node in sublayer.nodes:
+        for source in node.all_input_nodes:
+            held = behind.get(source) or behind.get(roots[source]) or frozenset()
+            yield from ((node, one) for one in sorted(held, key=dependence.position.__getitem__) if _is_matrix(one))
+
+
+def _path_of(matrix: fx.Node, reader: fx.Node) -> str:
+    """Return the module that ``matrix`` is read from; of one that lies in several places the reader tells which is meant."""
+    return (module_path(reader) if shared_by_modules(matrix) else "") or module_path(matrix)
+
+
+def _is_matrix(held: fx.Node) -> bool:
+    value = fake_tensor(held)
+    return value is not None and value.dim() >= 2
 
 
 def _common(paths: list[str]) -> str:

@@ -16,9 +16,9 @@ from torch import fx
 from adaskip_passes.effects import Effects, op_name
 from adaskip_passes.flops import shape_of, sizes_product
 from adaskip_passes.graph import fake_tensor, fake_value
-from adaskip_passes.module_paths import held_by_module
+from adaskip_passes.module_paths import held_by_module, tensors_behind
 
-__all__ = ["Traffic", "parameters_behind"]
+__all__ = ["Traffic"]
 
 _ZERO = sympy.Integer(0)
 _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
@@ -29,7 +29,7 @@ class Traffic:
 
     def __init__(self, gm: fx.GraphModule, effects: Effects, appended: Mapping[fx.Node, fx.Node]) -> None:
         self._effects, self._written, self._appended = effects, effects.written(), appended
-        self._parameters = parameters_behind(gm.graph)
+        self._parameters = tensors_behind(gm.graph)
         self._outputs = gm.graph.output_node().all_input_nodes
 
     def weights(self, nodes: Iterable[fx.Node]) -> sympy.Expr:
@@ -89,21 +89,6 @@ class Traffic:
             fake_tensor(source) is not None for source in node.all_input_nodes[1:]
         )
         return before.dtype == after.dtype and not picks_rows
-
-
-def parameters_behind(graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
-    """Map each node that is computed from parameters and buffers alone to those it is computed from."""
-    found: dict[fx.Node, frozenset[fx.Node]] = {}
-    for node in graph.nodes:
-        if fake_tensor(node) is None:
-            continue
-        if held_by_module(node):
-            found[node] = frozenset([node]) if shape_of(node) else frozenset()
-            continue
-        tensors = [source for source in node.all_input_nodes if fake_tensor(source) is not None]
-        if tensors and all(source in found for source in tensors):
-            found[node] = frozenset().union(*(found[source] for source in tensors))
-    return found
 
 
 def _share_of_experts(node: fx.Node, parameter: fx.Node) -> sympy.Expr:

@@ -11,6 +11,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.texts import profiling_texts
+from adaskip_passes.module_paths import naming
 from tests.generation import CACHES, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, reference_backend, run_request
@@ -50,7 +51,9 @@ class Subject:
     scales: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.interpreted = torch.compile(self.model._call_impl, backend=reference_backend(self.scales), dynamic=True)
+        self.interpreted = torch.compile(
+            self.model._call_impl, backend=naming(self.model, reference_backend(self.scales)), dynamic=True
+        )
 
     def run(self, call: Any) -> tuple[torch.Tensor, int]:
         """Return logits ``(steps + 1, batch, vocabulary)`` and the tokens that the cache counts at the end."""
