@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.identity import unwrapped
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.module_paths import naming
 from adaskip_passes.residual_stream import ResidualStream
@@ -24,6 +25,7 @@ def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
         CaptureError: The forward was captured in several graphs, or in none.
     """
     graphs: list[fx.GraphModule] = []
+    model = unwrapped(model)
 
     def record(gm: fx.GraphModule, _: list[Any]) -> Any:
         graphs.append(gm)

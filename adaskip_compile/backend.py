@@ -8,7 +8,7 @@ has no effect.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from adaskip_compile.capture import (
     make_room_for_graphs,
     specialise_floats,
 )
+from adaskip_compile.identity import unwrapped
 from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
@@ -41,9 +42,14 @@ def adaskip(
     """
     make_room_for_graphs()
     specialise_floats(gm)
-    session = session_for(compiled_module(example_inputs), Options.from_mapping(options or {}))
+    session = session_for(_model_of(example_inputs), Options.from_mapping(options or {}))
     # Equal options are one backend to Dynamo, whatever the model.
     return session.admit(gm, example_inputs, guard=True)
+
+
+def _model_of(inputs: Sequence[Any]) -> nn.Module | None:
+    module = compiled_module(inputs)
+    return None if module is None else unwrapped(module)
 
 
 def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
@@ -51,7 +57,8 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
 
     ``plan`` is a plan or the file of one; ``options`` are the other fields of :class:`Options`. Calling
     it again with the same options and another ``plan`` switches the plan for requests that start from
-    then on, and captures nothing anew.
+    then on, and captures nothing anew. Of a wrapper that forwards ``generate`` (a ``PeftModel``) the model inside is
+    compiled, which both go through; its sublayers keep the paths that they have in that model.
 
     Raises:
         OptionError: An option is unknown or cannot take its value.
@@ -59,18 +66,19 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
         UnknownSublayerError: The plan names a module that the model lacks.
     """
     checked = Options.from_mapping(options)
+    inner = unwrapped(model)
     source = "this plan"
     if plan is not None and not isinstance(plan, SkipPlan):
         source, plan = str(plan), SkipPlan.load(plan)
     if plan is not None:
-        plan.check_paths(model)
-    session = session_for(model, checked)
+        plan.check_paths(inner)
+    session = session_for(inner, checked)
     if plan is not None:
         session.use(plan, source=source)
     if session.compiled is None:
         make_room_for_graphs()
-        session.compiled = constant_floats(_compiled_forward(session, model))
-    model._compiled_call_impl = session.compiled
+        session.compiled = constant_floats(_compiled_forward(session, inner))
+    inner._compiled_call_impl = session.compiled
     return model
 
 

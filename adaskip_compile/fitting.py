@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.compensation import BranchStatistics, StreamMap, fit_map
-from adaskip_compile.identity import identify
+from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.profiles import Profile
 from adaskip_compile.profiling import run_samples, show_progress
 from adaskip_passes.errors import OptionError
@@ -61,6 +61,7 @@ def fit(
     for form in forms:
         if form not in FORMS:
             raise OptionError(f"forms={tuple(forms)!r}: takes some of {', '.join(FORMS)}")
+    model = unwrapped(model)
     profile.check(identify(model))
     ranking = [found.path for found in profile.ranking()]
     chosen = frozenset(ranking[: (len(ranking) + 1) // 2] if sublayers is None else sublayers)

@@ -31,6 +31,9 @@ SAMPLED_WEIGHTS = 512
 # The places of the samples: multiples of the golden ratio modulo 1 spread evenly over any interval.
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
+# The attribute by which an adapter holds the layer that it is put around, as peft documents it.
+_BASE = "base_layer"
+
 # A cast to bfloat16 or float16 moves a weight by less than this: one unit in the last place of bfloat16, and below
 # float16's normal range half the distance of its subnormal numbers. A fine-tune moves many weights by more.
 _RELATIVE_TOLERANCE = 2.0**-7
@@ -88,13 +91,40 @@ class ModelIdentity:
         return self.difference(other) is None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that generates inside ``model``: what ``torch.compile`` or an adapter library has wrapped.
+
+    A wrapper holds nothing but the module inside, and forwards ``generate`` to it; calls of either reach that module,
+    and its sublayers go by the paths that they have in it, as before it was wrapped.
+    """
+    model = getattr(model, "_orig_mod", model)
+    children = list(model.children())
+    bare = len(children) == 1 and not model._parameters and not model._buffers
+    if bare and hasattr(model, "generate") and hasattr(children[0], "generate"):
+        return unwrapped(children[0])
+    return model
+
+
 def identify(model: nn.Module) -> ModelIdentity:
-    """Return the identity of ``model``; a compiled wrapper has the identity of what it wraps.
+    """Return the identity of ``model``; a wrapper has the identity of what it wraps, and an adapted layer that of its base.
 
     Reads a few hundred weights, with one transfer a device.
     """
-    model = getattr(model, "_orig_mod", model)
-    return identify_parameters(_display_name(model), model.named_parameters())
+    model = unwrapped(model)
+    return identify_parameters(_display_name(model), _base_parameters(model))
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters of ``model`` by the names that they had before adapters were put around its layers.
+
+    An adapter (LoRA and its like) is a module that has the layer that it adapts as ``base_layer``; the rest of it is
+    no part of the model that a plan was made for.
+    """
+    adapters = [path for path, module in model.named_modules() if isinstance(getattr(module, _BASE, None), nn.Module)]
+    for name, parameter in model.named_parameters():
+        around = [path for path in adapters if name.startswith(f"{path}.")]
+        if all(name.startswith(f"{path}.{_BASE}.") for path in around):
+            yield name.replace(f".{_BASE}.", "."), parameter
 
 
 def identify_parameters(name: str, parameters: Iterable[tuple[str, torch.Tensor]]) -> ModelIdentity:

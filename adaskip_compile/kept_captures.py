@@ -31,7 +31,6 @@ from torch import fx, nn
 from adaskip_compile.capture import collector_paused, place_in
 from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.dispatch import Dispatcher
-from adaskip_compile.identity import identify
 from adaskip_compile.sessions import Session
 from adaskip_compile.whole_files import replace_file
 from adaskip_passes.errors import AdaSkipError, CaptureError
@@ -218,7 +217,10 @@ def capture_keeper(session: Session, model: nn.Module) -> CaptureKeeper | None:
 
 def _key(model: nn.Module) -> str:
     """Return a digest of what two processes must have in common to share captures; guards check all the rest."""
-    kinds = {(str(tensor.dtype), str(tensor.device)) for tensor in (*model.parameters(), *model.buffers())}
+    tensors = [
+        (name, str(tensor.dtype), str(tensor.device), tuple(tensor.shape))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    ]
     versions = [importlib.metadata.version(name) for name in ("torch", "adaskip-compile")]
     try:
         versions.append(importlib.metadata.version("transformers"))
@@ -226,7 +228,7 @@ def _key(model: nn.Module) -> str:
         versions.append("")
     about = (
         *(_FORMAT, sys.version, *versions, type(model).__module__, type(model).__qualname__),
-        *(identify(model).structure, *sorted(kinds), torch.get_num_threads()),
+        *(*tensors, torch.get_num_threads()),
     )
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from adaskip_compile.identity import ModelIdentity, check_identity
 from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
 from adaskip_passes.errors import LegalityError, PlanError, ProfileError, UnknownSublayerError
+from adaskip_passes.module_paths import submodule_paths
 
 PLAN_FORMAT = DocumentFormat(
     "adaskip-plan", 2, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
@@ -187,9 +188,15 @@ class SkipPlan:
 
     def check_paths(self, model: nn.Module) -> None:
         """Raise :class:`UnknownSublayerError` if the plan names a sublayer that is no module of ``model``."""
-        known = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+        known = list(submodule_paths(model))
         for path in self.all_paths:
             if path not in known:
+                inner = _below(self.all_paths, known)
+                if inner:
+                    raise UnknownSublayerError(
+                        f"the plan skips {path}, which {type(model).__name__} has as {inner}.{path}: it was made for the "
+                        f"model inside; compile that, model.{inner}"
+                    )
                 near = difflib.get_close_matches(path, known, n=3, cutoff=0.0)
                 raise UnknownSublayerError(
                     f"the plan skips {path}, which {type(model).__name__} lacks; nearest of its modules: "
@@ -285,6 +292,12 @@ def _check_ramp(skipped: tuple[SkippedSublayer, ...], ramp: tuple[RampStep, ...]
             if sublayer.path in now:
                 raise PlanError(f"the ramp skips {sublayer.path} after {step.after} tokens, and it is skipped already")
             now[sublayer.path] = sublayer
+
+
+def _below(paths: Sequence[str], known: Collection[str]) -> str | None:
+    """Return the module of ``known`` below which all ``paths`` lie, or None."""
+    ends = [path[: -len(paths[0]) - 1] for path in known if path.endswith(f".{paths[0]}")]
+    return next((inner for inner in ends if all(f"{inner}.{path}" in known for path in paths)), None)
 
 
 def _change(step: RampStep) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import fx, nn
 
-from adaskip_compile.identity import identify
+from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.layers import find_layers
 from adaskip_compile.learning import make_profile
 from adaskip_compile.model_costs import ModelCosts, costs_of_prefill
@@ -74,6 +74,7 @@ def profile(
         ProfileError: No samples, texts without a tokenizer, or a sample too short.
         CaptureError: The model has no residual stream, or is not captured as one graph.
     """
+    model = unwrapped(model)
     prober = _Prober()
     tokens = run_samples(model, prober, samples, tokenizer=tokenizer, max_samples=max_samples, progress=progress)
     stream = prober.streams[0]

@@ -19,7 +19,7 @@ from torch import fx, nn
 from adaskip_compile.capture import Place, graph_break, place_in
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.growing_storage import GrowingStorages
-from adaskip_compile.identity import ModelIdentity, identify
+from adaskip_compile.identity import ModelIdentity, identify, unwrapped
 from adaskip_compile.learning import Learner
 from adaskip_compile.lowering import start_cpu_compiler
 from adaskip_compile.options import Options
@@ -233,4 +233,4 @@ def session_for(module: nn.Module | None, options: Options) -> Session:
 
 def sessions_of(module: nn.Module) -> tuple[Session, ...]:
     """Return the sessions of ``module``, oldest first."""
-    return tuple(_SESSIONS.get(getattr(module, "_orig_mod", module), ()))
+    return tuple(_SESSIONS.get(unwrapped(module), ()))

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.compensation import StreamMap
-from adaskip_compile.identity import identify
+from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiling import evaluating, show_progress, token_ids
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
@@ -74,6 +74,7 @@ def tune(
     for name, value, least in (("steps", steps, 1), ("tokens", tokens, 2)):
         if type(value) is not int or value < least:
             raise OptionError(f"{name}={value!r}: takes a number, {least} or more")
+    model = unwrapped(model)
     plan.check(identify(model))
     plan.check_paths(model)
     ids = list(token_ids(samples, tokenizer, max_samples))
