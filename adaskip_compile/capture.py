@@ -100,7 +100,8 @@ def _modules_called() -> list[nn.Module]:
     while frame is not None:
         file = frame.f_code.co_filename
         if file == convert_frame.__file__:
-            captured, found = True, {}  # what came before is Dynamo's own work
+            captured = True
+            found.clear()  # what came before is Dynamo's own work
         elif captured and file == eval_frame.__file__:
             break
         elif captured and frame.f_code in calls:

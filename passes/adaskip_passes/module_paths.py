@@ -153,7 +153,7 @@ def _translated(source: str, ways: dict[tuple[str, str], str]) -> str:
     for length in range(len(parts), -1, -1):
         known = ways.get((root, ".".join(parts[:length])))
         if known is not None:
-            return ".".join(filter(None, [known, *parts[length:]]))
+            return ".".join(([known] if known else []) + parts[length:])
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,8 @@ def test_a_wrapped_forward_skips_what_the_plan_says(llama, wrap, door):
     wanted = omitting(llama, ids)
     model, plan = wrap(llama), SkipPlan.from_scales(SCALES)
     if door == "torch.compile":
-        compiled = torch.compile(model, backend="adaskip", options={"plan": plan, "inner": "eager"})
+        options: Any = {"plan": plan, "inner": "eager"}
+        compiled = torch.compile(model, backend="adaskip", options=options)
         with torch.no_grad():
             torch.testing.assert_close(compiled(ids).logits, wanted[1])
         [request] = adaskip_compile.report(model).requests
@@ -217,7 +219,7 @@ def test_the_other_doors_take_an_adapted_model(adapted, door):
     ids = tokens(1, 9)
     plan = SkipPlan.from_scales(SCALES)
     wanted = omitting(adapted.get_base_model(), ids)
-    options = {"plan": plan, "inner": "eager"}
+    options: Any = {"plan": plan, "inner": "eager"}
     if door == "model.compile":
         adapted.compile(backend="adaskip", options=options)
         call = adapted

@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from adaskip_passes.module_paths import module_path, normalise_source, source_name
+from adaskip_passes.module_paths import (
+    held_by_module,
+    module_path,
+    naming,
+    normalise_source,
+    shared_by_modules,
+    source_name,
+)
+from adaskip_passes.residual_stream import find_residual_stream
 from tests.models import capture, plain, tiny, tokens
 
 
@@ -78,3 +86,61 @@ def test_paths_hold_however_the_model_is_compiled(wrap, prefix):
     assert f"{prefix}blocks.0.ffn.2" in paths
     names = {source_name(node) for node in graphs[0].graph.find_nodes(op="placeholder")}
     assert f"{prefix}blocks.0.attention.qkv.weight" in names
+
+
+def named_graph(function, model):
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=naming(model, backend))(tokens())
+    return graphs[0]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: lambda *given: model(*given),
+        lambda model: lambda ids, parts=(0, {"deep": model}): parts[1]["deep"](ids),
+        lambda model: (lambda held: lambda ids: held[0](ids))([Wrapper(model)]),
+        lambda model: Wrapper(torch.compile(model, backend="eager")),
+    ],
+    ids=["variable-arguments", "in-a-dictionary", "in-a-wrapper", "compiled-inside"],
+)
+def test_names_are_the_models_own_whatever_way_led_to_it(wrap):
+    model = plain(layers=2)
+    gm = named_graph(wrap(model), model)
+    assert {"blocks.0.attention.qkv", "blocks.1.ffn.2"} <= call_paths(gm)
+    assert find_residual_stream(gm).paths == tuple(
+        f"blocks.{i}.{part}" for i in (0, 1) for part in ("attention", "ffn")
+    )
+    held = {source_name(node) for node in gm.graph.find_nodes(op="placeholder") if held_by_module(node)}
+    assert held >= dict(model.named_parameters()).keys()
+
+
+def test_names_below_a_part_of_the_model_are_those_of_the_whole():
+    model = Wrapper(plain(layers=1))
+    gm = named_graph(model.inner, model)
+    assert find_residual_stream(gm).paths == ("inner.blocks.0.attention", "inner.blocks.0.ffn")
+
+
+def test_of_layers_that_share_weights_each_goes_by_its_own_path():
+    model = plain(layers=2)
+    model.blocks[1].ffn[0].weight = model.blocks[0].ffn[0].weight
+    model.blocks[1].ffn[2].weight = model.blocks[0].ffn[2].weight
+    gm = named_graph(model, model)
+    assert any(map(shared_by_modules, gm.graph.find_nodes(op="placeholder")))
+    assert find_residual_stream(gm).paths == tuple(
+        f"blocks.{i}.{part}" for i in (0, 1) for part in ("attention", "ffn")
+    )
+
+
+def test_what_the_caller_passes_is_not_the_models():
+    gm = named_graph(lambda ids: plain_model(ids), plain_model := plain(layers=1))
+    [ids] = [node for node in gm.graph.find_nodes(op="placeholder") if source_name(node) == "ids"]
+    assert not held_by_module(ids)
+    assert module_path(ids) == ""
