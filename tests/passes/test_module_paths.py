@@ -1,3 +1,6 @@
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -106,7 +109,7 @@ def named_graph(function, model):
     [
         lambda model: lambda *given: model(*given),
         lambda model: lambda ids, parts=(0, {"deep": model}): parts[1]["deep"](ids),
-        lambda model: (lambda held: lambda ids: held[0](ids))([Wrapper(model)]),
+        lambda model: partial(lambda held, ids: held(ids), Wrapper(model)),
         lambda model: Wrapper(torch.compile(model, backend="eager")),
     ],
     ids=["variable-arguments", "in-a-dictionary", "in-a-wrapper", "compiled-inside"],
@@ -129,7 +132,7 @@ def test_names_below_a_part_of_the_model_are_those_of_the_whole():
 
 
 def test_of_layers_that_share_weights_each_goes_by_its_own_path():
-    model = plain(layers=2)
+    model: Any = plain(layers=2)
     model.blocks[1].ffn[0].weight = model.blocks[0].ffn[0].weight
     model.blocks[1].ffn[2].weight = model.blocks[0].ffn[2].weight
     gm = named_graph(model, model)
