@@ -18,9 +18,15 @@ from adaskip_passes.residual_stream import ResidualStream
 
 @dataclass(frozen=True)
 class _Entry:
-    """One cache entry that grows: the position of the input that it extends, None where it begins, and its fake value."""
+    """One cache entry of the sublayer ``path`` that grows.
 
+    ``past`` is the position of the input that it extends, None where it begins; ``position`` that of the output, and
+    ``grown`` its fake value.
+    """
+
+    path: str
     past: int | None
+    position: int
     grown: torch.Tensor
 
 
@@ -35,7 +41,11 @@ class CacheGrowth:
         self._storages = storages
         place = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         appends = find_appends(gm, stream)
-        self._entries = [_Entry(None if one.past is None else place[one.past], one.grown) for one in appends]
+        self._entries = [
+            _Entry(one.path, None if one.past is None else place[one.past], one.position, one.grown) for one in appends
+        ]
+        # One for each length that entries have: a symbol stands for all that are equal.
+        self._lengths = list({str(entry.grown.shape[-2]): entry for entry in self._entries}.values())
         result = run_pipeline(gm, stream, (AppendInPlace(), MergeEqualNodes()))
         self.gm, self.stream = result.gm, result.stream
 
@@ -44,24 +54,40 @@ class CacheGrowth:
         """Whether any entry grows."""
         return bool(self._entries)
 
+    def length(self, inputs: Sequence[Any]) -> int | None:
+        """Return the number of tokens in the longest entry of ``inputs`` that grows, None where none is given."""
+        lengths = [inputs[entry.past].shape[-2] for entry in self._lengths if entry.past is not None]
+        return max(lengths, default=None)
+
+    def length_after(self, outputs: Sequence[Any]) -> int:
+        """Return the number of tokens in the longest entry of ``outputs`` that grows, 0 where none does."""
+        return max((outputs[entry.position].shape[-2] for entry in self._lengths), default=0)
+
     def used(self, gm: fx.GraphModule) -> tuple[bool, ...]:
         """Tell for each entry whether the variant ``gm`` still has a use for it: a skipped attention has none."""
         return tuple(
             bool(node.users) for node in gm.graph.find_nodes(op="placeholder") if node.name.startswith(GROWN_INPUT)
         )
 
-    def entries(self, used: Sequence[bool], inputs: Sequence[Any], batch: int, tokens: int) -> list[torch.Tensor]:
+    def entries(
+        self, used: Sequence[bool], skipped: Sequence[str], inputs: Sequence[Any], batch: int, tokens: int
+    ) -> list[torch.Tensor]:
         """Return the grown entries for one call on ``inputs`` of ``batch`` rows with ``tokens`` tokens each.
 
-        Those without a use get no memory: another one stands in.
+        Those without a use get no memory: another one stands in. What a sublayer in ``skipped`` does not write is
+        zero, where its entry alone can give all skipped ones of its kind their shape.
         """
         wanted = [entry for entry, one in zip(self._entries, used, strict=True) if one]
         pasts = [inputs[entry.past] for entry in wanted if entry.past is not None]
         fresh = [entry.grown for entry in wanted if entry.past is None]
         extended = iter(self._storages.extended(pasts, tokens))
         begun = iter(self._storages.begun([_shape(grown, batch, tokens) for grown in fresh], fresh))
-        made = iter([next(begun if entry.past is None else extended) for entry in wanted])
-        found = [next(made) if one else None for one in used]
+        made = [next(begun if entry.past is None else extended) for entry in wanted]
+        for entry, memory in zip(wanted, made, strict=True):
+            if entry.path in skipped:
+                memory.narrow(-2, memory.shape[-2] - tokens, tokens).zero_()
+        rest = iter(made)
+        found = [next(rest) if one else None for one in used]
         spare = next((entry for entry in found if entry is not None), None)
         return [spare if entry is None else entry for entry in found]  # type: ignore[misc]
 

@@ -3,6 +3,9 @@
 A :class:`Dispatcher` is what Dynamo calls in place of the graph that it captured. It finds the
 request by its cache, asks it what to skip and what to probe, and runs the variant of the graph
 specialised for that. Variants are made on first use and kept: a capture is never repeated.
+
+Where the code that a cache comes from runs uncompiled, nothing here is called: a cache that was filled under a plan
+with holes must not go on there. What comes back from there with more tokens and has holes is refused.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from adaskip_compile.capture import capture_reason, collector_paused, forget_mar
 from adaskip_compile.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.hole_memory import HoleMemory
+from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
+from adaskip_compile.kv_cache.holes_seen import find_holes
+from adaskip_compile.kv_cache.request_table import ForeignRequest
 from adaskip_compile.lowering import Lowering, Runnable
-from adaskip_compile.requests import Request, equal_groups
+from adaskip_compile.requests import Request
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.append_in_place import AppendInPlace
 from adaskip_passes.effects import positions_written
@@ -82,10 +88,19 @@ _VARIANTS = 64
 class Dispatcher:
     """The callable that stands for one captured graph; see the module's text.
 
-    ``restored`` says that an earlier process captured it.
+    ``restored`` says that an earlier process captured it, and
+    ``place`` where it found its cache objects; what is captured now is asked for it.
     """
 
-    def __init__(self, session: Session, gm: fx.GraphModule, stream: ResidualStream, *, restored: bool = False) -> None:
+    def __init__(
+        self,
+        session: Session,
+        gm: fx.GraphModule,
+        stream: ResidualStream,
+        *,
+        restored: bool = False,
+        place: CachePlace | None = None,
+    ) -> None:
         self.session, self.gm, self.stream = session, gm, stream
         self.restored = restored
         self.variants: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
@@ -95,9 +110,9 @@ class Dispatcher:
         self.captured_because = None if restored else capture_reason()
         self._lock = threading.Lock()
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        place = {node: index for index, node in enumerate(inputs)}
+        positions = {node: index for index, node in enumerate(inputs)}
         self._cache_inputs = {
-            sublayer.path: tuple(place[node] for node in sublayer.cache_inputs)
+            sublayer.path: tuple(positions[node] for node in sublayer.cache_inputs)
             for sublayer in stream.sublayers
             if sublayer.cache_inputs
         }
@@ -108,7 +123,9 @@ class Dispatcher:
             if sublayer.writes and sublayer.cache_inputs
         }
         self._hole_memory = HoleMemory(self._written)
-        self._counters = tuple(place[node] for node in find_counters(gm, stream))
+        self._counters = tuple(positions[node] for node in find_counters(gm, stream))
+        held = [node for sublayer in stream.sublayers for node in sublayer.cache_inputs]
+        self.place = place if restored else find_cache_place(held)
         self._token_input = _token_input(inputs, stream)
         self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
         self._growth = CacheGrowth(gm, stream, session.storages)
@@ -125,7 +142,8 @@ class Dispatcher:
             self._require_no_holes(inputs, reason)
             variant = self._variant((), ())
             return variant.run(*inputs, *self._grown(variant, inputs))
-        request = self._request(inputs)
+        objects = self._objects()
+        request = self._request(inputs, objects)
         if self.calls == 1 and not self.restored:
             request.captures.append(f"{self.stream.phase}: {self.captured_because or 'the first graph'}")
         phase = self._phase(request)
@@ -140,14 +158,19 @@ class Dispatcher:
         variant.shapes.check(inputs, outputs)
         if phase == "prefill":
             self.session.prepare_decode(request)
-        return self._finish(request, phase, variant, inputs, outputs)
+        return self._finish(request, phase, variant, inputs, outputs, objects)
 
     def _require_no_holes(self, inputs: Sequence[Any], reason: str) -> None:
         """Refuse to run a request in full that has skipped: its cache lacks what the full graph would read."""
         cache = self._cache(inputs)
-        request = self.session.requests.find(cache) if cache and not self._starts_over(inputs) else None
-        if request is not None:
-            request.check(frozenset(), because=reason)
+        if cache and not self._starts_over(inputs):
+            owner = self.session.requests.look_up(self._objects(), cache)
+            if owner is not None:
+                owner.check(frozenset(), because=reason)
+
+    def _objects(self) -> list[Any]:
+        """Return the caller's objects that hold the cache of this call."""
+        return [] if self.place is None else self.place.objects()
 
     def prepare(self, request: Request) -> None:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
@@ -163,15 +186,25 @@ class Dispatcher:
     def _cache(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
         return [inputs[index] for places in self._cache_inputs.values() for index in places]
 
-    def _request(self, inputs: Sequence[Any]) -> Request:
-        """Return the request that this call belongs to."""
+    def _request(self, inputs: Sequence[Any], objects: Sequence[Any]) -> Request:
+        """Return the request that this call belongs to, whose cache ``objects`` hold."""
         cache = self._cache(inputs)
         if not cache:
             return self._start()
-        if self.stream.phase == "prefill" and self._starts_over(inputs):
+        length = self._growth.length(inputs)
+        if length == 0 or (self.stream.phase == "prefill" and self._starts_over(inputs)):
             self._hole_memory.separate(inputs)
             return self._start()
-        return self.session.requests.find(cache) or self._adopt(inputs)
+        known = self.session.requests.find(objects, cache, length)
+        if not isinstance(known, Request):
+            return self._adopt(inputs, objects, length, known)
+        if known.holes and length is not None and length > known.length:
+            raise LegalityError(
+                f"request {known.number}: its cache has grown by {length - known.length} tokens in code that adaskip did "
+                f"not compile, which has read entries that {', '.join(sorted(known.holes))} never made; compile that "
+                "code too, or start a new request with a new cache"
+            )
+        return known
 
     def _start(self) -> Request:
         session = self.session
@@ -192,15 +225,23 @@ class Dispatcher:
         """Tell whether a preallocated cache is empty: its token counter stands at zero."""
         return bool(self._counters) and all(int(inputs[index]) == 0 for index in self._counters)
 
-    def _adopt(self, inputs: Sequence[Any]) -> Request:
-        """Return a request for a cache in unknown memory: one that has moved, or one filled by someone else."""
-        entries = {path: inputs[places[0]] for path, places in self._cache_inputs.items()}
-        # The size of a preallocated cache does not tell how many tokens it holds.
-        length = None if self._written else max(entry.shape[-2] for entry in entries.values())
-        request = self.session.requests.moved(equal_groups(entries), length)
-        if request is None:
-            request = self._start()
-            request.notes.append("its cache was filled by code that adaskip did not compile")
+    def _adopt(
+        self, inputs: Sequence[Any], objects: Sequence[Any], length: int | None, foreign: ForeignRequest | None
+    ) -> Request:
+        """Return a request for a cache without a mark of ours: one that has moved, or one filled by someone else."""
+        if foreign is not None:
+            foreign.check(self._stateful.intersection(self.session.plan_for_new_request().paths))
+        else:
+            seen = find_holes({path: inputs[places[0]] for path, places in self._cache_inputs.items()})
+            moved = self.session.requests.matching(seen, length, in_object=bool(objects))
+            if moved is not None:
+                return moved
+        request = self._start()
+        request.notes.append(
+            "its cache was filled by code that adaskip did not compile"
+            if foreign is None
+            else "its cache was filled by another compilation"
+        )
         return request
 
     def _probes(self, request: Request, phase: str, skipped: dict[str, float]) -> tuple[str, ...]:
@@ -212,7 +253,7 @@ class Dispatcher:
 
     def _grown(self, variant: Variant, inputs: Sequence[Any]) -> list[torch.Tensor]:
         """Return the cache entries as this call shall leave them, with room for its tokens."""
-        return self._growth.entries(variant.grown, inputs, *self._rows_and_tokens(inputs))
+        return self._growth.entries(variant.grown, variant.skipped, inputs, *self._rows_and_tokens(inputs))
 
     def _stand_ins(self, request: Request, paths: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
         """Return what a variant that skips ``paths`` takes in their place: scales and tensors of maps; nothing for none."""
@@ -288,7 +329,15 @@ class Dispatcher:
         passes = (AppendInPlace(), *passes)
         run_passes(self.gm, self.stream, passes, debug_dir=self.session.options.debug_dir, title=title)
 
-    def _finish(self, request: Request, phase: str, variant: Variant, inputs: Sequence[Any], outputs: Any) -> Any:
+    def _finish(
+        self,
+        request: Request,
+        phase: str,
+        variant: Variant,
+        inputs: Sequence[Any],
+        outputs: Any,
+        objects: Sequence[Any],
+    ) -> Any:
         if variant.probed:
             *outputs, rows = outputs
             outputs = tuple(outputs)
@@ -304,8 +353,8 @@ class Dispatcher:
             forget_marks(tensor)
         cache.extend(inputs[index] for places in self._written.values() for index in places)
         if cache:
-            self.session.requests.remember(request, cache)
-            request.length = max(tensor.shape[-2] for tensor in cache if tensor.dim() > 1)
+            self.session.requests.remember(request, cache, objects)
+            request.length = self._growth.length_after(outputs)
         request.batch, tokens = self._rows_and_tokens(inputs)
         request.tokens[phase] += tokens
         return outputs

@@ -31,6 +31,7 @@ from torch import fx, nn
 from adaskip_compile.capture import collector_paused, place_in
 from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.dispatch import Dispatcher
+from adaskip_compile.kv_cache.cache_object import CachePlace
 from adaskip_compile.sessions import Session
 from adaskip_compile.whole_files import replace_file
 from adaskip_passes.errors import AdaSkipError, CaptureError
@@ -51,11 +52,12 @@ _called = threading.local()
 
 @dataclass(frozen=True)
 class KeptCapture:
-    """One file: what Dynamo made, the graph as JSON-able data, and its phase."""
+    """One file: what Dynamo made, the graph as JSON-able data, its phase, and where its cache objects are."""
 
     capture: Capture
     graph: dict[str, Any]
     phase: str
+    place: CachePlace | None
 
 
 class CaptureFolder:
@@ -100,7 +102,7 @@ class CaptureKeeper:
 
     def __init__(self, session: Session, folder: CaptureFolder) -> None:
         self.session, self._folder = session, folder
-        self._admitted: tuple[dict[str, Any], str] | None = None
+        self._admitted: tuple[dict[str, Any], str, CachePlace | None] | None = None
         self._restored: list[_RestoredGraph] = []
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +137,7 @@ class CaptureKeeper:
         data, again = _read_again(gm)
         run = self.session.admit(gm if again is None else again, example_inputs, place)
         kept = data is not None and isinstance(run, Dispatcher)
-        self._admitted = (data, run.stream.phase) if kept else None  # type: ignore[assignment]
+        self._admitted = (data, run.stream.phase, run.place) if kept else None  # type: ignore[assignment]
         return run
 
     def _keep(self, capture: Capture) -> None:
@@ -194,7 +196,7 @@ class _RestoredGraph:
                 try:
                     with collector_paused():
                         graph = read_graph(self._kept.graph, stand_ins=False)
-                        self._dispatcher = session.restore(graph)
+                        self._dispatcher = session.restore(graph, self._kept.place)
                 except AdaSkipError as error:
                     self._usable = False
                     raise _UnusableError(

@@ -20,15 +20,17 @@ from adaskip_compile.capture import Place, graph_break, place_in
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.growing_storage import GrowingStorages
 from adaskip_compile.identity import ModelIdentity, identify, unwrapped
+from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
+from adaskip_compile.kv_cache.request_table import RequestTable
 from adaskip_compile.learning import Learner
 from adaskip_compile.lowering import start_cpu_compiler
 from adaskip_compile.options import Options
 from adaskip_compile.planning import resolve_plan
 from adaskip_compile.plans import SkipPlan
-from adaskip_compile.requests import Request, RequestTable
+from adaskip_compile.requests import Request
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.implied_masks import drop_implied_masks
-from adaskip_passes.module_paths import name_modules
+from adaskip_passes.module_paths import held_by_module, name_modules
 from adaskip_passes.straighten_stream import straightened_stream
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class Session:
 
     def __init__(self, module: nn.Module | None, options: Options) -> None:
         self.options = options
-        self.requests = RequestTable()
+        self.requests = RequestTable(module)
         self.storages = GrowingStorages()
         self.graphs: list[Dispatcher] = []
         self.unskipped: list[str] = []
@@ -157,8 +159,10 @@ class Session:
             self.graphs.append(dispatcher)
         return dispatcher
 
-    def restore(self, gm: fx.GraphModule) -> Dispatcher:
+    def restore(self, gm: fx.GraphModule, place: CachePlace | None) -> Dispatcher:
         """Take up a graph that an earlier process captured, with the names that it had there.
+
+        ``place`` is where its cache objects are.
 
         Raises:
             CaptureError: It has no residual stream, or other sublayers than the session's graphs.
@@ -167,7 +171,7 @@ class Session:
         stream = straightened_stream(gm)
         if stream.problems or (self.graphs and self.graphs[0].stream.paths != stream.paths):
             raise CaptureError("; ".join(stream.problems) or "it has other sublayers than the others")
-        dispatcher = Dispatcher(self, gm, stream, restored=True)
+        dispatcher = Dispatcher(self, gm, stream, restored=True, place=place)
         with self._lock:
             self.graphs.append(dispatcher)
         return dispatcher
@@ -191,10 +195,13 @@ class Session:
         if self.options.inner != "eager":
             run = torch._dynamo.lookup_backend(self.options.inner)(gm, inputs)
 
+        place = find_cache_place(node for node in gm.graph.find_nodes(op="placeholder") if not held_by_module(node))
+
         def unskipped(*values: Any) -> Any:
-            request = self.requests.find([value for value in values if isinstance(value, torch.Tensor)])
-            if request is not None:
-                request.check(frozenset(), because=reason)
+            objects = [] if place is None else place.objects()
+            owner = self.requests.look_up(objects, [value for value in values if isinstance(value, torch.Tensor)])
+            if owner is not None:
+                owner.check(frozenset(), because=reason)
             return run(*values)
 
         return unskipped
