@@ -59,9 +59,9 @@ class CacheGrowth:
         lengths = [inputs[entry.past].shape[-2] for entry in self._lengths if entry.past is not None]
         return max(lengths, default=None)
 
-    def length_after(self, outputs: Sequence[Any]) -> int:
-        """Return the number of tokens in the longest entry of ``outputs`` that grows, 0 where none does."""
-        return max((outputs[entry.position].shape[-2] for entry in self._lengths), default=0)
+    def length_after(self, outputs: Sequence[Any]) -> int | None:
+        """Return the number of tokens in the longest entry of ``outputs`` that grows, None where none is known to."""
+        return max((outputs[entry.position].shape[-2] for entry in self._lengths), default=None)
 
     def used(self, gm: fx.GraphModule) -> tuple[bool, ...]:
         """Tell for each entry whether the variant ``gm`` still has a use for it: a skipped attention has none."""

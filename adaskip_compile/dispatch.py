@@ -354,7 +354,11 @@ class Dispatcher:
         cache.extend(inputs[index] for places in self._written.values() for index in places)
         if cache:
             self.session.requests.remember(request, cache, objects)
-            request.length = self._growth.length_after(outputs)
+            length = self._growth.length_after(outputs)
+            # A graph that begins a cache may hand out what it has computed as it is.
+            request.length = (
+                max((one.shape[-2] for one in cache if one.dim() > 1), default=0) if length is None else length
+            )
         request.batch, tokens = self._rows_and_tokens(inputs)
         request.tokens[phase] += tokens
         return outputs

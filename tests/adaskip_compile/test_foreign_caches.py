@@ -42,7 +42,9 @@ def test_the_same_model_compiled_otherwise_does_not_run_what_the_cache_lacks(
     if second == "compile":
         call = adaskip_compile.compile(llama, SkipPlan.from_scales(OTHER), inner="eager", regions="whole")
     else:
-        call = torch.compile(llama, backend="adaskip", options={"inner": "eager", "plan": SkipPlan.from_scales(OTHER)})
+        options: dict[str, Any] = {"inner": "eager", "plan": SkipPlan.from_scales(OTHER)}
+        llama._compiled_call_impl = None
+        call = torch.compile(llama, backend="adaskip", options=options)
     with pytest.raises(LegalityError, match=LACKS):
         go_on(call, cache, IDS)
 
