@@ -19,7 +19,7 @@ from tests.generation import CACHES, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers
 
-SEQUENCES = 10
+SEQUENCES = 200
 LAYERS = 3
 HOLES: dict[str, dict[str, float]] = {
     "holes": {"model.layers.0.self_attn": 0.9, "model.layers.1.mlp": 1.1},
@@ -88,7 +88,8 @@ def replayed(models: Models, request: Running) -> list[torch.Tensor]:
     """
     model = models.alone if request.plan == "window" else models.eager
     adaskip_compile.compile(models.alone, plan(request.plan), inner="eager", keep_captures=False)
-    cache, found = make_cache(request.kind, model), []
+    cache = make_cache(request.kind, model)
+    found: list[torch.Tensor] = []
     for what, how in request.done:
         if what != "call":
             act(cache, what, how)
@@ -107,9 +108,10 @@ class Requests(RuleBasedStateMachine):
 
     running = Bundle("running")
 
-    def __init__(self, models: Models) -> None:
+    models: Models
+
+    def __init__(self) -> None:
         super().__init__()
-        self.models = models
         self.seen: list[Running] = []
 
     def switch_to(self, name: str) -> None:
@@ -178,7 +180,8 @@ def models() -> Any:
     """Captures are kept for the whole test: all sequences share them."""
     eager, omitted = tiny("llama", num_hidden_layers=LAYERS), dict[str, float]()
     with omit_sublayers(eager, omitted):
-        yield Models(*(tiny("llama", num_hidden_layers=LAYERS) for _ in range(2)), eager, omitted)
+        together, alone = (tiny("llama", num_hidden_layers=LAYERS) for _ in range(2))
+        yield Models(together, alone, eager, omitted)
 
 
 def test_each_of_many_requests_gives_what_it_gives_alone(models: Models) -> None:
@@ -190,4 +193,5 @@ def test_each_of_many_requests_gives_what_it_gives_alone(models: Models) -> None
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(lambda: Requests(models), settings=about)
+    machine = type("OfTheseModels", (Requests,), {"models": models})
+    run_state_machine_as_test(machine, settings=about)
