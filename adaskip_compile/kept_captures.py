@@ -43,7 +43,7 @@ from adaskip_passes.textual import print_graph
 log = logging.getLogger(__name__)
 
 FOLDER = "captures"
-_FORMAT = 2
+_FORMAT = 3
 # A model has a few graphs: phases, kinds of cache, one sequence or several. Each takes half a second to install.
 _MOST = 8
 _numbers = itertools.count()

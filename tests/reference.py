@@ -100,14 +100,14 @@ def omit_sublayers(model: nn.Module, scales: Mapping[str, float]) -> Iterator[No
 
 
 def _forward(path: str, layer: Any, scales: Mapping[str, float]) -> Callable[..., torch.Tensor]:
-    def forward(hidden: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> torch.Tensor:
+    def forward(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         scale = scales.get(f"{path}.self_attn")
         if scale is None:
             normed = layer.input_layernorm(hidden)
-            mixed, _ = layer.self_attn(hidden_states=normed, past_key_values=past_key_values, **kwargs)
+            mixed, _ = layer.self_attn(hidden_states=normed, **kwargs)
             hidden = hidden + mixed
         else:
-            _count_tokens(layer.self_attn, hidden, past_key_values)
+            _count_tokens(layer.self_attn, hidden, kwargs.get("cache", kwargs.get("past_key_values")))
             hidden = scale * hidden
         scale = scales.get(f"{path}.mlp")
         if scale is not None:
