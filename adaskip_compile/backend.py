@@ -28,7 +28,7 @@ from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import Session, forget_sessions, session_for
-from adaskip_passes.errors import CaptureError
+from adaskip_passes.errors import CaptureError, OptionError
 
 
 def adaskip(
@@ -65,11 +65,17 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
     compiled, which both go through; its sublayers keep the paths that they have in that model.
 
     Raises:
-        OptionError: An option is unknown or cannot take its value.
+        OptionError: ``model`` is no module, or one that is wrapped by ``torch.compile``; an option is unknown or cannot
+            take its value.
         ForeignFileError: The plan or profile was made for another model.
         UnknownSublayerError: The plan names a module that the model lacks.
     """
     checked = Options.from_mapping(options)
+    _require_module(model)
+    if plan is not None and not isinstance(plan, (SkipPlan, str, os.PathLike)):
+        raise OptionError(
+            f"plan={plan!r}: takes a SkipPlan, the path of a file of one, or None; SkipPlan.from_scales makes one of a dict"
+        )
     inner = unwrapped(model)
     source = "this plan"
     if plan is not None and not isinstance(plan, SkipPlan):
@@ -99,7 +105,12 @@ def restore(model: nn.Module) -> nn.Module:
     The uncompiled model knows of no skips. A request that has skipped attentions has holes in its cache, where the
     model would read keys and values of other sublayers, and no code of this package is there to refuse it: end running
     requests first, and begin new ones with a new cache.
+
+    Raises:
+        OptionError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model={model!r}: takes a torch.nn.Module, or what torch.compile made of one")
     model = getattr(model, "_orig_mod", model)
     inner = unwrapped(model)
     model._compiled_call_impl = inner._compiled_call_impl = None
@@ -109,6 +120,18 @@ def restore(model: nn.Module) -> nn.Module:
             session.compiled = None
         forget_graphs(lambda known: getattr(known, "session", None) in sessions)
     return model
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"model={model!r}: takes a torch.nn.Module, which is compiled in place; for a function, "
+            "torch.compile(function, backend='adaskip')"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise OptionError(
+            "model= is what torch.compile made of a model: compile that model itself, which adaskip_compile.restore(...) returns"
+        )
 
 
 def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:

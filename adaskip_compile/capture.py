@@ -299,7 +299,7 @@ def forget_graphs(ours: Callable[[Any], bool]) -> None:
         for entry in [entry for code in codes for entry in eval_frame._debug_get_cache_entry_list(code)]:
             if ours(entry.backend) or any(map(ours, _callables(entry))):
                 why = DeletedGuardManagerWrapper("the uncompiled model was asked back")
-                entry.guard_manager.extra_state.invalidate(entry, why)
+                entry.guard_manager.extra_state.invalidate(entry, why)  # type: ignore[union-attr]
         backends = eval_frame.cached_backends
         for key in [key for key, backend in backends.items() if ours(backend)]:
             del backends[key]

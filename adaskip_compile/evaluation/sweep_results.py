@@ -11,6 +11,7 @@ from typing import Any
 from adaskip_compile.documents import DocumentFormat, digest
 from adaskip_compile.evaluation.candidates import FULL
 from adaskip_compile.plans import SkipPlan
+from adaskip_compile.profiles import is_finite_number
 from adaskip_passes.errors import ForeignFileError
 
 SWEEP_FORMAT = DocumentFormat("adaskip-sweep", 1, remedy="run `adaskip sweep MODEL --results` with another file")
@@ -48,9 +49,9 @@ class SweepResults:
         payload = SWEEP_FORMAT.read(path)
         results._check(payload.get("about"))
         try:
-            results.quality = {name: dict(found) for name, found in payload["quality"].items()}
-            results.rounds = [dict(found) for found in payload["rounds"]]
-            results.cache_bytes = dict(payload["cache_bytes"])
+            results.quality = {name: _numbers(found) for name, found in payload["quality"].items()}
+            results.rounds = [_numbers(found, count=len(TIMES)) for found in payload["rounds"]]
+            results.cache_bytes = {name: int(count) for name, count in payload["cache_bytes"].items()}
             results.plans = dict(payload.get("plans", {}))  # earlier versions recorded none
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SWEEP_FORMAT.damaged(path, "it lacks what a sweep records") from error
@@ -104,6 +105,16 @@ class SweepResults:
                     f"{self.path} is of another sweep: its {name} is {theirs.get(name)!r}, and here it is "
                     f"{self.about.get(name)!r}. Name another file with --results, or delete this one"
                 )
+
+
+def _numbers(found: Mapping[str, Any], *, count: int = 0) -> dict[str, list[float]]:
+    """Return lists of numbers by name, of ``count`` numbers above 0 each where that is given; ValueError for others."""
+    for values in found.values():
+        if not values or not all(map(is_finite_number, values)):
+            raise ValueError("takes finite numbers")
+        if count and (len(values) != count or min(values) <= 0):
+            raise ValueError(f"takes {count} times")
+    return {name: list(values) for name, values in found.items()}
 
 
 def _has_scales(plan: SkipPlan) -> bool:

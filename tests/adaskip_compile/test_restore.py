@@ -28,13 +28,14 @@ def llama():
     return tiny("llama")
 
 
-def compiled_by(door: str, model: nn.Module, **options: Any) -> Any:
+def compiled_by(door: str, model: Any, **options: Any) -> Any:
     options = {"inner": "eager", **options}
     plan = SkipPlan.from_scales(SCALES)
     if door == "compile":
         return adaskip_compile.compile(model, plan, **options)
     if door == "torch.compile":
-        return torch.compile(model, backend="adaskip", options={"plan": plan, **options})
+        settings: Any = {"plan": plan, **options}
+        return torch.compile(model, backend="adaskip", options=settings)
     model.compile(backend="adaskip", options={"plan": plan, **options})
     return model
 

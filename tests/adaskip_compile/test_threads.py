@@ -24,11 +24,12 @@ DOORS = ("compile", "model.compile", "torch.compile")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def compiled_by(door: str, model: nn.Module, plan: SkipPlan, **options: Any) -> Callable[..., Any]:
+def compiled_by(door: str, model: Any, plan: SkipPlan, **options: Any) -> Callable[..., Any]:
     if door == "compile":
         return adaskip_compile.compile(model, plan, **options)
     if door == "torch.compile":
-        return torch.compile(model, backend="adaskip", options={"plan": plan, **options})
+        settings: Any = {"plan": plan, **options}
+        return torch.compile(model, backend="adaskip", options=settings)
     model.compile(backend="adaskip", options={"plan": plan, **options})
     return model
 
@@ -44,7 +45,7 @@ def answer(call: Callable[..., Any], model: nn.Module, number: int) -> list[int]
     return greedy_loop(call, ids, torch.ones_like(ids), 4, cache=make_cache("dynamic", model))[0].tolist()
 
 
-def in_threads(count: int, work: Callable[[int], None]) -> None:
+def in_threads(count: int, work: Callable[[int], object]) -> None:
     """Run ``work(thread)`` in so many new threads that start together; whatever one raises is raised here."""
     barrier = threading.Barrier(max(count, 1))
 
@@ -94,10 +95,9 @@ def test_threads_capture_and_compile_at_once(door: str, inner: str):
 @pytest.mark.parametrize("door", DOORS)
 def test_there_is_room_for_many_graphs_of_one_model_in_a_new_thread(door: str, monkeypatch: pytest.MonkeyPatch):
     for name in ("recompile_limit", "accumulated_recompile_limit"):  # as in a process that has compiled nothing
-        monkeypatch.setattr(config._config[name], "default", 8 if name == "recompile_limit" else 256)
-    model = tiny("llama", **SMALL)
-    scales = scales_of(0)
-    call = compiled_by(door, model, SkipPlan.from_scales(scales), inner="eager")
+        entry = config._config[name]  # type: ignore[attr-defined]
+        monkeypatch.setattr(entry, "default", 8 if name == "recompile_limit" else 256)
+    model, scales = tiny("llama", **SMALL), scales_of(0)
     ways = [
         {"output_hidden_states": states, "use_cache": cache, "logits_to_keep": keep, "attention_mask": mask}
         for states in (False, True)
@@ -107,6 +107,7 @@ def test_there_is_room_for_many_graphs_of_one_model_in_a_new_thread(door: str, m
     ][:12]
     with torch.no_grad(), omit_sublayers(model, scales):
         wanted = [model(tokens(1, 9), **how).logits for how in ways]
+    call = compiled_by(door, model, SkipPlan.from_scales(scales), inner="eager")
 
     @torch.no_grad()
     def work(_: int) -> None:
