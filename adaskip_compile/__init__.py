@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaskip_compile.analysis import analyze
-    from adaskip_compile.backend import compile
+    from adaskip_compile.backend import compile, restore
     from adaskip_compile.exporting import ExportedGraphs, export
     from adaskip_compile.fitting import fit
     from adaskip_compile.joint_order import order_by_loss
@@ -76,6 +76,7 @@ __all__ = [
     "plan",
     "profile",
     "report",
+    "restore",
     "tune",
 ]
 
@@ -98,6 +99,7 @@ _HOMES = {
     "plan": "planning",
     "profile": "profiling",
     "report": "reports",
+    "restore": "backend",
     "tune": "tuning",
 }
 

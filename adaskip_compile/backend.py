@@ -8,6 +8,7 @@ has no effect.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture import (
+    capturing,
     compiled_module,
     constant_floats,
+    forget_graphs,
     make_room_for_graphs,
     specialise_floats,
 )
@@ -24,7 +27,8 @@ from adaskip_compile.identity import unwrapped
 from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
-from adaskip_compile.sessions import Session, session_for
+from adaskip_compile.sessions import Session, forget_sessions, session_for
+from adaskip_passes.errors import CaptureError, OptionError
 
 
 def adaskip(
@@ -44,7 +48,7 @@ def adaskip(
     specialise_floats(gm)
     session = session_for(_model_of(example_inputs), Options.from_mapping(options or {}))
     # Equal options are one backend to Dynamo, whatever the model.
-    return session.admit(gm, example_inputs, guard=True)
+    return AdmittedGraph(session, session.admit(gm, example_inputs, guard=True))
 
 
 def _model_of(inputs: Sequence[Any]) -> nn.Module | None:
@@ -61,11 +65,17 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
     compiled, which both go through; its sublayers keep the paths that they have in that model.
 
     Raises:
-        OptionError: An option is unknown or cannot take its value.
+        OptionError: ``model`` is no module, or one that is wrapped by ``torch.compile``; an option is unknown or cannot
+            take its value.
         ForeignFileError: The plan or profile was made for another model.
         UnknownSublayerError: The plan names a module that the model lacks.
     """
     checked = Options.from_mapping(options)
+    _require_module(model)
+    if plan is not None and not isinstance(plan, (SkipPlan, str, os.PathLike)):
+        raise OptionError(
+            f"plan={plan!r}: takes a SkipPlan, the path of a file of one, or None; SkipPlan.from_scales makes one of a dict"
+        )
     inner = unwrapped(model)
     source = "this plan"
     if plan is not None and not isinstance(plan, SkipPlan):
@@ -76,10 +86,52 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
     if plan is not None:
         session.use(plan, source=source)
     if session.compiled is None:
-        make_room_for_graphs()
-        session.compiled = constant_floats(_compiled_forward(session, inner))
+        with capturing():
+            if session.compiled is None:
+                make_room_for_graphs()
+                session.compiled = constant_floats(_compiled_forward(session, inner))
     inner._compiled_call_impl = session.compiled
     return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Return the uncompiled model: what ``adaskip_compile.compile`` or ``model.compile`` made of it is undone in place.
+
+    Of ``torch.compile(model)`` it is the model that was wrapped; of another wrapper, whose model inside was compiled, the
+    wrapper. Captured and compiled graphs, requests, and what was
+    learned in this process are let go; a model that was never compiled is returned as it is. To compile it again,
+    do as for the first time.
+
+    The uncompiled model knows of no skips. A request that has skipped attentions has holes in its cache, where the
+    model would read keys and values of other sublayers, and no code of this package is there to refuse it: end running
+    requests first, and begin new ones with a new cache.
+
+    Raises:
+        OptionError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model={model!r}: takes a torch.nn.Module, or what torch.compile made of one")
+    model = getattr(model, "_orig_mod", model)
+    inner = unwrapped(model)
+    model._compiled_call_impl = inner._compiled_call_impl = None
+    sessions = forget_sessions(inner)
+    if sessions:
+        for session in sessions:
+            session.compiled = None
+        forget_graphs(lambda known: getattr(known, "session", None) in sessions)
+    return model
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"model={model!r}: takes a torch.nn.Module, which is compiled in place; for a function, "
+            "torch.compile(function, backend='adaskip')"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise OptionError(
+            "model= is what torch.compile made of a model: compile that model itself, which adaskip_compile.restore(...) returns"
+        )
 
 
 def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:
@@ -90,14 +142,33 @@ def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:
     return keeper.compiled(model._call_impl)
 
 
+class AdmittedGraph:
+    """What Dynamo calls for one captured graph, and the session that admitted it."""
+
+    __slots__ = ("_run", "session")
+
+    def __init__(self, session: Session, run: Callable[..., Any]) -> None:
+        self.session, self._run = session, run
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph."""
+        return self._run(*inputs)
+
+
 class SessionBackend:
-    """The backend of one session: graphs need not be matched to a model again."""
+    """The backend of one session: graphs need not be matched to a model again.
+
+    Dynamo keeps all backends that there ever were, so this one does not hold the session, and with it a model's caches.
+    """
 
     __name__ = "adaskip"
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self._session = weakref.ref(session)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph that Dynamo captured."""
-        return self._session.admit(gm, example_inputs)
+        session = self._session()
+        if session is None:
+            raise CaptureError("this compiled call is of a model that was restored since: compile the model again")
+        return session.admit(gm, example_inputs)

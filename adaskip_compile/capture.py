@@ -167,21 +167,41 @@ def constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with config.patch(specialize_float=True, fail_on_recompile_limit_hit=True):
+        # Settings belong to a thread, and a model may be called in another one than it was compiled in.
+        room = max(config.recompile_limit, config.accumulated_recompile_limit)
+        with config.patch(specialize_float=True, fail_on_recompile_limit_hit=True, recompile_limit=room):
             return compiled(*args, **kwargs)
 
     return call
 
 
 def make_room_for_graphs() -> None:
-    """Have Dynamo capture as many graphs as the models of a process need.
+    """Have Dynamo, in all threads, capture as many graphs as the models of a process need.
 
-    It counts them by code object, and all models of ``transformers`` share one. Past its limit, eight
-    as it comes, it would run the original forward in silence, even in the middle of a request.
+    It counts them by code object, and all models of ``transformers`` share one. Past its limits, eight and 256 as they
+    come, it would run the original forward in silence, even in the middle of a request. The room grows with the graphs
+    that are captured with this backend alone, so that a function of somebody else's that is captured again and again
+    comes to an end.
     """
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
+    room = max(config.accumulated_recompile_limit, 2 * capture_count() + 256)
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, name, max(getattr(config, name), room))
+        # What is set is set for this thread. Threads where nothing is set go by the default.
+        entry = config._config[name]  # type: ignore[attr-defined]
+        entry.default = max(entry.default, room)
+
+
+def capturing() -> Any:
+    """Return the lock that Dynamo holds while it captures a graph.
+
+    Compiling sets process-wide flags (that code is compiled, that FX traces) and puts back what it found, so whatever
+    compiles outside of a capture must hold this lock too. Calls of what is compiled do not need it.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
 
 
 def specialise_floats(gm: fx.GraphModule) -> None:
@@ -263,3 +283,32 @@ def forget_marks(tensor: torch.Tensor) -> None:
     """
     tensor.__dict__.pop("_dynamo_propagated_dynamic_indices", None)
     tensor.__dict__.pop("_dynamo_weak_dynamic_indices", None)
+
+
+def forget_graphs(ours: Callable[[Any], bool]) -> None:
+    """Have Dynamo forget what it captured with a backend, or compiled to a callable, that ``ours`` is true of.
+
+    It does so by itself where a model is gone. The code that it captured belongs to all models of a class, and what it
+    keeps of the others stays.
+    """
+    from torch._dynamo import convert_frame, eval_frame
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    with capturing():
+        codes = [code for known in convert_frame.input_codes.seen if (code := known()) is not None]
+        for entry in [entry for code in codes for entry in eval_frame._debug_get_cache_entry_list(code)]:
+            if ours(entry.backend) or any(map(ours, _callables(entry))):
+                why = DeletedGuardManagerWrapper("the uncompiled model was asked back")
+                entry.guard_manager.extra_state.invalidate(entry, why)  # type: ignore[union-attr]
+        backends = eval_frame.cached_backends
+        for key in [key for key, backend in backends.items() if ours(backend)]:
+            del backends[key]
+
+
+def _callables(entry: Any) -> list[Any]:
+    """Return what the code of one of Dynamo's cache entries calls by the names that Dynamo gave."""
+    if entry.code is None:  # it has been forgotten before
+        return []
+    scope = entry.guard_manager.global_scope["G"]
+    called = (scope.get(name) for name in entry.code.co_names if name.startswith("__compiled_fn"))
+    return [getattr(one, "_torchdynamo_orig_callable", one) for one in called]

@@ -108,7 +108,8 @@ class Dispatcher:
         self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}
         self.calls = 0
         self.captured_because = None if restored else capture_reason()
-        self._lock = threading.Lock()
+        # Who makes a variant holds the second one, so that calls of other variants need not wait.
+        self._lock, self._making = threading.Lock(), threading.Lock()
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         positions = {node: index for index, node in enumerate(inputs)}
         self._cache_inputs = {
@@ -285,15 +286,24 @@ class Dispatcher:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         lowering = _EAGER if self.session.learning else self.lowering
         key = (skipped, probed, maps, lowering.inner)
+        variant = self._known(key)
+        if variant is not None:
+            return variant
+        with self._making, collector_paused():
+            # Another thread may have made it meanwhile.
+            variant = self._known(key) or self._specialise(skipped, probed, maps, lowering)
         with self._lock:
-            variant = self.variants.pop(key, None)
-            if variant is None:
-                with collector_paused():
-                    variant = self._specialise(skipped, probed, maps, lowering)
-            self.variants[key] = variant  # the last used comes last
+            self.variants[key] = variant
             if len(self.variants) > _VARIANTS:
                 self.variants.popitem(last=False)
         return variant
+
+    def _known(self, key: tuple[object, ...]) -> Variant | None:
+        """Return the variant of ``key`` where it has been made; those last used are kept."""
+        with self._lock:
+            if key in self.variants:
+                self.variants.move_to_end(key)
+            return self.variants.get(key)
 
     def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps, lowering: Lowering) -> Variant:
         started = time.perf_counter()

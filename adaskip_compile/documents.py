@@ -107,8 +107,12 @@ class DocumentFormat:
             raise MissingFileError(f"{path} does not exist; to get one, {self.remedy}") from error
         except OSError as error:
             raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:  # the name holds a NUL
+            raise FileError(f"{str(path)!r} cannot be read: {error}") from error
         try:
-            document = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite_float)
+            document = json.loads(
+                data, parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_bounded_int
+            )
         except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
             raise self.damaged(path, f"it is empty, truncated or not JSON ({error})") from error
         if not isinstance(document, dict):
@@ -167,4 +171,12 @@ def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"the number {text} is out of range")
+    return number
+
+
+def _bounded_int(text: str) -> int:
+    # No more digits are read than a number in range has: Python takes long over millions of them.
+    number = int(text) if len(text) <= 20 else 2**63
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"the number {text[:20]}... of {len(text)} digits is out of range")
     return number

@@ -16,6 +16,7 @@ from adaskip_compile.documents import producer
 from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.static_capture import CapturedPhase, StaticSteps, end_tokens
+from adaskip_compile.whole_files import native_file
 from adaskip_passes.errors import CaptureError, FileError
 from adaskip_passes.pipeline import PipelineResult
 from adaskip_passes.textual import print_graph
@@ -45,8 +46,9 @@ def write_program(folder: Path, name: str, specialised: SpecialisedPhase) -> Non
         FileError: The program cannot be written.
     """
     try:
-        torch.export.save(specialised.program, folder / f"{name}.pt2")
-    except RuntimeError as error:  # what PyTorch's writer raises on a full disk
+        with native_file(folder / f"{name}.pt2") as file:
+            torch.export.save(specialised.program, file)
+    except RuntimeError as error:
         raise FileError(f"{folder / name}.pt2 was not written: {_first_line(error)}") from error
     (folder / f"{name}.txt").write_text(print_graph(specialised.program.graph_module) + "\n", "utf-8")
 
@@ -72,7 +74,8 @@ def write_package(folder: Path, phases: Mapping[str, SpecialisedPhase]) -> None:
                 f"AOTInductor cannot compile {name} ({type(error).__name__}: {_first_line(error)}); "
                 "export without the package, or see TORCH_LOGS=inductor"
             ) from error
-    package_aoti(str(folder / PACKAGE), compiled)
+    with native_file(folder / PACKAGE) as file:
+        package_aoti(file, compiled)
 
 
 def describe(

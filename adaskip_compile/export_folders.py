@@ -23,6 +23,8 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: There is something that is not an export, which would be lost.
     """
+    if "\0" in os.fspath(directory):
+        raise FileError(f"{os.fspath(directory)!r}: the name of a folder holds no NUL")
     target = Path(os.path.realpath(directory))
     if target.exists() and not target.is_dir():
         raise FileError(f"{directory} is a file; name a folder")

@@ -79,13 +79,20 @@ def reach_speedup(
     return _cheapest(profile, predicted, _candidates(profile, policy, stand_ins), phases, goal) or reached[0]
 
 
-def within_loss(profile: Profile, max_loss: float) -> tuple[str, ...]:
-    """Return the longest beginning of the joint order that loses at most ``max_loss`` nats a token.
+def within_loss(profile: Profile, max_loss: float, compensation: str) -> tuple[str, ...]:
+    """Return the longest beginning of the joint order that loses at most ``max_loss`` nats a token with ``compensation``.
 
     Raises:
-        OptionError: The profile holds no joint order.
+        OptionError: The profile holds no joint order, or one whose losses are those of another compensation.
     """
     order = joint_order(profile)
+    tried = next((step.compensation for step in profile.joint_order if step.compensation != compensation), None)
+    if tried is not None:
+        raise OptionError(
+            f"max_loss={max_loss} goes by the joint order, whose losses were measured with compensation={tried!r} and not "
+            f"with {compensation!r}: give compensation={tried!r}, or order again with adaskip_compile.order_by_loss(model, "
+            f"profile, samples, compensation={compensation!r})"
+        )
     count = max((count for count, (_, loss) in enumerate(order, 1) if loss <= max_loss), default=0)
     return choose(profile, "loss_greedy", min(count, largest_skip(profile, "loss_greedy")))
 

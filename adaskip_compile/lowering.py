@@ -17,7 +17,7 @@ from torch import fx
 from torch.compiler import config as compiler_config
 from torch.fx.experimental import _config as symbol_config
 
-from adaskip_compile.capture import example_inputs
+from adaskip_compile.capture import capturing, example_inputs
 from adaskip_compile.executor import Executor
 from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_passes.errors import PassError
@@ -154,10 +154,6 @@ class Lowering:
         self.waited += seconds
 
 
-# Inductor's classes are changed meanwhile, for one thread at a time.
-_COMPILING = threading.RLock()
-
-
 @contextmanager
 def _kernels_when_called(waited: Callable[[float], None]) -> Iterator[None]:
     """Have Inductor not wait for the C++ compiler within this context: a kernel is waited for when it is first called."""
@@ -172,7 +168,8 @@ def _kernels_when_called(waited: Callable[[float], None]) -> Iterator[None]:
                 scope[name] = _PendingKernel(name, scope, kernel.result, waited)
         wait(compiling, scope)
 
-    with _COMPILING, mock.patch.object(AsyncCompile, "wait", wait_for_others):
+    # Inductor's class is changed meanwhile, for one thread at a time.
+    with capturing(), mock.patch.object(AsyncCompile, "wait", wait_for_others):
         yield
 
 

@@ -57,6 +57,8 @@ def read_maps(document: str | os.PathLike[str], entry: Mapping[str, Any] | None)
     """
     if not entry:
         return {}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str) or not Path(entry["file"]).name:
+        raise DamagedFileError(f"{document} does not name the file of its maps")
     path = Path(document).with_name(Path(entry["file"]).name)
     try:
         data = path.read_bytes()
@@ -64,11 +66,13 @@ def read_maps(document: str | os.PathLike[str], entry: Mapping[str, Any] | None)
         raise MissingFileError(f"{path} does not exist; {document} uses it: keep both in one folder") from error
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    except ValueError as error:  # the name holds a NUL
+        raise DamagedFileError(f"{document} names the file of its maps {entry['file']!r}: {error}") from error
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise DamagedFileError(f"{path} is not the file that was written with {document}: it was damaged or replaced")
     try:
         return _maps(load(data), entry["errors"])
-    except (SafetensorError, ProfileError, KeyError, ValueError) as error:
+    except (SafetensorError, ProfileError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} holds no stream maps: {error}") from error
 
 

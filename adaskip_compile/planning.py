@@ -83,7 +83,8 @@ def plan(
     )
     check_goal(speedup=speedup, policy=policy, context=context, max_loss=max_loss, timed=times is not None)
     if max_loss is not None:
-        made = _fixed(profile, in_phase(profile, within_loss(profile, max_loss), phase), "loss_greedy", scale)
+        chosen = within_loss(profile, max_loss, compensation)
+        made = _fixed(profile, in_phase(profile, chosen, phase), "loss_greedy", scale)
     elif context is not None:
         assert speedup is not None
         costs = stand_in_costs(profile, compensation)

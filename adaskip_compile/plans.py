@@ -21,7 +21,7 @@ from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
 from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
-from adaskip_passes.errors import LegalityError, PlanError, ProfileError, UnknownSublayerError
+from adaskip_passes.errors import FileError, LegalityError, PlanError, ProfileError, UnknownSublayerError
 from adaskip_passes.module_paths import submodule_paths
 
 PLAN_FORMAT = DocumentFormat(
@@ -260,7 +260,9 @@ class SkipPlan:
             return cls(**fields)
         except KeyError as error:
             raise PLAN_FORMAT.damaged(path, f"it lacks {error}") from error
-        except (TypeError, PlanError, ProfileError) as error:
+        except (AttributeError, TypeError, ValueError, PlanError, ProfileError) as error:
+            if isinstance(error, FileError):
+                raise
             raise PLAN_FORMAT.damaged(path, error) from error
 
 

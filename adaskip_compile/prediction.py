@@ -93,9 +93,13 @@ class Measured:
         try:
             tables = {phase: tuple(map(tuple, table)) for phase, table in payload["tables"].items()}
             groups = tuple(map(tuple, payload.get("groups", ())))  # version 1 had none
-            return cls(tuple(payload["contexts"]), tables, str(payload["machine"]), groups)
+            contexts = tuple(payload["contexts"])
+            _check_tables(contexts, tables)
+            return cls(contexts, tables, str(payload["machine"]), groups)
         except (KeyError, TypeError, AttributeError) as error:
             raise CALIBRATION_FORMAT.damaged(path, f"it lacks {error}") from error
+        except ValueError as error:
+            raise CALIBRATION_FORMAT.damaged(path, error) from error
 
     def check(self, found: Inspection) -> None:
         """Raise :class:`OptionError` unless these times are of a model with as many groups and the same phases."""
@@ -105,6 +109,18 @@ class Measured:
                     f"the calibration was measured on another model: it has {len(self.tables.get(phase, ())) - 1} groups of "
                     f"sublayers in {phase}, and {found.model} has {len(found.groups)}; measure again with --calibrate"
                 )
+
+
+def _check_tables(contexts: tuple[Any, ...], tables: Mapping[str, tuple[tuple[Any, ...], ...]]) -> None:
+    """Raise ValueError unless there is a finite number of seconds for each of ascending contexts."""
+    if not contexts or any(type(one) is not int or one < 1 for one in contexts) or [*contexts] != sorted({*contexts}):
+        raise ValueError(f"its contexts are numbers of tokens, ascending, and not {contexts!r}")
+    for phase, table in tables.items():
+        for row in table:
+            if len(row) != len(contexts) or not all(
+                isinstance(one, (int, float)) and math.isfinite(one) for one in row
+            ):
+                raise ValueError(f"its table of {phase} takes a finite number of seconds for each context")
 
 
 def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:

@@ -290,7 +290,12 @@ class Profile:
 
 def is_finite_number(value: object) -> bool:
     """Return whether ``value`` is an integer or a float, and neither NaN nor an infinity."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _mean(values: tuple[float, ...]) -> float:

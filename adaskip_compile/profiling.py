@@ -115,6 +115,8 @@ def run_samples(
 
     compiled = torch.compile(forward, backend=naming(model, backend), dynamic=True)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise CaptureError("the model is on the meta device, where it holds no weights to run with: load them first")
     tokens: list[int] = []
     with evaluating(model):
         for ids in show_progress(token_ids(samples, tokenizer, max_samples), max_samples, progress, title):
@@ -150,7 +152,13 @@ def token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[to
             if tokenizer is None:
                 raise ProfileError(f"sample {index} is text: pass tokenizer=, or token ids")
             sample = torch.tensor([tokenizer(sample)["input_ids"]])
+        if not isinstance(sample, torch.Tensor) or sample.dim() > 2 or sample.is_floating_point():
+            raise ProfileError(
+                f"sample {index} is a {type(sample).__name__}: takes text, or a tensor of token ids of 1 or 2 dimensions"
+            )
         ids = sample if sample.dim() == 2 else sample[None]
+        if not ids.shape[0]:
+            raise ProfileError(f"sample {index} has no rows; give at least one")
         if ids.shape[-1] < 2:
             raise ProfileError(f"sample {index} has {ids.shape[-1]} tokens; prefill needs at least 2")
         yield ids

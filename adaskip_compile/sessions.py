@@ -216,11 +216,11 @@ class Session:
 
 
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 
 
 def session_for(module: nn.Module | None, options: Options) -> Session:
-    """Return the session of ``module`` under equal ``options``, a new one where there is none.
+    """Return the session of ``module`` under equal ``options``, a new one where there is none. Safe under threads.
 
     A plain function has no module to know it by: each of its captures gets a session of its own.
     """
@@ -230,14 +230,20 @@ def session_for(module: nn.Module | None, options: Options) -> Session:
         # A graph break leaves a module inside a model on its own: it is still that model's.
         whole = (known for known in _SESSIONS if any(part is module for part in known.modules()))
         sessions = _SESSIONS.setdefault(next(whole, module), [])
-    for session in sessions:
-        if session.options == options:
-            return session
-    session = Session(module, options)
-    sessions.append(session)
-    return session
+        known = next((session for session in sessions if session.options == options), None)
+        if known is None:
+            known = Session(module, options)
+            sessions.append(known)
+        return known
 
 
 def sessions_of(module: nn.Module) -> tuple[Session, ...]:
     """Return the sessions of ``module``, oldest first."""
-    return tuple(_SESSIONS.get(unwrapped(module), ()))
+    with _LOCK:
+        return tuple(_SESSIONS.get(unwrapped(module), ()))
+
+
+def forget_sessions(module: nn.Module) -> tuple[Session, ...]:
+    """Return the sessions of ``module``, which has none from here on."""
+    with _LOCK:
+        return tuple(_SESSIONS.pop(module, ()))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, cast
 
 from adaskip_passes.errors import FileError
 
@@ -19,6 +23,8 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: The file cannot be written.
     """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "its name holds a NUL")
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         # Replacing would put a plain file in the place of a folder, a pipe or a device such as /dev/null.
@@ -39,6 +45,50 @@ def replace_file(path: Path, data: bytes) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+class _Unfailing(io.RawIOBase):
+    """Takes whatever is written, keeps the first error that writing it to ``file`` meets, and writes no more."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while left and self.error is None:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.error = error
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def native_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a new file at ``path`` for native code that ends the process where a write fails, as PyTorch's writer does.
+
+    Raises:
+        OSError: It could not be written, at the end of the block.
+    """
+    with path.open("xb", buffering=0) as file:
+        taking = _Unfailing(file)
+        yield cast("IO[bytes]", taking)
+        if taking.error is not None:
+            raise taking.error
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, option: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import adaskip_compile
 from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
 from adaskip_compile.documents import digest
-from adaskip_compile.evaluation.candidates import FULL, make_plan
+from adaskip_compile.evaluation.candidates import FULL
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Measure, Sizes, kind_of, make_measures
 from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, SweepResults
@@ -110,6 +110,8 @@ class _Baselines:
             found: dict[str, list[tuple[str, float | None]]] = {}
             for skip in how.skips:
                 plans = self._plans(skip, phase)
+                for results in filter(None, (self.scores, self.times)):
+                    results.measure_by(plans)
                 scores = {name: self._scores(name, plan, measures) for name, plan in plans.items()}
                 if self.times is not None and "times" in how.measure:
                     self._time(self.times, plans)
@@ -154,7 +156,7 @@ class _Baselines:
                 name = policy if compensation == "scale" else f"{policy}, {compensation}"
                 options = {"skip": skip, "policy": policy, "compensation": compensation, "phase": phase}
                 try:
-                    found[f"{phase}/{skip}/{name}"] = make_plan(self.profile, **options)
+                    found[f"{phase}/{skip}/{name}"] = adaskip_compile.plan(self.profile, **options)
                 except OptionError as error:
                     self.study.say(f"- {name}, {skip}: {error}", "")
         return found

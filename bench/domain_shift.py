@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adaskip_compile.evaluation.candidates import make_plan
+import adaskip_compile
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.plans import SkipPlan
 from bench.studies import Study, mean_over_domains, study_parser
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for compensation in arguments.compensations:
         for skip in arguments.skips:
             plans = {
-                name: make_plan(profile, skip=skip, compensation=compensation) for name, profile in profiles.items()
+                name: adaskip_compile.plan(profile, skip=skip, compensation=compensation)
+                for name, profile in profiles.items()
             }
             study.say(f"## {skip} sublayers skipped, compensation: {compensation}", "")
             _matrix(study, plans, windows, full)

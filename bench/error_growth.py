@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from adaskip_compile.evaluation.candidates import make_plan
+import adaskip_compile
 from adaskip_compile.plans import SkipPlan
 from bench.studies import Study, mean_over_domains, study_parser
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     study = Study("error_growth", "Do the losses of single sublayers add up?", arguments)
     windows, profile = study.windows(), study.profile()
-    most = make_plan(profile, skip=max(arguments.skips))
+    most = adaskip_compile.plan(profile, skip=max(arguments.skips))
     order = [each.path for each in profile.ranking() if each.path in most.scales]
     full = mean_over_domains(study.nlls(SkipPlan.none(), windows))
     alone = {path: mean_over_domains(study.nlls(_only(most, [path]), windows)) - full for path in order}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import adaskip_compile
-from adaskip_compile.evaluation.candidates import FULL, make_plan
+from adaskip_compile.evaluation.candidates import FULL
 from adaskip_compile.evaluation.likelihood import decoded_nlls
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.plans import SkipPlan
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study("quantized_cache", "Skipping and a quantised KV cache, alone and together", arguments)
     profile, windows = study.profile(compensations=[arguments.compensation]), study.windows()
     plans = {FULL: SkipPlan.none()} | {
-        f"{skip} skipped": make_plan(profile, skip=skip, compensation=arguments.compensation)
+        f"{skip} skipped": adaskip_compile.plan(profile, skip=skip, compensation=arguments.compensation)
         for skip in arguments.skips
     }
     rows: list[tuple[str, ...]] = []

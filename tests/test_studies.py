@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,9 @@ from adaskip_compile import SkipPlan
 from adaskip_compile.cli.measure import Generation
 from adaskip_compile.evaluation.likelihood import decoded_nlls
 from adaskip_passes.errors import ForeignFileError
-from bench import baselines, compensation, equal_speed, error_growth, studies
+from bench import baselines, compensation, equal_speed, error_growth, quantized_cache, studies
 from bench.decode_statistics import decode_statistics
 from bench.hit_rates import hit_rate
-from bench.quantized_cache import quantiser
 from tests.made_up_texts import made_up_domain
 from tests.models import tiny, tokens
 from tests.reference import hook_statistics
@@ -69,7 +69,9 @@ def test_a_cache_quantised_after_prefill_is_what_transformers_quantised_cache_gi
     expected = float(functional.cross_entropy(torch.stack(steps), ids[-10:]))
     adaskip_compile.compile(model, SkipPlan.none(), inner="eager")
     held: list[int] = []
-    assert decoded_nlls(model, [ids], decoded=10, after_prefill=quantiser(bits, held)) == pytest.approx([expected])
+    assert decoded_nlls(model, [ids], decoded=10, after_prefill=quantized_cache.quantiser(bits, held)) == pytest.approx(
+        [expected]
+    )
     elements = 3 * 2 * 2 * 79 * 64  # layers, keys and values, heads, tokens, width
     assert elements * bits / 8 < held[0] < elements * (bits + 1.5) / 8
     [full] = decoded_nlls(model, [ids], decoded=10)
@@ -186,3 +188,26 @@ def test_baselines_keeps_scores_for_a_run_that_adds_times(
     assert "-" not in shown["shortgpt"][0]
     with pytest.raises(ForeignFileError, match="--windows"):
         baselines.main([*arguments, "--windows", "2"])
+
+
+@pytest.mark.parametrize("study", ["domain_shift", "quantized_cache", "baselines"])
+def test_a_study_measures_the_compensation_that_it_names(
+    study: str, made_up_texts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = save_tiny(tmp_path / "model")
+    sizes = "--samples 2 --length 48 --windows 1 --skips 3 --threads 1".split()
+    own = {
+        "domain_shift": ["--compensations", "low_rank"],
+        "quantized_cache": "--compensation low_rank --decoded 4 --bits 4".split(),
+        "baselines": "--compensations low_rank --decoded 4 --policies adaskip --phases decode".split(),
+    }
+    compiled: list[SkipPlan] = []
+    compile_ = adaskip_compile.compile
+    monkeypatch.setattr(adaskip_compile, "compile", lambda *a, **k: compiled.append(a[1]) or compile_(*a, **k))
+    monkeypatch.setattr(quantized_cache, "quantiser", lambda _, held: quantized_cache._as_it_is(held))
+    main = importlib.import_module(f"bench.{study}").main
+    assert main(["--model", str(model), *sizes, *own[study], "--out", str(tmp_path)]) == 0
+    skipping = [plan for plan in compiled if plan.all_paths]
+    assert skipping
+    for plan in skipping:
+        assert {path: one.form for path, one in plan.maps.items()} == dict.fromkeys(plan.all_paths, "low_rank")

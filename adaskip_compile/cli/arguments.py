@@ -104,6 +104,8 @@ def _device(name: str | None) -> torch.device | None:
         return None
     import torch
 
+    if name.partition(":")[0] == "meta":
+        raise OptionError(f"--device {name}: it holds no weights, so nothing runs there; 'adaskip inspect' reads none")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -16,6 +16,7 @@ from typing import Any
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
 from adaskip_compile.policy_names import POLICIES
+from adaskip_passes.errors import OptionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +41,16 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     import adaskip_compile
 
-    prompt = arguments.prompt
+    prompt, source = arguments.prompt, "--prompt"
     if arguments.prompt_file is not None:
-        [prompt] = common.read_texts([arguments.prompt_file])
+        [prompt], source = common.read_texts([arguments.prompt_file]), f"--prompt-file {arguments.prompt_file}"
+    if not prompt.strip():
+        raise OptionError(f"{source} {prompt!r}: takes some text to continue")
     model, tokenizer = common.load_model(arguments)
-    adaskip_compile.compile(model, **_options(arguments))
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs.input_ids.numel():
+        raise OptionError(f"{source}: the tokenizer of this model makes no token of it; give more text")
+    adaskip_compile.compile(model, **_options(arguments))
     generated = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     text = tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     report = adaskip_compile.report(model)

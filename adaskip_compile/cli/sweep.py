@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     candidates = make_candidates(
         profile, arguments.skips, arguments.policies, arguments.compensations, window=arguments.window
     )
+    results.measure_by({one.name: one.plan for one in candidates})
     _measure(model, tokenizer, domains, candidates, results, arguments, output)
     _time(model, domains, tokenizer, candidates, results, arguments, output)
     rows = make_rows(candidates, results)

@@ -56,10 +56,10 @@ def complete_profile(
 
     ``most`` sublayers are put in order. What the profile holds already is not learned again.
     """
-    held = {one.form for ones in profile.maps.values() for one in ones}
+    every = [found.path for found in profile.sublayers]
+    held = {(path, one.form) for path, ones in profile.maps.items() for one in ones}
     forms = [name for name in compensations if name in FORMS]
-    if not {*forms} <= held:
-        every = [found.path for found in profile.sublayers]
+    if not {*product(every, forms)} <= held:
         profile = adaskip_compile.fit(
             model, profile, samples, forms=forms, sublayers=every, max_samples=len(samples), progress=progress
         )
@@ -71,18 +71,6 @@ def complete_profile(
     return profile
 
 
-def make_plan(
-    profile: Profile, *, skip: int, policy: str = "adaskip", compensation: str = "scale", **options: Any
-) -> SkipPlan:
-    """Return the plan of a policy and a compensation, by name.
-
-    Raises:
-        OptionError: A name is unknown, or more is asked for than this model allows.
-    """
-    check_names([policy], [compensation])
-    return adaskip_compile.plan(profile, skip=skip, policy=policy, **options)
-
-
 def make_candidates(
     profile: Profile, skips: Iterable[int], policies: Sequence[str], compensations: Sequence[str], **options: Any
 ) -> tuple[Candidate, ...]:
@@ -91,8 +79,9 @@ def make_candidates(
     Raises:
         OptionError: A name is unknown, or more is asked for than this model allows.
     """
+    check_names(policies, compensations)
     found = [Candidate("", 0, "", SkipPlan.none())]
     for policy, compensation, skip in product(policies, compensations, sorted({*skips} - {0})):
-        plan = make_plan(profile, skip=skip, policy=policy, compensation=compensation, **options)
+        plan = adaskip_compile.plan(profile, skip=skip, policy=policy, compensation=compensation, **options)
         found.append(Candidate(policy, skip, compensation, plan))
     return tuple(found)

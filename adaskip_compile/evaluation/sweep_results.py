@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.documents import DocumentFormat, digest
 from adaskip_compile.evaluation.candidates import FULL
+from adaskip_compile.plans import SkipPlan
+from adaskip_compile.profiles import is_finite_number
 from adaskip_passes.errors import ForeignFileError
 
 SWEEP_FORMAT = DocumentFormat("adaskip-sweep", 1, remedy="run `adaskip sweep MODEL --results` with another file")
@@ -22,7 +25,7 @@ class SweepResults:
 
     ``about`` says of what: the model, texts, sizes and machine. ``quality`` has the values of the items by candidate
     and measure; ``rounds`` the times (:data:`TIMES`, seconds) by candidate, a dict for each round in which they took
-    turns; ``cache_bytes`` what the KV cache of each held.
+    turns; ``cache_bytes`` what the KV cache of each held; ``plans`` a digest of the plan that was measured of each.
     """
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
@@ -30,6 +33,7 @@ class SweepResults:
         self.quality: dict[str, dict[str, list[float]]] = {}
         self.rounds: list[dict[str, list[float]]] = []
         self.cache_bytes: dict[str, int] = {}
+        self.plans: dict[str, str] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], about: Mapping[str, Any]) -> SweepResults:
@@ -45,17 +49,32 @@ class SweepResults:
         payload = SWEEP_FORMAT.read(path)
         results._check(payload.get("about"))
         try:
-            results.quality = {name: dict(found) for name, found in payload["quality"].items()}
-            results.rounds = [dict(found) for found in payload["rounds"]]
-            results.cache_bytes = dict(payload["cache_bytes"])
+            results.quality = {name: _numbers(found) for name, found in payload["quality"].items()}
+            results.rounds = [_numbers(found, count=len(TIMES)) for found in payload["rounds"]]
+            results.cache_bytes = {name: int(count) for name, count in payload["cache_bytes"].items()}
+            results.plans = dict(payload.get("plans", {}))  # earlier versions recorded none
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SWEEP_FORMAT.damaged(path, "it lacks what a sweep records") from error
         return results
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
-        payload = {"about": self.about, "quality": self.quality, "rounds": self.rounds, "cache_bytes": self.cache_bytes}
-        SWEEP_FORMAT.write(self.path, payload)
+        names = ("about", "quality", "rounds", "cache_bytes", "plans")
+        SWEEP_FORMAT.write(self.path, {name: getattr(self, name) for name in names})
+
+    def measure_by(self, plans: Mapping[str, SkipPlan]) -> None:
+        """Say what plan each candidate is measured by from here on; what was measured by another one is forgotten."""
+        for name, plan in plans.items():
+            digested = digest(json.dumps(plan.to_dict(), sort_keys=True))
+            if self.plans.get(name, digested if _has_scales(plan) else None) != digested:
+                self._forget(name)
+            self.plans[name] = digested
+
+    def _forget(self, candidate: str) -> None:
+        self.quality.pop(candidate, None)
+        self.cache_bytes.pop(candidate, None)
+        for found in self.rounds:
+            found.pop(candidate, None)
 
     def add_quality(self, candidate: str, measure: str, values: tuple[float, ...]) -> None:
         """Record the values of one measure under one plan."""
@@ -86,3 +105,18 @@ class SweepResults:
                     f"{self.path} is of another sweep: its {name} is {theirs.get(name)!r}, and here it is "
                     f"{self.about.get(name)!r}. Name another file with --results, or delete this one"
                 )
+
+
+def _numbers(found: Mapping[str, Any], *, count: int = 0) -> dict[str, list[float]]:
+    """Return lists of numbers by name, of ``count`` numbers above 0 each where that is given; ValueError for others."""
+    for values in found.values():
+        if not values or not all(map(is_finite_number, values)):
+            raise ValueError("takes finite numbers")
+        if count and (len(values) != count or min(values) <= 0):
+            raise ValueError(f"takes {count} times")
+    return {name: list(values) for name, values in found.items()}
+
+
+def _has_scales(plan: SkipPlan) -> bool:
+    """Tell whether ``plan`` is what versions that recorded no plan measured, whatever compensation the name told of."""
+    return not plan.maps and (not plan.all_paths or set(plan.all_scales.values()) != {1.0})

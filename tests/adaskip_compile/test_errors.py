@@ -25,7 +25,7 @@ def llama():
     return tiny("llama", num_hidden_layers=3)
 
 
-def raw(model: nn.Module, **options):
+def raw(model: nn.Module, **options) -> Any:
     return torch.compile(model, backend="adaskip", options={"inner": "eager", **options})
 
 
@@ -180,3 +180,43 @@ def test_a_request_that_has_skipped_cannot_go_on_in_training_mode(llama):
             llama(tokens(1, 1), past_key_values=cache, use_cache=True)
         llama.eval()
         llama(tokens(1, 1), past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("model", [None, lambda ids: ids])
+def test_what_is_no_module_is_refused(model: Any):
+    with pytest.raises(adaskip_compile.OptionError, match=r"takes a torch\.nn\.Module, which is compiled in place"):
+        adaskip_compile.compile(model)
+    with pytest.raises(adaskip_compile.OptionError, match=r"takes a torch\.nn\.Module, or what torch\.compile made"):
+        adaskip_compile.restore(model)
+
+
+def test_a_wrapped_model_is_not_compiled_in_place(llama):
+    with pytest.raises(
+        adaskip_compile.OptionError, match=r"compile that model itself, which .*restore\(\.\.\.\) returns"
+    ):
+        adaskip_compile.compile(raw(llama))
+
+
+def test_what_is_no_plan_is_refused(llama):
+    plan: Any = ATTENTION
+    with pytest.raises(adaskip_compile.OptionError, match=r"SkipPlan\.from_scales makes one of a dict"):
+        adaskip_compile.compile(llama, plan)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ([1, 2, 3], "sample 0 is a list: takes text, or a tensor"),
+        (torch.ones(1, 4), "sample 0 is a Tensor: takes text, or a tensor of token ids"),
+        (torch.zeros(0, 4, dtype=torch.long), "sample 0 has no rows"),
+        (torch.zeros(1, 0, dtype=torch.long), "sample 0 has 0 tokens"),
+    ],
+)
+def test_what_is_no_sample_is_refused(sample: Any, message: str, llama):
+    with pytest.raises(adaskip_compile.ProfileError, match=message):
+        adaskip_compile.profile(llama, [sample], progress=False)
+
+
+def test_a_model_without_weights_is_not_profiled(llama):
+    with pytest.raises(adaskip_compile.CaptureError, match="on the meta device, where it holds no weights"):
+        adaskip_compile.profile(llama.to("meta"), [tokens(1, 9)], progress=False)

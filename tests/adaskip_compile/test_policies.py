@@ -123,6 +123,15 @@ def test_max_loss_is_the_longest_beginning_within_it() -> None:
         plan(profile(), max_loss=0.1)
 
 
+def test_max_loss_is_not_promised_for_another_compensation_than_was_measured() -> None:
+    with pytest.raises(OptionError, match=r"measured with compensation='scale' and not with 'none': give comp"):
+        plan(profile(joint=JOINT), max_loss=0.2, compensation="none")
+    measured = tuple(replace(step, compensation="none") for step in JOINT)
+    assert set(plan(profile(joint=measured), max_loss=0.2, compensation="none").scales.values()) == {1.0}
+    with pytest.raises(OptionError, match=r"compensation='none' and not with 'scale'"):
+        plan(profile(joint=measured), max_loss=0.2)
+
+
 @pytest.mark.parametrize(("policy", "fitting"), [("early_exit", "2 or 4"), ("shortgpt", "2 or 4")])
 def test_half_a_layer_is_refused(policy: str, fitting: str) -> None:
     with pytest.raises(OptionError) as caught:

@@ -189,3 +189,44 @@ def test_a_report_that_is_none_is_refused(tmp_path: Path, files: dict[str, str],
     runtime = tmp_path / "runtime.json"
     runtime.write_text(json.dumps({"something": "else"}))
     assert "no report" in fails(["inspect", files["model"], "--runtime", str(runtime)])
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_a_prompt_without_text_is_refused(prompt: str, files: dict[str, str], fails: Callable[..., str]):
+    assert "--prompt '" in (line := fails(["run", files["model"], "--prompt", prompt, "--inner", "eager"]))
+    assert "takes some text to continue" in line
+
+
+@pytest.mark.parametrize("device", ["meta", "meta:0"])
+def test_a_device_that_holds_no_weights_is_refused(device: str, files: dict[str, str], fails: Callable[..., str]):
+    line = fails(["run", files["model"], "--prompt", "a", "--device", device])
+    assert f"--device {device}: it holds no weights" in line
+
+
+_LIMITED = """
+import resource, signal, sys
+import torch
+torch.set_num_threads(1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from adaskip_compile.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("room", [2_000, 20_000])
+def test_an_export_that_finds_no_room_says_so_and_leaves_nothing(room: int, files: dict[str, str], tmp_path: Path):
+    arguments = command_line("export", files, tmp_path / "out")
+    # The caches of PyTorch write files too.
+    where = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "passes"))), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(room), *arguments],
+        env={**os.environ, **where},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "was not written: File too large" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from adaskip_compile import SkipPlan
+import adaskip_compile
+from adaskip_compile import Profile, SkipPlan
+from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli import main, sweep
 from adaskip_compile.evaluation import suite
+from adaskip_compile.evaluation.likelihood import window_nlls
+from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT
 from tests.made_up_texts import made_up_domain, made_up_folder
 from tests.tiny_checkpoints import save_tiny
 
@@ -89,6 +93,46 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
         {"full", "adaskip/4/scale"}
     ] * 2
     assert [line["skipped"] for line in csv.DictReader((tmp_path / "curve.csv").open())] == ["0", "2", "4"]
+
+
+def test_what_a_sweep_labels_is_what_it_measures_and_saves(sweeps: Callable[..., int], model: str, tmp_path: Path):
+    names = ["none", "scale", "low_rank"]
+    goal = ["--speedup", "0.01", "--out", "plan.json", "--json", "all.json"]
+    assert sweeps("--skips", "3", "--compensations", *names, *goal) == 0
+    quality = json.loads((tmp_path / "sweep.json").read_text())["payload"]["quality"]
+    profile, (loaded, tokenizer) = Profile.load(tmp_path / "sweep.profile.json"), load_checkpoint(model)
+    windows = made_up_domain("sea").windows(tokenizer, "evaluation", 1, 48)
+    for name in names:
+        plan = adaskip_compile.plan(profile, skip=3, compensation=name, window=3)
+        wanted = window_nlls(adaskip_compile.compile(loaded, plan, inner="eager"), windows)
+        assert quality[f"adaskip/3/{name}"]["nll/sea"] == pytest.approx(wanted)
+    assert len({tuple(found["nll/sea"]) for found in quality.values()}) == 4
+    recommended = json.loads((tmp_path / "all.json").read_text())["recommended"]["name"].rpartition("/")[2]
+    saved, wanted = (
+        SkipPlan.load(tmp_path / "plan.json"),
+        adaskip_compile.plan(profile, skip=3, compensation=recommended),
+    )
+    assert (saved.scales, saved.map_forms(saved.paths)) == (wanted.scales, wanted.map_forms(wanted.paths))
+
+
+def test_what_was_measured_of_another_plan_under_this_name_is_measured_again(
+    sweeps: Callable[..., int], tmp_path: Path
+):
+    names = ["--skips", "3", "--compensations", "scale", "low_rank"]
+    assert sweeps(*names) == 0
+    results = tmp_path / "sweep.json"
+    whole = SWEEP_FORMAT.read(results)
+    wrong = {name: {measure: [99.0] for measure in found} for name, found in whole["quality"].items()}
+    # A file of an earlier version says of no name what plan was measured, and that was the one with scales.
+    SWEEP_FORMAT.write(results, {**{key: whole[key] for key in whole if key != "plans"}, "quality": wrong})
+    assert sweeps(*names) == 0
+    again = SWEEP_FORMAT.read(results)
+    assert again["quality"] == wrong | {"adaskip/3/low_rank": whole["quality"]["adaskip/3/low_rank"]}
+    assert again["plans"] == whole["plans"]
+    assert len([found for found in again["rounds"] if "adaskip/3/low_rank" in found]) == 2
+    SWEEP_FORMAT.write(results, {**again, "plans": {**again["plans"], "adaskip/3/scale": "another"}})
+    assert sweeps(*names) == 0
+    assert SWEEP_FORMAT.read(results)["quality"]["adaskip/3/scale"] == whole["quality"]["adaskip/3/scale"]
 
 
 def test_results_of_another_sweep_are_refused(
