@@ -94,7 +94,8 @@ def test_a_batch_reads_the_weights_in_place():
     generate(model, ids, torch.ones_like(ids), 3)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         generate(model, ids, torch.ones_like(ids), 3)
-    events = recorded.events() or []
-    shapes = [(event.name, shape) for event in events for shape in event.input_shapes if vocabulary in shape]
+    shapes = [
+        (event.name, shape) for event in recorded.events() or () for shape in event.input_shapes if vocabulary in shape
+    ]
     assert ("aten::mm", [64, vocabulary]) in shapes
     assert not [(name, shape) for name, shape in shapes if len(shape) == 3 and 64 in shape]
