@@ -22,6 +22,7 @@ from adaskip_compile.executor import Executor
 from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_mode, fake_tensor
+from adaskip_passes.lower.fold_rows import fold_rows
 from adaskip_passes.many_query_attention import choose_many_query_attention
 from adaskip_passes.many_row_products import choose_many_row_products
 from adaskip_passes.one_query_attention import spell_out_one_query_attention
@@ -120,6 +121,7 @@ class Lowering:
         spell_out_one_query_attention(gm)
         choose_many_row_products(gm)
         choose_many_query_attention(gm)
+        fold_rows(gm)
         _pin_layout(gm)
         environment = getattr(fake_mode(gm.graph), "shape_env", None)
         known, symbols = (0, set()) if environment is None else (len(environment.guards), {*environment.var_to_range})

@@ -31,6 +31,7 @@ from torch import fx
 from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import Effects, find_effects, op_name
 from adaskip_passes.graph import ATTENTION_ARGUMENTS, call, fake_tensor, fake_value, named_arguments, size_expression
+from adaskip_passes.ir.plain_tensors import is_plain
 from adaskip_passes.mask_conditions import HEAD, KEY, QUERY, ROW, MaskReader, UnknownMaskError
 
 # Wider heads have no kernel that takes groups.
@@ -88,7 +89,7 @@ def _rule(node: fx.Node, reader: MaskReader) -> _Causality | _Band | None:
     if left <= {QUERY - KEY}:
         return _Causality(bool(left), bool(left) and sympy.expand(queries - keys) != 0)
     plain = not given.get("dropout_p") and isinstance(given.get("scale"), (float, type(None)))
-    return _band(node, left) if plain and q.device.type == "cpu" and queries != 1 else None
+    return _band(node, left) if plain and is_plain(q) and q.device.type == "cpu" and queries != 1 else None
 
 
 def _band(node: fx.Node, left: AbstractSet[sympy.Expr]) -> _Band | None:

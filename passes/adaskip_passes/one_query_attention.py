@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.graph import ATTENTION_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.plain_tensors import is_plain
 
 
 def spell_out_one_query_attention(gm: fx.GraphModule) -> int:
@@ -43,7 +44,7 @@ def _one_query(node: fx.Node) -> dict[str, Any] | None:
         return None
     given = named_arguments(node, ATTENTION_ARGUMENTS)
     q, k, v = (fake_tensor(given.get(name)) for name in ATTENTION_ARGUMENTS[:3])
-    if q is None or k is None or v is None or q.device.type != "cpu" or not q.is_floating_point():
+    if q is None or k is None or v is None or q.device.type != "cpu" or not all(map(is_plain, (q, k, v))):
         return None
     result = fake_tensor(node)
     if result is None or not q.dtype == k.dtype == v.dtype == result.dtype:  # not so under autocast

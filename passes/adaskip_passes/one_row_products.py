@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.plain_tensors import is_plain
 
 
 def spell_out_one_row_products(gm: fx.GraphModule) -> int:
@@ -49,7 +50,9 @@ def _is_one_row_linear(node: fx.Node) -> bool:
         return False
     x, weight, _ = map(fake_tensor, _operands(node))
     result = fake_tensor(node)
-    if x is None or weight is None or weight.dim() != 2 or x.device.type != "cpu" or not x.is_floating_point():
+    if x is None or weight is None or weight.dim() != 2 or x.device.type != "cpu":
+        return False
+    if not is_plain(x) or not is_plain(weight):
         return False
     if result is None or result.dtype != x.dtype:  # autocast has it computed in other numbers than it is given
         return False

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from adaskip_passes.ir.plain_tensors import is_plain
+
 log = logging.getLogger(__name__)
 
 # Timings of equal ways differ by less.
@@ -32,7 +34,9 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 
 def serves(*values: torch.Tensor | None) -> bool:
     """Return whether operands and result are all 32-bit floats on the CPU; under autocast the result is of other numbers."""
-    return all(one is not None and one.device.type == "cpu" and one.dtype == torch.float32 for one in values)
+    return all(
+        one is not None and is_plain(one) and one.device.type == "cpu" and one.dtype == torch.float32 for one in values
+    )
 
 
 def operand(*shape: int) -> torch.Tensor:

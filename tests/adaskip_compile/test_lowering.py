@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import adaskip_compile
 from adaskip_compile import SkipPlan, lowering
@@ -11,7 +12,7 @@ from adaskip_compile.capture import example_inputs
 from adaskip_compile.lowering import Lowering
 from adaskip_passes import banded_attention, many_row_products, onednn
 from tests.captures import first_graph
-from tests.generation import make_cache
+from tests.generation import generate, make_cache
 from tests.models import tiny, tokens
 from tests.reference import run_request
 
@@ -82,3 +83,19 @@ def test_under_autocast_numbers_are_those_of_eager():
         got = run_request(model, *request, cache=make_cache("dynamic", model))
     assert {one.dtype for one in got} == {torch.bfloat16}
     torch.testing.assert_close(got, eager, rtol=0.05, atol=0.05)
+
+
+def test_a_batch_reads_the_weights_in_place():
+    """In bf16 the output projection was a product over a copy of its weights for every row of the batch."""
+    vocabulary = 640
+    model = tiny("llama", num_hidden_layers=1, vocab_size=vocabulary, tie_word_embeddings=True).bfloat16()
+    adaskip_compile.compile(model, SkipPlan.none(), inner="inductor")
+    ids = tokens(3, 9)
+    generate(model, ids, torch.ones_like(ids), 3)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        generate(model, ids, torch.ones_like(ids), 3)
+    shapes = [
+        (event.name, shape) for event in recorded.events() or () for shape in event.input_shapes if vocabulary in shape
+    ]
+    assert ("aten::mm", [64, vocabulary]) in shapes
+    assert not [(name, shape) for name, shape in shapes if len(shape) == 3 and 64 in shape]

@@ -1,0 +1,1 @@
+"""What a graph is made of, and how it is read and written."""

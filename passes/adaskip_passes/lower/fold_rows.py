@@ -1,0 +1,72 @@
+"""Products of a stack of rows with one matrix, written as a product of two matrices.
+
+PyTorch folds such a stack by itself where it can tell that the rows stand side by side. The last tokens of several
+prompts do not, and of a number of tokens that is only known at run time it cannot tell. It then expands the
+matrix to the batch and multiplies for each row of it, and of 16-bit floats the expanded matrix is copied first::
+
+    %y = linear(%x, %w)          %rows = flatten(%x, 0, -2)
+                                 %flat = linear(%rows, %w)
+                                 %y = reshape(%flat, (size(%x, 0), size(%x, 1), out))
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaskip_passes.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.plain_tensors import is_plain
+
+_MATMUL_ARGUMENTS = ("input", "other")
+_PRODUCTS: dict[Any, tuple[str, ...]] = {
+    torch.nn.functional.linear: LINEAR_ARGUMENTS,
+    torch.matmul: _MATMUL_ARGUMENTS,
+    operator.matmul: _MATMUL_ARGUMENTS,
+    "matmul": _MATMUL_ARGUMENTS,
+    "__matmul__": _MATMUL_ARGUMENTS,
+}
+
+
+def fold_rows(gm: fx.GraphModule) -> int:
+    """Fold the stacks of rows that ``gm`` multiplies with a matrix, in place; return how many products there were."""
+    found = [(node, rows) for node in gm.graph.nodes if (rows := _stack_of_rows(node)) is not None]
+    for node, rows in found:
+        _fold(gm.graph, node, rows)
+    if found:
+        gm.graph.lint()
+        gm.recompile()
+    return len(found)
+
+
+def _fold(graph: fx.Graph, node: fx.Node, rows: fx.Node) -> None:
+    stack, product = fake_tensor(rows), fake_tensor(node)
+    assert stack is not None
+    assert product is not None
+    with graph.inserting_before(node):
+        flat = call(graph, "flatten", rows, 0, -2)
+        # Also those that the capture took for constants: an inner compiler may be told to take them for any size.
+        sizes = [call(graph, "size", rows, dim) for dim in range(stack.dim() - 1)]
+    node.replace_input_with(rows, flat)
+    with graph.inserting_after(node):
+        stacked = graph.call_method("reshape", (node, (*sizes, product.shape[-1])))
+    node.replace_all_uses_with(stacked, delete_user_cb=lambda user: user is not stacked)
+    stacked.meta = dict(node.meta)
+    node.meta["example_value"] = product.flatten(0, -2)
+
+
+def _stack_of_rows(node: fx.Node) -> fx.Node | None:
+    """Return the rows that ``node`` multiplies with a matrix, where they are a stack; None for any other node."""
+    if node.op not in ("call_function", "call_method") or node.target not in _PRODUCTS:
+        return None
+    names = _PRODUCTS[node.target]
+    given = named_arguments(node, names)
+    rows, matrix = (given.get(name) for name in names[:2])
+    stack, weight = fake_tensor(rows), fake_tensor(matrix)
+    if rows is matrix or not is_plain(stack) or not is_plain(weight):
+        return None
+    assert stack is not None
+    assert weight is not None
+    return rows if stack.dim() > 2 and weight.dim() == 2 else None
