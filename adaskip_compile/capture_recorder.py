@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _IDENTITIES = {"ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH"}
 # Dynamo's compile packages are no public interface: each version of torch is tried before it is trusted.
 _TRIED = ("2.13",)
+_SAME_CODE = "the forwards and hooks that were captured"
 
 
 def why_not() -> str | None:
@@ -95,11 +96,12 @@ class _Recording:
 class CaptureRecorder:
     """Stands for a compile package of Dynamo's: is told of each capture, and hands it on to ``keep``.
 
-    What cannot be kept is captured all the same; the log says why.
+    What cannot be kept is captured all the same; the log says why. Of what is captured, ``guard`` returns one more
+    guard, on what Dynamo does not look at.
     """
 
-    def __init__(self, keep: Callable[[Capture], None]) -> None:
-        self._keep = keep
+    def __init__(self, keep: Callable[[Capture], None], guard: Callable[[], Callable[[Any], bool]]) -> None:
+        self._keep, self._guard = keep, guard
         self._now: _Recording  # from the first capture on: Dynamo tells of nothing else
 
     @contextmanager
@@ -108,12 +110,19 @@ class CaptureRecorder:
         self._now = recording = _Recording(code)
         guards = torch._dynamo.guards
         pickler, serialize = guards.GuardsStatePickler, guards.CheckFunctionManager.serialize_guards
+        build = guards.CheckFunctionManager.build_guards
         reduce = _finding_decorated_functions(pickler.reducer_override)
 
         def serialize_all(*about: Any) -> bytes:
             return _serialize(serialize, recording, *about)
 
+        def build_all(*about: Any, **how: Any) -> Any:
+            builder, manager = build(*about, **how)
+            manager.root.add_lambda_guard(self._guard(), [_SAME_CODE], None)
+            return builder, manager
+
         with (
+            mock.patch.object(guards.CheckFunctionManager, "build_guards", build_all),
             mock.patch.object(guards.CheckFunctionManager, "serialize_guards", serialize_all),
             mock.patch.object(pickler, "reducer_override", reduce),
             collector_paused(),
@@ -180,7 +189,7 @@ def install(capture: Capture, run: Callable[..., Any], *, name: str, applies: Ca
     def is_ours(_: Any) -> bool:
         return applies()
 
-    manager.root.add_lambda_guard(is_ours, ["the compiled model that this was captured for"], None)
+    manager.root.add_lambda_guard(is_ours, [f"the compiled model that this was captured for, and {_SAME_CODE}"], None)
     # Under names of their own: Dynamo takes back what it put there itself.
     renamed = {one: f"{name}_{place}" for place, one in enumerate(capture.installed)}
     for one, module in capture.installed.items():

@@ -32,6 +32,7 @@ from adaskip_compile.capture import collector_paused, place_in
 from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.kv_cache.cache_object import CachePlace
+from adaskip_compile.module_code import CodeState, ModelCode
 from adaskip_compile.sessions import Session
 from adaskip_compile.whole_files import replace_file
 from adaskip_passes.errors import AdaSkipError, CaptureError
@@ -43,7 +44,7 @@ from adaskip_passes.textual import print_graph
 log = logging.getLogger(__name__)
 
 FOLDER = "captures"
-_FORMAT = 3
+_FORMAT = 4
 # A model has a few graphs: phases, kinds of cache, one sequence or several. Each takes half a second to install.
 _MOST = 8
 _numbers = itertools.count()
@@ -100,22 +101,22 @@ class CaptureKeeper:
 
     __name__ = "adaskip"
 
-    def __init__(self, session: Session, folder: CaptureFolder) -> None:
-        self.session, self._folder = session, folder
+    def __init__(self, session: Session, model: nn.Module) -> None:
+        self.session, self._code, self._key = session, ModelCode(model), _key(model)
         self._admitted: tuple[dict[str, Any], str, CachePlace | None] | None = None
         self._restored: list[_RestoredGraph] = []
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``forward`` compiled by Dynamo with this as its backend, and all that is kept of it installed."""
-        recorder: Any = CaptureRecorder(self._keep)
+        recorder: Any = CaptureRecorder(self._keep, _guard_on_code)
         optimized = torch._dynamo.optimize(self, dynamic=True, package=recorder)(forward)
         with collector_paused():
             self._restore()
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            before = getattr(_called, "session", None)
-            _called.session = self.session
+            before = getattr(_called, "session", None), getattr(_called, "code", None)
+            _called.session, _called.code = self.session, self._code.state()
             try:
                 return optimized(*args, **kwargs)
             except _UnusableError as error:
@@ -123,7 +124,7 @@ class CaptureKeeper:
                 self.session.note(str(error))
                 return optimized(*args, **kwargs)
             finally:
-                _called.session = before
+                _called.session, _called.code = before
 
         return call
 
@@ -142,18 +143,40 @@ class CaptureKeeper:
 
     def _keep(self, capture: Capture) -> None:
         if self._admitted is not None:
-            self._folder.write(KeptCapture(capture, *self._admitted))
+            folder = self._folder(_called.code)
+            if folder is not None:
+                folder.write(KeptCapture(capture, *self._admitted))
+
+    def _folder(self, code: CodeState) -> CaptureFolder | None:
+        """Return where captures of a model of this ``code`` are kept; None where its code is of this process alone."""
+        if code.why_passing:
+            log.info("%s: captures are not kept: %s", self.session.model_name, code.why_passing)
+            return None
+        key = hashlib.sha256((self._key + code.digest).encode()).hexdigest()[:32]
+        return CaptureFolder(self.session.options.cache_folder / FOLDER / key)
 
     def _restore(self) -> None:
+        code = self._code.state()
+        folder = self._folder(code)
         # A graph whose guards fail costs each call the time of checking them, and there are more steps than prompts.
-        for kept in sorted(self._folder.read(), key=lambda kept: kept.phase != "decode"):
-            graph = _RestoredGraph(kept, self.session)
+        found = () if folder is None else folder.read()
+        for kept in sorted(found, key=lambda kept: kept.phase != "decode"):
+            graph = _RestoredGraph(kept, self.session, code)
             try:
                 install(kept.capture, graph.caller(), name=f"__adaskip_graph_{next(_numbers)}", applies=graph.applies)
             except Exception as error:  # noqa: BLE001 - Dynamo's innards raise anything; without it the graph is captured
                 log.info("%s: a kept capture is not used: %s", self.session.model_name, error)
                 continue
             self._restored.append(graph)
+
+
+def _guard_on_code() -> Callable[[Any], bool]:
+    """Return a guard that lets a call through where the model computes what it does in the call that is being made.
+
+    It holds no model: Dynamo keeps guards as long as the code lives, which all models of a class share.
+    """
+    code = getattr(_called, "code", None)
+    return lambda _: getattr(_called, "code", None) == code
 
 
 class _UnusableError(Exception):
@@ -167,15 +190,16 @@ class _RestoredGraph:
     holds the session, and with it a model's caches, by a weak reference alone.
     """
 
-    def __init__(self, kept: KeptCapture, session: Session) -> None:
-        self._kept, self._session = kept, weakref.ref(session)
+    def __init__(self, kept: KeptCapture, session: Session, code: CodeState) -> None:
+        self._kept, self._session, self._code = kept, weakref.ref(session), code
         self._dispatcher: Dispatcher | None = None
         self._usable = True
         self._lock = threading.Lock()
 
     def applies(self) -> bool:
-        """Tell whether the call that is being made is one of its session's."""
-        return self._usable and getattr(_called, "session", None) is self._session() is not None
+        """Tell whether the call that is being made is one of its session's, of a model that computes what it did."""
+        ours = self._usable and getattr(_called, "session", None) is self._session() is not None
+        return ours and _called.code == self._code
 
     def caller(self) -> Callable[..., Any]:
         """Return what Dynamo shall call in place of the graph."""
@@ -213,12 +237,14 @@ def capture_keeper(session: Session, model: nn.Module) -> CaptureKeeper | None:
     if reason is not None:
         log.info("captures are not kept: %s", reason)
         return None
-    folder = session.options.cache_folder / FOLDER / _key(model)
-    return CaptureKeeper(session, CaptureFolder(folder))
+    return CaptureKeeper(session, model)
 
 
 def _key(model: nn.Module) -> str:
-    """Return a digest of what two processes must have in common to share captures; guards check all the rest."""
+    """Return a digest of what two processes must have in common to share captures, beside the code of the model.
+
+    Guards check all the rest.
+    """
     tensors = [
         (name, str(tensor.dtype), str(tensor.device), tuple(tensor.shape))
         for name, tensor in (*model.named_parameters(), *model.named_buffers())

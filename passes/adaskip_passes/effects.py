@@ -93,7 +93,7 @@ def find_effects(gm: fx.GraphModule) -> Effects:
         if node.op in ("placeholder", "get_attr", "output"):
             roots[node] = node
             continue
-        written = list(_written_inputs(node))
+        written = list(written_inputs(node))
         base = written[0] if written else _viewed_input(node)
         roots[node] = node if base is None else roots[base]
         writes.extend(Write(node, roots[target]) for target in written)
@@ -120,7 +120,8 @@ def _viewed_input(node: fx.Node) -> fx.Node | None:
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
 
 
-def _written_inputs(node: fx.Node) -> Iterator[fx.Node]:
+def written_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield those of the inputs of ``node`` that it writes in place."""
     if node.op not in ("call_function", "call_method"):
         return
     region_writes = getattr(node.target, "written_inputs", None)  # of a region that was outlined

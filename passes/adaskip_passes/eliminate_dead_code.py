@@ -44,7 +44,7 @@ class EliminateDeadCode:
         dead = _dead_nodes(gm)
         for node in dead:
             gm.graph.erase_node(node)
-        return PassResult(stream, bool(dead), len(dead))
+        return PassResult(stream.within(gm.graph), bool(dead), len(dead))
 
 
 def _dead_nodes(gm: fx.GraphModule) -> list[fx.Node]:

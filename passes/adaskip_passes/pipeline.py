@@ -91,7 +91,7 @@ def run_pipeline(
         PassError: A pass could not do what it was told to do, or failed in a way that its author did not foresee.
     """
     gm, images = copy_graph(gm)
-    # Of a graph that was rewritten before, the stream still names nodes that have been erased.
+    # A node without an image is none of the graph's: the verifier tells of it.
     stream = stream.mapped(lambda node: images.get(node, node))
     contract = verify(gm, None, stream, after="capture")
     history = []

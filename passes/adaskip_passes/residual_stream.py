@@ -9,7 +9,7 @@ become sublayers with a path, a kind and what they keep between calls.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -49,6 +49,20 @@ class Sublayer:
     cache_inputs: tuple[fx.Node, ...] = ()
     cache_outputs: tuple[int, ...] = ()
     shared_with: tuple[str, ...] = ()
+
+    @property
+    def all_nodes(self) -> Iterator[fx.Node]:
+        """Every node that this names, some of them several times."""
+        yield from (self.stream_in, self.stream_out, self.branch, *self.nodes, *self.writes, *self.cache_inputs)
+
+    def within(self, nodes: Container[fx.Node]) -> Sublayer:
+        """Return this sublayer without the nodes that are none of ``nodes``; without a branch the end stands for it."""
+
+        def left(some: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+            return tuple(node for node in some if node in nodes)
+
+        branch = self.branch if self.branch in nodes else self.stream_out
+        return replace(self, branch=branch, nodes=left(self.nodes), writes=left(self.writes))
 
     def mapped(self, to: Callable[[fx.Node], fx.Node]) -> Sublayer:
         """Return this sublayer with every node replaced by its image under ``to``."""
@@ -101,6 +115,11 @@ class ResidualStream:
     def mapped(self, to: Callable[[fx.Node], fx.Node]) -> ResidualStream:
         """Return this stream over a copy of its graph; ``to`` gives each node's copy."""
         return replace(self, sublayers=tuple(sublayer.mapped(to) for sublayer in self.sublayers))
+
+    def within(self, graph: fx.Graph) -> ResidualStream:
+        """Return this stream without the nodes that have been erased from ``graph``: what a pass that erases some returns."""
+        nodes = set(graph.nodes)
+        return replace(self, sublayers=tuple(sublayer.within(nodes) for sublayer in self.sublayers))
 
     def __str__(self) -> str:
         if self.problems:

@@ -80,7 +80,7 @@ class SkipSublayers:
             # The stream before may be the end of a sublayer that has just been replaced.
             current = sublayer.mapped(lambda node: replaced.get(node, node))
             replaced[sublayer.stream_out] = _bypass(gm.graph, current, stand_ins, stream.sublayers[0].stream_in)
-        stream = stream.mapped(lambda node: replaced.get(node, node))
+        stream = stream.mapped(lambda node: replaced.get(node, node)).within(gm.graph)
         return PassResult(replace(stream, skipped=skipped), True, len(chosen))
 
 

@@ -1,14 +1,15 @@
 """The rules that hold before and after every pass.
 
-A graph lints, its names are unique, every value has a fake value, its inputs are those it was
-captured with (a pass may append some), its outputs keep their shapes and dtypes (a pass may append
-one), and no write to memory that outlives the call is lost, except those of skipped sublayers.
+A graph lints, its names are unique, every value has a fake value, which is what its node computes,
+its inputs are those it was captured with (a pass may append some), its outputs keep their shapes
+and dtypes (a pass may append one), and no write to memory that outlives the call is lost, except
+those of skipped sublayers. Every node that the residual stream names is in the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -18,15 +19,21 @@ from adaskip_passes.errors import VerificationError
 from adaskip_passes.graph import fake_tensor, size_hint
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.state import output_values
+from adaskip_passes.touched_values import ValueCheck
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a pass must not change: input names, output types, and the names of nodes that write."""
+    """What a pass must not change: input names, output types, the names of nodes that write, and fake values.
+
+    ``owners`` gives, by the name of a node that writes, the path of its sublayer, with which it may go.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     writes: frozenset[str]
+    owners: Mapping[str, str]
+    values: ValueCheck = field(repr=False)
 
     @classmethod
     def of(cls, gm: fx.GraphModule, stream: ResidualStream) -> Contract:
@@ -34,7 +41,9 @@ class Contract:
         return cls(
             tuple(node.name for node in gm.graph.nodes if node.op == "placeholder"),
             tuple(_type(node) for node in output_values(gm)),
-            _lasting_writes(gm) - _writes_of_skipped(stream) - _adds(stream),
+            _lasting_writes(gm) - _adds(stream),
+            {node.name: sublayer.path for sublayer in stream.sublayers for node in sublayer.writes},
+            ValueCheck.of(gm),
         )
 
 
@@ -47,7 +56,8 @@ def verify(gm: fx.GraphModule, contract: Contract | None, stream: ResidualStream
     for problem in _own_problems(gm):
         raise VerificationError(f"after {after}: {problem}")
     offered = Contract.of(gm, stream)
-    for problem in () if contract is None else _breaches(contract, offered, stream):
+    broken = () if contract is None else (*_breaches(contract, offered, stream), *contract.values.problems(gm))
+    for problem in (*broken, *_erased(gm, stream)):
         raise VerificationError(f"after {after}: {problem}")
     return offered
 
@@ -65,6 +75,14 @@ def _own_problems(gm: fx.GraphModule) -> Iterator[str]:
             yield f"node {node.name} has no fake value"
 
 
+def _erased(gm: fx.GraphModule, stream: ResidualStream) -> Iterator[str]:
+    nodes = set(gm.graph.nodes)
+    for sublayer in stream.sublayers:
+        gone = next((node for node in sublayer.all_nodes if node not in nodes), None)
+        if gone is not None:
+            yield f"the stream names {gone.name} of {sublayer.path}, which is no node of the graph"
+
+
 def _breaches(contract: Contract, offered: Contract, stream: ResidualStream) -> Iterator[str]:
     if offered.inputs[: len(contract.inputs)] != contract.inputs:
         yield "inputs were removed, renamed or reordered"
@@ -74,7 +92,8 @@ def _breaches(contract: Contract, offered: Contract, stream: ResidualStream) -> 
     before, now = len(contract.outputs), len(offered.outputs)
     if not 0 <= now - before <= 1:
         yield f"there were {before} outputs and are now {now}; a pass may append one"
-    lost = contract.writes - offered.writes - _writes_of_skipped(stream) - _adds(stream)
+    lost = contract.writes - offered.writes - _adds(stream)
+    lost = {name for name in lost if contract.owners.get(name) not in stream.skipped}
     if lost:
         yield f"writes to memory that outlives the call were lost: {', '.join(sorted(lost))}"
 
@@ -87,12 +106,6 @@ def _lasting_writes(gm: fx.GraphModule) -> frozenset[str]:
         write.node.name
         for write in effects.writes
         if write.root.op in ("placeholder", "get_attr") or write.root in returned
-    )
-
-
-def _writes_of_skipped(stream: ResidualStream) -> frozenset[str]:
-    return frozenset(
-        node.name for sublayer in stream.sublayers if sublayer.path in stream.skipped for node in sublayer.writes
     )
 
 

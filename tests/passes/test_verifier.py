@@ -4,11 +4,13 @@ from typing import ClassVar
 import pytest
 import torch
 
+from adaskip_passes import touched_values
 from adaskip_passes.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.graph import call
 from adaskip_passes.pipeline import PassResult, run_pipeline
+from adaskip_passes.skip_sublayers import SkipSublayers
 from tests.captures import shared_captures, stream_of
 
 
@@ -88,9 +90,52 @@ def share_a_name(graph):
     second.name = first.name
 
 
+def branch_into_first_add(graph):
+    """Return the first residual add and its branch."""
+    add = next(
+        node for node in graph.nodes if op_name(node) == "add" and "linear" in map(op_name, node.all_input_nodes)
+    )
+    _, branch = add.args
+    assert op_name(branch) == "linear"
+    return add, branch
+
+
+def branch_of_two_tokens(graph):
+    add, branch = branch_into_first_add(graph)
+    with graph.inserting_before(add):
+        add.args = (add.args[0], call(graph, torch.cat, [branch, branch], 1))
+
+
+def branch_of_half_the_width(graph):
+    add, branch = branch_into_first_add(graph)
+    with graph.inserting_before(add):
+        add.args = (add.args[0], call(graph, "narrow", branch, -1, 0, 32))
+
+
+def lie_about_a_new_value(graph):
+    add, branch = branch_into_first_add(graph)
+    with graph.inserting_before(add):
+        add.args = (add.args[0], call(graph, "double", branch, like=branch.meta["example_value"]))
+
+
+def another_operator(graph):
+    _, branch = branch_into_first_add(graph)
+    branch.target, branch.args = torch.sum, branch.args[:1]
+
+
+def change_a_value_and_not_those_that_read_it(graph):
+    _, branch = branch_into_first_add(graph)
+    value = branch.args[0].meta["example_value"]
+    with value.fake_mode:
+        branch.args[0].args = (branch.args[0].args[0],)
+        branch.args[0].target = "flatten"
+        branch.args[0].meta["example_value"] = value.flatten()
+
+
 HOW = {function.__name__: function for function in (
     remove_output, change_dtype, change_shape, append_outputs, lose_write, rename_input, swap_inputs,
-    forget_fake_value, use_before_definition, share_a_name,
+    forget_fake_value, use_before_definition, share_a_name, branch_of_two_tokens, branch_of_half_the_width,
+    lie_about_a_new_value, another_operator, change_a_value_and_not_those_that_read_it,
 )}  # fmt: skip
 
 MESSAGES = {
@@ -104,6 +149,11 @@ MESSAGES = {
     "forget_fake_value": r"node \w+ has no fake value",
     "use_before_definition": "does not lint",
     "share_a_name": "does not lint",
+    "branch_of_two_tokens": r"node \w+ computes torch\.float32 \(1, 2, 64\) .* says torch\.float32 \(1, 1, 64\)",
+    "branch_of_half_the_width": r"node \w+ cannot compute what it is given: .*broadcast",
+    "lie_about_a_new_value": r"node double computes torch\.float64 .* says torch\.float32",
+    "another_operator": r"node \w+ computes torch\.float32 \(\) .* says torch\.float32 \(1, 1, 64\)",
+    "change_a_value_and_not_those_that_read_it": r"node \w+ computes torch\.float32 \(64,\) .* \(1, 1, 64\)",
 }
 
 
@@ -112,6 +162,47 @@ def test_a_broken_rule_is_reported_with_the_pass_that_broke_it(decode, how):
     passes = (EliminateDeadCode(), Break(how), EliminateDeadCode())
     with pytest.raises(VerificationError, match=rf"after break-it\{{how='{how}'\}}: .*{MESSAGES[how]}"):
         run_pipeline(decode.gm, stream_of(decode.gm), passes)
+
+
+@dataclass(frozen=True)
+class EraseUnsaid:
+    """A pass that erases a node of a sublayer and returns the stream that still names it."""
+
+    name: ClassVar[str] = "erase-unsaid"
+
+    def apply(self, gm, stream):
+        norm = next(node for node in stream.sublayers[0].nodes if op_name(node) == "to" and node.args[0].users)
+        norm.replace_all_uses_with(norm.args[0])
+        gm.graph.erase_node(norm)
+        return PassResult(stream, True, 1)
+
+
+def test_a_stream_that_names_an_erased_node_is_the_fault_of_the_pass_that_returned_it(decode):
+    passes = (EraseUnsaid(), SkipSublayers((stream_of(decode.gm).paths[0],)))
+    with pytest.raises(VerificationError, match=r"after erase-unsaid\{\}: the stream names \w+ of .*self_attn"):
+        run_pipeline(decode.gm, stream_of(decode.gm), passes)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_stream_of_a_rewritten_graph_names_nodes_of_that_graph_alone(decode, passes):
+    paths = stream_of(decode.gm).paths
+    items = (SkipSublayers((paths[0], paths[3])), EliminateDeadCode())[:passes]
+    result = run_pipeline(decode.gm, stream_of(decode.gm), items)
+    own = set(result.gm.graph.nodes)
+    assert all(own.issuperset(sublayer.all_nodes) for sublayer in result.stream.sublayers)
+    # So it is the stream of a graph like any other.
+    again = run_pipeline(result.gm, result.stream, (SkipSublayers((paths[1],)), EliminateDeadCode()))
+    assert again.stream.skipped == (paths[0], paths[1], paths[3])
+
+
+def test_what_was_not_touched_is_not_computed_again(decode, monkeypatch):
+    computed = []
+    real = touched_values._evaluated
+    monkeypatch.setattr(touched_values, "_evaluated", lambda node: (computed.append(node.name), real(node))[1])
+    paths = stream_of(decode.gm).paths
+    run_pipeline(decode.gm, stream_of(decode.gm), (SkipSublayers((paths[0], paths[3])), EliminateDeadCode()))
+    # The scale of each sublayer, one product for both, since they are alike, and nothing that reads the stream.
+    assert len(computed) == 3
 
 
 def test_a_lost_write_to_a_cache_that_the_graph_itself_makes_is_noticed(first_prefill):
