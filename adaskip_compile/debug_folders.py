@@ -45,8 +45,12 @@ PASSES = [
 {passes}
 ]
 
+SUBLAYERS = [
+{sublayers}
+]
+
 if __name__ == "__main__":
-    raise SystemExit(rerun(Path(__file__).with_name("graph.json"), PASSES, ({known})))
+    raise SystemExit(rerun(Path(__file__).with_name("graph.json"), PASSES, ({known}), SUBLAYERS))
 '''
 
 
@@ -105,7 +109,7 @@ class _Recorder:
         self._write("0-captured.txt", self._text)
         self._write("sublayers.txt", str(stream))
         self._write("graph.json", json.dumps(write_graph(gm), separators=(",", ":")))
-        self._write("repro.py", _repro(folder, passes))
+        self._write("repro.py", _repro(folder, passes, stream))
         self._history: list[str] = []
 
     def after(self, item: Pass, gm: fx.GraphModule, result: PassResult) -> None:
@@ -133,12 +137,13 @@ class _Recorder:
         (self._folder / name).write_text(f"{text}\n" if text else "", "utf-8")
 
 
-def _repro(folder: Path, passes: Sequence[Pass]) -> str:
+def _repro(folder: Path, passes: Sequence[Pass], stream: ResidualStream) -> str:
     kinds = sorted({type(item) for item in passes}, key=lambda kind: kind.__name__)
     imports = sorted(f"from {_module_of(kind, folder)} import {kind.__name__}" for kind in kinds)
     return _REPRO.format(
         imports="\n".join(imports),
         passes="\n".join(f"    {pass_text(item)!r}," for item in passes),
+        sublayers="\n".join(f"    {path!r}," for path in stream.paths),
         known="".join(f"{kind.__name__}, " for kind in kinds).rstrip(),
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from adaskip_passes.errors import AdaSkipError
+from adaskip_passes.errors import AdaSkipError, PassError
 from adaskip_passes.pipeline import Pass, PassResult, parse_pass, run_pipeline
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.saved_graphs import read_graph
@@ -22,9 +22,21 @@ from adaskip_passes.textual import diff_graphs, print_graph
 __all__ = ["rerun"]
 
 
-def rerun(file: str | Path, passes: Sequence[str], known: Sequence[type[Any]]) -> int:
-    """Run ``passes``, given as texts, on the graph in ``file``; print what each changed. Return 1 if one fails, else 0."""
+def rerun(file: str | Path, passes: Sequence[str], known: Sequence[type[Any]], paths: Sequence[str] = ()) -> int:
+    """Run ``passes``, given as texts, on the graph in ``file``; print what each changed. Return 1 if one fails, else 0.
+
+    ``paths`` are those that the model has for the sublayers of the graph, in order: only the model knows where in it
+    the graph is from. Without them the sublayers have the paths that the graph itself tells.
+
+    Raises:
+        PassError: The graph has not as many sublayers as there are ``paths``.
+    """
     gm = read_graph(json.loads(Path(file).read_text("utf-8")))
+    stream = find_residual_stream(gm)
+    if paths and len(paths) != len(stream.sublayers):
+        raise PassError(f"{file}: has {len(stream.sublayers)} sublayers, and {len(paths)} paths were given")
+    if paths:
+        stream = stream.named(paths)
     text = print_graph(gm)
 
     def show(item: Pass, changed: fx.GraphModule, result: PassResult) -> None:
@@ -41,7 +53,7 @@ def rerun(file: str | Path, passes: Sequence[str], known: Sequence[type[Any]]) -
     try:
         run_pipeline(
             gm,
-            find_residual_stream(gm),
+            stream,
             [parse_pass(one, known) for one in passes],
             [show],
             on_failure=show_failure,

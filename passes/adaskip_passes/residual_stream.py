@@ -9,7 +9,7 @@ become sublayers with a path, a kind and what they keep between calls.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -123,14 +123,17 @@ class ResidualStream:
 
     def below(self, prefix: str) -> ResidualStream:
         """Return this stream with ``prefix`` before every path: its graph was captured from a part of the model."""
-        if not prefix:
-            return self
+        return self.named([f"{prefix}.{path}" for path in self.paths]) if prefix else self
 
-        def whole(sublayer: Sublayer) -> Sublayer:
-            readers = tuple(f"{prefix}.{path}" for path in sublayer.shared_with)
-            return replace(sublayer, path=f"{prefix}.{sublayer.path}", shared_with=readers)
+    def named(self, paths: Sequence[str]) -> ResidualStream:
+        """Return this stream with other ``paths``, one for each sublayer in order."""
+        names = dict(zip(self.paths, paths, strict=True))
 
-        return replace(self, sublayers=tuple(map(whole, self.sublayers)))
+        def renamed(sublayer: Sublayer) -> Sublayer:
+            readers = tuple(names.get(path, path) for path in sublayer.shared_with)
+            return replace(sublayer, path=names[sublayer.path], shared_with=readers)
+
+        return replace(self, sublayers=tuple(map(renamed, self.sublayers)))
 
     def __str__(self) -> str:
         if self.problems:
