@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.graph_breaks import GraphBreaks
 from adaskip_compile.identity import unwrapped
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.module_paths import naming
@@ -22,14 +23,21 @@ def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
     where no stream was found.
 
     Raises:
-        CaptureError: The forward was captured in several graphs, or in none.
+        CaptureError: The forward was captured in several pieces, or in none.
     """
-    graphs: list[fx.GraphModule] = []
     model = unwrapped(model)
+    graphs: list[fx.GraphModule] = []
+    runs: list[fx.GraphModule] = []
+    breaks = GraphBreaks()
 
     def record(gm: fx.GraphModule, _: list[Any]) -> Any:
         graphs.append(gm)
-        return gm.forward
+
+        def run(*values: Any) -> Any:
+            runs.append(gm)
+            return gm.forward(*values)
+
+        return run
 
     if not example_inputs:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -41,9 +49,9 @@ def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
     compiled = torch.compile(forward, backend=naming(model, record), dynamic=True)
     with torch.no_grad():
         compiled(example_inputs)
-    if len(graphs) != 1:
+    # One graph that runs many times is that of a layer, behind a graph break in each.
+    if len(runs) != 1:
         raise CaptureError(
-            f"the forward was captured in {len(graphs)} graphs, and an analysis needs one; "
-            "TORCH_LOGS=graph_breaks shows where it breaks"
+            f"the forward was captured in {len(runs)} pieces, and an analysis needs one graph; {breaks.first()}"
         )
     return straightened_stream(graphs[0])

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaskip_compile.capture import constant_floats
+from adaskip_compile.graph_breaks import GraphBreaks, why_not_captured
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.implied_masks import drop_implied_masks
 from adaskip_passes.module_paths import naming
@@ -53,7 +54,10 @@ def capture_phases(model: nn.Module) -> tuple[PhaseGraph, ...]:
         with torch.no_grad():
             _run(hollow, recorder, call)
     except torch._dynamo.exc.TorchDynamoException as error:
-        raise CaptureError(f"the model cannot be captured: {str(error).strip().partition(chr(10))[0]}") from error
+        inner = getattr(error, "inner_exception", None)  # of an error that the backend itself raised
+        if isinstance(inner, CaptureError):
+            raise inner from error
+        raise CaptureError(f"the model cannot be captured: {why_not_captured(error)}") from error
     on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
     return tuple(_phase_graph(gm, on_cpu) for gm in recorder.graphs)
 
@@ -74,16 +78,26 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.graphs: list[fx.GraphModule] = []
-        self.calls = 0
+        self.calls = self.runs = 0
+        self._breaks = GraphBreaks()
 
     def __call__(self, gm: fx.GraphModule, _: list[Any]) -> Any:
         self.graphs.append(gm)
-        if len(self.graphs) > self.calls:
+        self._require_one(len(self.graphs))
+        return functools.partial(self._run, gm)
+
+    def _run(self, gm: fx.GraphModule, *inputs: Any) -> Any:
+        # One graph that runs many times a call is that of a layer, behind a graph break in each.
+        self.runs += 1
+        self._require_one(self.runs)
+        return _made_up(gm, *inputs)
+
+    def _require_one(self, pieces: int) -> None:
+        if pieces > self.calls:
             raise CaptureError(
-                "a forward was captured in several graphs, and the compiler needs one; TORCH_LOGS=graph_breaks shows "
-                "where it breaks. It would run unskipped"
+                f"a forward was captured in several graphs, and the compiler needs one; {self._breaks.first()}. "
+                "It would run unskipped"
             )
-        return functools.partial(_made_up, gm)
 
 
 def _made_up(gm: fx.GraphModule, *inputs: Any) -> Any:

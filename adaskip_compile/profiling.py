@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import fx, nn
 
+from adaskip_compile.graph_breaks import GraphBreaks
 from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.layers import find_layers
 from adaskip_compile.learning import make_profile
@@ -118,11 +119,12 @@ def run_samples(
     if device.type == "meta":
         raise CaptureError("the model is on the meta device, where it holds no weights to run with: load them first")
     tokens: list[int] = []
+    breaks = GraphBreaks()
     with evaluating(model):
         for ids in show_progress(token_ids(samples, tokenizer, max_samples), max_samples, progress, title):
             compiled(ids.to(device))
             tokens.append(ids.numel())
-            _require_one_graph(backend, len(tokens))
+            _require_one_graph(backend, len(tokens), breaks)
     if not tokens:
         raise ProfileError("no samples to profile on: give at least one text or tensor of token ids")
     return tokens
@@ -186,11 +188,11 @@ def _cheap_arguments(model: nn.Module) -> dict[str, Any]:
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
-def _require_one_graph(prober: StreamBackend, calls: int) -> None:
+def _require_one_graph(prober: StreamBackend, calls: int, breaks: GraphBreaks) -> None:
     if prober.runs != calls:
         raise CaptureError(
             f"the model was captured in {prober.runs - calls + 1} pieces, and a profile needs one graph a forward; "
-            "TORCH_LOGS=graph_breaks shows where it breaks"
+            f"{breaks.first()}"
         )
     for stream in prober.streams:
         if stream.problems:

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture import constant_floats, make_room_for_graphs
+from adaskip_compile.graph_breaks import why_not_captured
 from adaskip_passes.errors import CaptureError, OptionError
 from adaskip_passes.module_paths import naming
 
@@ -156,10 +157,9 @@ def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_len
     try:
         compiled(input_ids=ids, past_key_values=cache, use_cache=True, **_arguments(model, positions))
     except Exception as error:
-        line = str(error).strip().partition("\n")[0]
         raise CaptureError(
-            f"{name} of {type(model).__name__} was not captured as one graph ({type(error).__name__}: {line}); "
-            "TORCH_LOGS=graph_breaks shows where it breaks"
+            f"{name} of {type(model).__name__} was not captured as one graph ({type(error).__name__}: "
+            f"{why_not_captured(error)}); TORCH_LOGS=graph_breaks shows more"
         ) from error
     [(gm, values)] = captured
     captured.clear()  # Dynamo keeps what it has compiled, and with it the weights

@@ -31,6 +31,7 @@ class Dependence:
         self.effects = effects
         self.position = {node: index for index, node in enumerate(gm.graph.nodes)}
         self._nodes = list(self.position)
+        self._writers = effects.writers()
         self._ancestors: list[int] = []
         written: dict[fx.Node, int] = {}
         writes = effects.written()
@@ -53,6 +54,21 @@ class Dependence:
         """Return the bit set of ``node`` and all that it depends on."""
         index = self.position[node]
         return self._ancestors[index] | (1 << index)
+
+    def written_since(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
+        """Return the writes to the memory of ``node`` whose outcome ``reader`` depends on, in graph order."""
+        writers = self._writers.get(self.effects.roots[node], ())
+        return [writer for writer in writers if self.depends(reader, writer)]
+
+    def as_read(self, node: fx.Node, reader: fx.Node) -> int:
+        """Return the bit set of ``node`` and all that what ``reader`` finds there depends on.
+
+        After ``y.copy_(z)`` a reader of ``y`` finds what z is.
+        """
+        bits = self.with_self(node)
+        for writer in self.written_since(node, reader):
+            bits |= self.with_self(writer)
+        return bits
 
     def depends(self, node: fx.Node, on: fx.Node) -> bool:
         """Tell whether the value of ``node`` depends on that of ``on`` (a node does not depend on itself)."""

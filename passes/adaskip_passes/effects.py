@@ -38,6 +38,8 @@ OPENING = frozenset({"_vmap_increment_nesting", "_enter_autocast", "_enter_infer
 CLOSING = frozenset({"_vmap_decrement_nesting", "_exit_autocast", "_exit_inference_mode"})
 _SCOPES = OPENING | CLOSING | {"lazy_load_decompositions", "_set_grad_enabled"}
 _ACTS = _CHECKS | _SCOPES
+# PyTorch calls it impure, so that no wait is lost. It waits for its own value: where that goes, the collective goes too.
+_WAITS = frozenset({"wait_tensor"})
 
 
 def op_name(node: fx.Node) -> str:
@@ -110,7 +112,9 @@ def positions_written(gm: fx.GraphModule) -> tuple[int, ...]:
 
 
 def _acts(node: fx.Node) -> bool:
-    return not hasattr(node.target, "written_inputs") and (op_name(node) in _ACTS or node.is_impure())
+    if hasattr(node.target, "written_inputs") or op_name(node) in _WAITS:
+        return False
+    return op_name(node) in _ACTS or node.is_impure()
 
 
 def _viewed_input(node: fx.Node) -> fx.Node | None:

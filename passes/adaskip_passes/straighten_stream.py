@@ -54,10 +54,10 @@ def straighten_stream(gm: fx.GraphModule) -> int:
     Graphs without a single stream are left as they are. A second run changes nothing.
     """
     changed = _without_dropout(gm) + _out_of_place(gm)
-    chain = find_chain(gm, Dependence(gm, find_effects(gm)))
-    for link in chain.links:
+    dependence = Dependence(gm, find_effects(gm))
+    for link in find_chain(gm, dependence).links:
         if straight_sums(link) is None:
-            _add_in_turn(gm.graph, link)
+            _add_in_turn(gm.graph, link, dependence)
             changed += 1
     if changed:
         gm.graph.lint()
@@ -105,14 +105,18 @@ def _like_a_stream(node: fx.Node, root: fx.Node) -> bool:
     return value.is_floating_point() and torch.result_type(*operands) == value.dtype
 
 
-def _add_in_turn(graph: fx.Graph, link: Link) -> None:
-    """Let the add of ``link`` join the last part only, and add the others before, each as soon as it is there."""
+def _add_in_turn(graph: fx.Graph, link: Link, dependence: Dependence) -> None:
+    """Let the add of ``link`` join the last part only, and add the others before, each as soon as it is there.
+
+    A branch that is written in place is there when the add would find it so.
+    """
     add, inner = link.tree.add, _inner_adds(link.tree.add)
     order = {node: index for index, node in enumerate(graph.nodes)}
     total = latest = link.tree.leaf
     for part in link.parts[:-1]:
         contributed = _sum(graph, add, part.branches)
-        latest = max(latest, *part.branches, key=order.__getitem__)
+        written = [node for branch in part.branches for node in dependence.written_since(branch, add)]
+        latest = max(latest, *part.branches, *written, key=order.__getitem__)
         with graph.inserting_after(latest) if contributed in order else graph.inserting_before(add):
             total = _captured(call(graph, torch.add, total, contributed))
         order[total], latest = order[latest], total

@@ -158,7 +158,7 @@ def _shared_out(
     feeds = [0] * len(groups)
     for index, branches in enumerate(groups):
         for branch in branches:
-            feeds[index] |= dependence.with_self(branch)
+            feeds[index] |= dependence.as_read(branch, add)
     aside = _read_later(region, dependence)
     owner: dict[fx.Node, int] = {}
     for node in region:

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adaskip_compile
 from adaskip_compile import dispatch
 from adaskip_compile.plans import SkipPlan
 from adaskip_passes.errors import FileError, PassError, VerificationError
-from tests.models import tiny, tokens
+from tests.models import plain, tiny, tokens
 
 ROOT = Path(__file__).parents[2]
 ATTENTION, FFN = "model.layers.0.self_attn", "model.layers.1.mlp"
@@ -179,3 +180,27 @@ def test_the_log_is_silent_by_default_and_tells_all_where_asked(caplog: pytest.L
     command = [sys.executable, "-c", script]
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ), cwd=ROOT)
     assert found.stderr == ""
+
+
+class Wrapped(torch.nn.Module):
+    """A model that Dynamo does not trace itself, around one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = plain()
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, ids: torch.Tensor):
+        return self.inner(ids)
+
+
+def test_the_script_knows_a_graph_that_lies_below_a_prefix(tmp_path: Path):
+    model = Wrapped().eval()
+    plan = SkipPlan.from_scales({"inner.blocks.1.ffn": 0.9}, window=0)
+    adaskip_compile.compile(model, plan, inner="eager", debug_dir=tmp_path)
+    with torch.no_grad():
+        model(tokens(length=6))
+    (folder,) = tmp_path.iterdir()
+    done = repro(folder)
+    assert done.returncode == 0, done.stderr
+    assert "skip-sublayers: modified, matched 1" in done.stdout
