@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,11 +172,13 @@ def forward_of(model: Any, how: str) -> Any:
 
 
 @pytest.mark.parametrize("how", ["compile", "restored", "model.compile", "torch.compile"])
-def test_every_door_marks_the_cache_object(how: str, cache_dir: Any) -> None:
+def test_every_door_marks_the_cache_object(how: str, cache_dir: Path) -> None:
     torch._dynamo.reset()
     model = tiny("llama", num_hidden_layers=4)
     if how == "restored":
         go_on(model, begin(model, ONE, make_cache("dynamic", model)), IDS)
+        if not list(cache_dir.rglob("*.capture")):
+            pytest.skip("captures are not kept with these versions")
         torch._dynamo.reset()
         model = tiny("llama", num_hidden_layers=4)
     call = forward_of(model, "compile" if how == "restored" else how)
