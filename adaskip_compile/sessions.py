@@ -238,9 +238,11 @@ def session_for(module: nn.Module | None, options: Options) -> Session:
 
 
 def sessions_of(module: nn.Module) -> tuple[Session, ...]:
-    """Return the sessions of ``module``, oldest first."""
+    """Return the sessions of ``module``, oldest first; of a part of a compiled model those that it was compiled in itself."""
+    module = unwrapped(module)
     with _LOCK:
-        return tuple(_SESSIONS.get(unwrapped(module), ()))
+        known = [(root, session) for root, sessions in _SESSIONS.items() for session in sessions]
+        return tuple(session for root, session in known if module in (root, session.module))
 
 
 def forget_sessions(module: nn.Module) -> tuple[Session, ...]:

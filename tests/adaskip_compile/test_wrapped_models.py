@@ -162,6 +162,26 @@ def test_the_plan_of_a_model_inside_a_module_says_what_to_compile(llama):
         adaskip_compile.compile(Outer(), SkipPlan.from_scales(SCALES))
 
 
+def test_a_part_that_is_compiled_after_the_whole_has_a_report_of_its_own(llama):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.llm = llama
+
+        def forward(self, ids):
+            return self.llm(ids)
+
+    outer, ids = Outer(), tokens(1, 9)
+    adaskip_compile.compile(outer, SkipPlan.none(), inner="eager")
+    with torch.no_grad():
+        outer(ids)
+        adaskip_compile.compile(llama, SkipPlan.from_scales(SCALES), inner="eager", learn=3)
+        llama(ids)
+    [request] = adaskip_compile.report(llama).requests
+    assert set(request.skipped) == set(SCALES)
+    assert len(adaskip_compile.report(outer).sessions) == 2
+
+
 @pytest.fixture
 def adapted(llama):
     peft = pytest.importorskip("peft")
