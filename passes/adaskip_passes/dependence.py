@@ -1,7 +1,7 @@
 """What every value of a graph depends on, through tensors and through memory.
 
-Only tensor-valued edges count: a position read off ``x.size()`` does not depend on ``x``. A reader
-depends on the earlier writes to the memory that it reads. Sets of nodes are Python integers used as
+Only edges that carry the values of tensors count: a position read off ``x.size()`` does not depend on
+``x``, and a number read by ``x.item()`` does. A reader depends on the earlier writes to the memory that it reads. Sets of nodes are Python integers used as
 bit sets, so that graphs of hundreds of layers stay cheap.
 """
 
@@ -24,6 +24,10 @@ SHAPE_ONLY = frozenset(
 _LIKE_ANOTHER = frozenset({"expand_as", "reshape_as", "type_as", "view_as"})
 
 
+# They make a number of what a tensor holds.
+_READ_OUT = frozenset({"item", "tolist", "_local_scalar_dense", "__float__", "__int__", "__bool__"})
+
+
 class Dependence:
     """For each node of a graph, the set of nodes that its value depends on."""
 
@@ -33,20 +37,29 @@ class Dependence:
         self._nodes = list(self.position)
         self._writers = effects.writers()
         self._ancestors: list[int] = []
+        self._read_out: set[fx.Node] = set()
         written: dict[fx.Node, int] = {}
         writes = effects.written()
         for node in self._nodes:
+            if self._is_read_out(node):
+                self._read_out.add(node)
             bits = self._inherited(node, effects, written)
             self._ancestors.append(bits)
             for root in writes.get(node, ()):
                 written[root] = written.get(root, 0) | bits | (1 << self.position[node])
+
+    def _is_read_out(self, node: fx.Node) -> bool:
+        """Tell whether ``node`` is a number that a tensor holds, or made of one."""
+        if carries_tensor(fake_value(node)):
+            return False
+        return op_name(node) in _READ_OUT or not self._read_out.isdisjoint(node.all_input_nodes)
 
     def _inherited(self, node: fx.Node, effects: Effects, written: dict[fx.Node, int]) -> int:
         if op_name(node) in SHAPE_ONLY:
             return 0
         bits = 0
         for source in node.all_input_nodes[:1] if op_name(node) in _LIKE_ANOTHER else node.all_input_nodes:
-            if carries_tensor(fake_value(source)):
+            if source in self._read_out or carries_tensor(fake_value(source)):
                 bits |= self.with_self(source) | written.get(effects.roots[source], 0)
         return bits
 

@@ -111,6 +111,11 @@ def positions_written(gm: fx.GraphModule) -> tuple[int, ...]:
     return tuple(places[root] for root in roots if root in places)
 
 
+def is_check(node: fx.Node) -> bool:
+    """Tell whether ``node`` only checks a value, and fails where that is not what the rest of the graph takes it for."""
+    return node.op == "call_function" and op_name(node) in _CHECKS
+
+
 def _acts(node: fx.Node) -> bool:
     if hasattr(node.target, "written_inputs") or op_name(node) in _WAITS:
         return False

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from adaskip_passes.effects import is_check
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import add_placeholder, call, fake_tensor, size_hint
 from adaskip_passes.map_regions import MapRegions
@@ -136,7 +137,7 @@ class _StandIns:
 
 
 def _bypass(graph: fx.Graph, sublayer: Sublayer, stand_ins: _StandIns, first: fx.Node) -> fx.Node:
-    """Put what stands in for the sublayer in the place of b, erase b and the sublayer's writes, and return it; ``first`` begins the stream."""
+    """Put what stands in for the sublayer in the place of b, erase b and the sublayer's writes and checks, and return it; ``first`` begins the stream."""
     a, b = sublayer.stream_in, sublayer.stream_out
     wanted, got = fake_tensor(b), fake_tensor(a)
     assert wanted is not None
@@ -151,6 +152,8 @@ def _bypass(graph: fx.Graph, sublayer: Sublayer, stand_ins: _StandIns, first: fx
             scaled = call(graph, "to", scaled, wanted.dtype)
     scaled.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **scaled.meta}
     b.replace_all_uses_with(scaled)
+    for node in filter(is_check, reversed(sublayer.nodes)):
+        graph.erase_node(node)  # of what is no longer computed
     for node in reversed(sublayer.writes):
         if hasattr(node.target, "written_inputs") and any(value.users for value in node.users):
             raise PassError(
