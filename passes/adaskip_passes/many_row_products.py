@@ -1,4 +1,7 @@
-"""Products of many rows with a matrix of weights, by whichever matrix library is faster on the machine they run on.
+"""Products of several rows with a matrix of weights, by whichever matrix library is faster on the machine they run on.
+
+Prompts have many rows. The decode steps of a batch have a few, and have them again and again: reading the weights should
+be all their time, but MKL's products of two or three rows take up to three times as long as oneDNN's.
 
 ::
 
@@ -7,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -16,8 +20,11 @@ from torch import fx
 from adaskip_passes import onednn
 from adaskip_passes.graph import LINEAR_ARGUMENTS, fake_tensor, named_arguments
 
-# Fewer rows wait for the weights to be read, and oneDNN makes a kernel for each number of rows: a millisecond or more.
-_FEW_ROWS = 32
+# Numbers of rows that are tried one by one: batches that are decoded together.
+_BATCH = range(2, 9)
+# Between them and this many rows a product is a short prompt's, and is made once: oneDNN makes a kernel for each number of
+# rows, in a millisecond or more.
+_MANY_ROWS = 32
 # A trial multiplies this many rows with a square matrix as wide: some milliseconds.
 _TRIAL = 768
 
@@ -30,8 +37,8 @@ def many_row_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
     A graph does not know how many rows it is called with, nor on which machine: both are looked at here.
     """
-    many = input.numel() >= _FEW_ROWS * input.shape[-1]
-    if many and onednn.enabled() and onednn_pays(torch.get_num_threads()):
+    rows = math.prod(input.shape[:-1])
+    if (rows in _BATCH or rows >= _MANY_ROWS) and onednn.enabled() and _onednn_pays_for(rows):
         return onednn.multiply(input, weight, bias)
     return torch.nn.functional.linear(input, weight, bias)
 
@@ -45,6 +52,11 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 MANY_ROW_LINEAR = torch.ops.adaskip.many_row_linear.default
 
 
+def _onednn_pays_for(rows: int) -> bool:
+    threads = torch.get_num_threads()
+    return onednn_pays(threads) if rows >= _MANY_ROWS else onednn_pays_for_batch(threads, rows)
+
+
 @cache
 def onednn_pays(threads: int) -> bool:
     """Return whether oneDNN multiplies clearly faster than ``linear`` here, with ``threads``; tried once, in 0.1 s."""
@@ -52,13 +64,22 @@ def onednn_pays(threads: int) -> bool:
     return onednn.pays(f"products with {threads} threads", torch.nn.functional.linear, onednn.multiply, square, square)
 
 
+@cache
+def onednn_pays_for_batch(threads: int, batch: int) -> bool:
+    """Return the same of products of ``batch`` rows; tried once for each number, in some milliseconds."""
+    rows, square = onednn.operand(batch, _TRIAL), onednn.operand(_TRIAL, _TRIAL)
+    name = f"products of {batch} rows with {threads} threads"
+    return onednn.pays(name, torch.nn.functional.linear, onednn.multiply, rows, square)
+
+
 def choose_many_row_products(gm: fx.GraphModule) -> int:
-    """Rewrite the ``linear`` calls of ``gm`` in place that multiply 32-bit floats on the CPU, in any number of rows.
+    """Rewrite the ``linear`` calls of ``gm`` in place that multiply 32-bit floats on the CPU.
 
     Returns:
-        How many there were. Products whose rows the graph counts are left alone: a decode step has few.
+        How many there were. Of products whose rows the graph counts, only a batch's are rewritten: one row and prompts
+        of one length are left alone.
     """
-    found = [node for node in gm.graph.nodes if _has_any_number_of_rows(node)]
+    found = [node for node in gm.graph.nodes if _has_rows_to_choose_for(node)]
     for node in found:
         given = named_arguments(node, LINEAR_ARGUMENTS)
         operands = given["input"], given["weight"], given.get("bias")
@@ -69,7 +90,7 @@ def choose_many_row_products(gm: fx.GraphModule) -> int:
     return len(found)
 
 
-def _has_any_number_of_rows(node: fx.Node) -> bool:
+def _has_rows_to_choose_for(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is not torch.nn.functional.linear:
         return False
     given = named_arguments(node, LINEAR_ARGUMENTS)
@@ -79,4 +100,5 @@ def _has_any_number_of_rows(node: fx.Node) -> bool:
     x, weight = operands[:2]
     assert x is not None
     assert weight is not None
-    return weight.dim() == 2 and any(isinstance(size, torch.SymInt) for size in x.shape[:-1])
+    rows = x.shape[:-1]
+    return weight.dim() == 2 and (any(isinstance(size, torch.SymInt) for size in rows) or math.prod(rows) in _BATCH)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from adaskip_passes import many_row_products
+from adaskip_passes import many_row_products, onednn
 from adaskip_passes.many_row_products import MANY_ROW_LINEAR, choose_many_row_products
 from tests.models import weights
 
@@ -19,6 +19,7 @@ from tests.models import weights
 def faster(request, monkeypatch):
     """Each answer that a machine may give, whatever this one's is."""
     monkeypatch.setattr(many_row_products, "onednn_pays", lambda threads: request.param)
+    monkeypatch.setattr(many_row_products, "onednn_pays_for_batch", lambda threads, batch: request.param)
 
 
 def linear_in_float64(x, weight, bias):
@@ -35,7 +36,9 @@ def operands(rows, width, out, *, bias):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    rows=st.sampled_from([(), (31,), (32,), (1, 33), (2, 100), (3, 2, 40), (0,), (2, 0), (1, 1)]),
+    rows=st.sampled_from(
+        [(), (31,), (32,), (1, 33), (2, 100), (3, 2, 40), (0,), (2, 0), (1, 1), (2, 1), (3,), (8, 1), (9,)]
+    ),
     width=st.integers(1, 70),
     out=st.integers(1, 70),
     bias=st.booleans(),
@@ -87,14 +90,44 @@ def test_any_number_of_rows_is_rewritten():
     torch.testing.assert_close(got.double(), *mlp(*(one.double() for one in values)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [2, 8])
+def test_a_batch_that_the_graph_counts_is_rewritten(batch):
+    values = torch.randn(batch, 1, 8), weights(12, 8)
+    count, got = rewritten(lambda x, w: (functional.linear(x, w),), values, dynamic=False)
+    assert count == 1
+    torch.testing.assert_close(got, functional.linear(*values), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 31, 32])
+def test_a_batch_is_multiplied_by_what_a_trial_of_as_many_rows_says(rows, faster, monkeypatch):
+    asked = []
+    monkeypatch.setattr(many_row_products, "onednn_pays_for_batch", lambda threads, batch: asked.append(batch))
+    MANY_ROW_LINEAR(torch.randn(rows, 1, 8), torch.randn(12, 8), None)
+    assert asked == ([rows] if 2 <= rows <= 8 else [])
+
+
+def test_a_trial_is_made_once_for_a_number_of_rows(monkeypatch):
+    monkeypatch.undo()
+    tried = []
+    monkeypatch.setattr(onednn, "pays", lambda name, plain, other, x, weight: tried.append(tuple(x.shape)) or True)
+    many_row_products.onednn_pays_for_batch.cache_clear()
+    try:
+        for rows in (2, 3, 2):
+            MANY_ROW_LINEAR(torch.randn(rows, 8), torch.randn(12, 8), None)
+    finally:
+        many_row_products.onednn_pays_for_batch.cache_clear()
+    assert [shape[0] for shape in tried] == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
+        (torch.randn(1, 1, 8), weights(4, 8)),
         (torch.randn(1, 50, 8), weights(4, 8)),
         (torch.randn(50, 8).bfloat16(), weights(4, 8).bfloat16()),
         (torch.randn(50, 8, device="meta"), weights(4, 8).to("meta")),
     ],
-    ids=["counted rows", "16 bits", "another device"],
+    ids=["one row", "counted rows", "16 bits", "another device"],
 )
 def test_others_are_left_alone(x, weight):
     count, _ = rewritten(lambda x, w: (functional.linear(x, w),), (x, weight), dynamic=x.shape[0] > 1)

@@ -43,12 +43,14 @@ def test_one_slow_trial_decides_nothing(takes):
 def test_it_is_not_taken_where_it_is_missing_or_turned_off(monkeypatch):
     for module in (many_row_products, banded_attention):
         monkeypatch.setattr(module, "onednn_pays", pytest.fail)
+    monkeypatch.setattr(many_row_products, "onednn_pays_for_batch", pytest.fail)
     x = torch.randn(1, 1, 2048, 8)
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(MANY_ROW_LINEAR(x, x[0, 0], None), torch.nn.functional.linear(x, x[0, 0]))
         BANDED_ATTENTION(x, x, x, 0, 8, None)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     MANY_ROW_LINEAR(x, x[0, 0], None)
+    MANY_ROW_LINEAR(x[..., :2, :], x[0, 0], None)
     BANDED_ATTENTION(x, x, x, 0, 8, None)
 
 
@@ -61,6 +63,7 @@ def test_a_trial_leaves_random_numbers_alone_and_needs_no_defaults(dtype, monkey
     try:
         with torch.device("meta"):
             many_row_products.onednn_pays.__wrapped__(1)
+            many_row_products.onednn_pays_for_batch.__wrapped__(1, 2)
             banded_attention.onednn_pays.__wrapped__(1, 4, 2, 8)
     finally:
         torch.set_default_dtype(torch.float32)
