@@ -22,7 +22,6 @@ from adaskip_compile.plans import SkipPlan
 from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
 
 PHASES = ("prefill", "decode")
-DTYPES = ("float32", "bfloat16")
 EAGER, COMPILED = "eager", "compiled"
 
 
@@ -37,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = bench_parser(str(__doc__), context=128, rounds=7)
-    parser.conflict_handler = "resolve"  # several at once, where the other benches take one
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser = bench_parser(str(__doc__), both_dtypes=True, context=128, rounds=7)
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[1, 2, 3, 4, 8], metavar="N", help="sequences at once"
     )

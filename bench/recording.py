@@ -16,15 +16,21 @@ import adaskip_compile
 from adaskip_compile.cli.measure import Generation, Spread, generate
 from adaskip_compile.plans import SkipPlan
 
+_DTYPES = ("float32", "bfloat16")
 
-def bench_parser(description: str, **defaults: int) -> argparse.ArgumentParser:
-    """Return a parser of what every bench of generation takes, and of ``--context`` and ``--rounds`` where they have defaults."""
+
+def bench_parser(description: str, *, both_dtypes: bool = False, **defaults: int) -> argparse.ArgumentParser:
+    """Return a parser of what every bench of generation takes, and of ``--context`` and ``--rounds`` where they have defaults.
+
+    A bench takes one ``--dtype``, and with ``both_dtypes`` a list of them.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="folder, .gguf file, hub id or short name")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    several: dict[str, Any] = {"nargs": "+", "default": list(_DTYPES)} if both_dtypes else {"default": _DTYPES[0]}
+    parser.add_argument("--dtype", choices=_DTYPES, **several)
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
     parser.add_argument("--json", metavar="PATH|-")
     return parser
