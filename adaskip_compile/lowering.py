@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import sympy
+import torch
 from torch import fx
 from torch.compiler import config as compiler_config
 from torch.fx.experimental import _config as symbol_config
@@ -170,8 +171,10 @@ def _kernels_when_called(waited: Callable[[float], None]) -> Iterator[None]:
                 scope[name] = _PendingKernel(name, scope, kernel.result, waited)
         wait(compiling, scope)
 
-    # Inductor's class is changed meanwhile, for one thread at a time.
-    with capturing(), mock.patch.object(AsyncCompile, "wait", wait_for_others):
+    # Inductor's class is changed meanwhile, for one thread at a time. AOTAutograd traces with FX, of which all threads
+    # know; that it is part of compiling, as within a capture, tells their calls of compiled code not to mind it.
+    compiling = mock.patch.object(torch.compiler, "_is_compiling_flag", True)
+    with capturing(), compiling, mock.patch.object(AsyncCompile, "wait", wait_for_others):
         yield
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -158,3 +159,28 @@ def test_two_threads_compile_a_model_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(adaskip_compile.backend, "_compiled_forward", slow)
     in_threads(3, lambda _: adaskip_compile.compile(model, SkipPlan.none(), inner="eager"))
     assert len(made) == 1
+
+
+def test_a_call_goes_on_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch):
+    warm = tiny("llama", **SMALL)
+    adaskip_compile.compile(warm, SkipPlan.from_scales(scales_of(0)), inner="eager")
+    with torch.no_grad():
+        wanted = warm(tokens(1, 9)).logits
+    compile_ = torch._inductor.standalone_compile
+    called: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def call(_: int) -> None:
+        called.append(warm(tokens(1, 9)).logits)
+
+    def traced(*args: Any, **how: Any) -> Any:
+        if not called:
+            with mock.patch.object(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True):
+                in_threads(1, call)
+        return compile_(*args, **how)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", traced)
+    other = adaskip_compile.compile(tiny("llama", seed=1), SkipPlan.none(), inner="inductor")
+    with torch.no_grad():
+        other(tokens(1, 9))
+    assert [torch.equal(logits, wanted) for logits in called] == [True]
