@@ -16,6 +16,7 @@ from adaskip_compile.documents import producer
 from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.static_capture import CapturedPhase, StaticSteps, end_tokens
+from adaskip_compile.tested_versions import internals_of
 from adaskip_compile.whole_files import native_file
 from adaskip_passes.errors import CaptureError, FileError
 from adaskip_passes.pipeline import PipelineResult
@@ -59,8 +60,9 @@ def write_package(folder: Path, phases: Mapping[str, SpecialisedPhase]) -> None:
     Raises:
         CaptureError: AOTInductor cannot compile one of them.
     """
-    from torch._inductor import aot_compile
-    from torch._inductor.package import package_aoti
+    with internals_of("torch", "export with aot=True"):
+        from torch._inductor import aot_compile
+        from torch._inductor.package import package_aoti
 
     options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
     compiled: dict[str, Any] = {}

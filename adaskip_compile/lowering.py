@@ -21,6 +21,7 @@ from torch.fx.experimental import _config as symbol_config
 from adaskip_compile.capture import capturing, example_inputs
 from adaskip_compile.executor import Executor
 from adaskip_compile.shape_checks import AssumptionCheck
+from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_mode, fake_tensor
 from adaskip_passes.lower.fold_rows import fold_rows
@@ -50,7 +51,8 @@ def start_cpu_compiler() -> None:
     caches compiles small programs for six seconds, and preprocesses and precompiles its headers.
     """
     # Imported here and not on the thread: two threads that import modules of one package may see them half made.
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
+    with internals_of("torch", 'inner="inductor" on a CPU'):
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     def compile_kernel() -> None:
         try:
@@ -160,8 +162,9 @@ class Lowering:
 @contextmanager
 def _kernels_when_called(waited: Callable[[float], None]) -> Iterator[None]:
     """Have Inductor not wait for the C++ compiler within this context: a kernel is waited for when it is first called."""
-    from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.codecache import LambdaFuture
+    with internals_of("torch", 'inner="inductor"'):
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.codecache import LambdaFuture
 
     wait = AsyncCompile.wait
 

@@ -11,6 +11,7 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_passes.errors import CaptureError
 
 # Room enough for the two tokens of the run that shows how wide each layer is.
@@ -53,7 +54,8 @@ def make_cache(model: Any, batch: int, max_length: int) -> StaticCache:
     :class:`CaptureError` where a layer keeps something else than keys and values of attention.
     """
     cache = StaticCache(config=model.config, max_cache_len=_FEW_TOKENS)
-    model(torch.ones(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    model(ids, use_cache=True, **cache_argument(model, cache))
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "keys", layer) is None and not hasattr(layer, "conv_states"):
             continue  # it reads the keys and values of another layer, or none

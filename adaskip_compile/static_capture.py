@@ -18,6 +18,8 @@ from torch import fx, nn
 
 from adaskip_compile.capture import constant_floats, make_room_for_graphs
 from adaskip_compile.graph_breaks import why_not_captured
+from adaskip_compile.kv_cache.cache_argument import cache_argument
+from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import CaptureError, OptionError
 from adaskip_passes.module_paths import naming
 
@@ -66,7 +68,8 @@ def capture_steps(
             not captured as one graph.
     """
     _require_transformers_model(model)
-    from adaskip_compile.positioned_cache import cache_tensors, make_cache
+    with internals_of("transformers", "export"):
+        from adaskip_compile.positioned_cache import cache_tensors, make_cache
 
     make_room_for_graphs()
     was_training = model.training
@@ -155,7 +158,7 @@ def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_len
 
     compiled = constant_floats(torch.compile(forward, backend=naming(model, record), dynamic=False, fullgraph=True))
     try:
-        compiled(input_ids=ids, past_key_values=cache, use_cache=True, **_arguments(model, positions))
+        compiled(input_ids=ids, use_cache=True, **cache_argument(model, cache), **_arguments(model, positions))
     except Exception as error:
         raise CaptureError(
             f"{name} of {type(model).__name__} was not captured as one graph ({type(error).__name__}: "

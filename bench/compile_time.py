@@ -27,6 +27,7 @@ import torch
 import adaskip_compile
 from adaskip_compile.capture import capture_count
 from adaskip_compile.checkpoints import load_checkpoint
+from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from bench.recording import write
@@ -108,7 +109,7 @@ def _once(arguments: argparse.Namespace) -> None:
 def _two_tokens(model: Any, context: int) -> None:
     ids = torch.randint(10, model.config.vocab_size, (1, context), generator=torch.manual_seed(0))
     result = model(ids, use_cache=True, logits_to_keep=1)
-    model(result.logits.argmax(-1), past_key_values=result.past_key_values, use_cache=True, logits_to_keep=1)
+    model(result.logits.argmax(-1), use_cache=True, logits_to_keep=1, **cache_argument(model, cache_of(result)))
 
 
 def _backend(model: Any, way: str) -> float:

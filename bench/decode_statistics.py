@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
@@ -43,6 +44,6 @@ def decode_statistics(model: Any, prompts: Iterable[torch.Tensor], steps: int) -
         rows.clear()  # what prefill saw
         for _ in range(steps):
             chosen = result.logits[:, -1:].argmax(-1)
-            result = compiled(input_ids=chosen, past_key_values=result.past_key_values, use_cache=True)
+            result = compiled(input_ids=chosen, use_cache=True, **cache_argument(model, cache_of(result)))
         requests.append(torch.stack(rows).double())
     return paths[0], torch.stack(requests)

@@ -25,6 +25,7 @@ import torch
 import adaskip_compile
 from adaskip_compile.capture import capture_count
 from adaskip_compile.checkpoints import load_checkpoint
+from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from bench.recording import bench_parser, cell, numbers, write
@@ -94,9 +95,9 @@ def _request(model: Any, ids: torch.Tensor) -> list[float]:
     cache, tokens = None, ids
     for _ in range(1 + STEPS):
         started = time.perf_counter()
-        result = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        result = model(tokens, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
         seconds.append(time.perf_counter() - started)
-        cache, tokens = result.past_key_values, result.logits[:, -1:].argmax(-1)
+        cache, tokens = cache_of(result), result.logits[:, -1:].argmax(-1)
     return seconds
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from adaskip_compile.capture import constant_floats, graph_break
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import Session
@@ -116,7 +117,7 @@ def logits(
             result = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **cache_argument(model, cache),
                 max_new_tokens=STEPS,
                 do_sample=False,
                 output_logits=True,

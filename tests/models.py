@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_passes.module_paths import naming
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -326,7 +327,7 @@ def _generate(model: Any, call: Callable[..., Any], ids: torch.Tensor, *, cache:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             max_new_tokens=5,
             do_sample=False,
             disable_compile=True,

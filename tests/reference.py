@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from adaskip_passes.straighten_stream import straighten_stream
 
@@ -212,6 +213,8 @@ def run_request(
                 seen = torch.cat([seen, torch.ones_like(ids)], dim=1)
             positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             padded = None if mask is None else seen
-            result = model(ids, attention_mask=padded, position_ids=positions, past_key_values=cache, use_cache=True)
+            result = model(
+                ids, attention_mask=padded, position_ids=positions, use_cache=True, **cache_argument(model, cache)
+            )
             logits.append(result.logits[:, -1])
     return logits

@@ -44,10 +44,10 @@ def test_nothing_skipped_changes_no_token(family, kind):
     model = on_gpu(family, **layers)
     requests = [padded(1), padded(2)]
     how = {"disable_compile": True}  # transformers compiles decode with a fixed cache by itself
-    wanted = [generate(model, *one, STEPS, past_key_values=make_cache(kind, model), **how) for one in requests]
+    wanted = [generate(model, *one, STEPS, cache=make_cache(kind, model), **how) for one in requests]
     adaskip_compile.compile(model, SkipPlan.none())
     for request, tokens_wanted in zip(requests, wanted, strict=True):
-        got = generate(model, *request, STEPS, past_key_values=make_cache(kind, model), **how)
+        got = generate(model, *request, STEPS, cache=make_cache(kind, model), **how)
         assert torch.equal(got, tokens_wanted)
     assert not adaskip_compile.report(model).sessions[-1].unskipped_graphs
 
@@ -79,7 +79,7 @@ def test_decode_over_a_fixed_cache_is_replayed(how):
     adaskip_compile.compile(model, plan)
     wanted = [generate(model, *padded(rows), STEPS) for rows in (1, 2, 1)]
     for rows, one in zip((1, 2, 1), wanted, strict=True):
-        got = generate(model, *padded(rows), STEPS, past_key_values=make_cache("static", model), **how)
+        got = generate(model, *padded(rows), STEPS, cache=make_cache("static", model), **how)
         assert torch.equal(got, one)
     variants = [
         variant for session in sessions_of(model) for graph in session.graphs for variant in graph.variants.values()
@@ -99,7 +99,7 @@ def test_threads_share_a_recorded_step():
 
     def work(place: int) -> None:
         cache = make_cache("static", model)
-        found[place] = generate(model, *requests[place], STEPS, past_key_values=cache, disable_compile=True)
+        found[place] = generate(model, *requests[place], STEPS, cache=cache, disable_compile=True)
 
     work(0)
     threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
@@ -141,7 +141,7 @@ def test_a_skipped_attention_holds_no_keys_and_values():
     for name, plan in (("full", SkipPlan.none()), ("skipping", SkipPlan.from_scales(SKIPPED))):
         adaskip_compile.compile(model, plan)
         cache = make_cache("dynamic", model)
-        generate(model, *padded(1), STEPS, past_key_values=cache)
+        generate(model, *padded(1), STEPS, cache=cache)
         held[name] = cache_bytes(cache)
     assert held["skipping"] == held["full"] / 2
 

@@ -13,6 +13,7 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.cli.measure import Generation
 from adaskip_compile.evaluation.likelihood import decoded_nlls
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_passes.errors import ForeignFileError
 from bench import baselines, compensation, equal_speed, error_growth, quantized_cache, studies
 from bench.decode_statistics import decode_statistics
@@ -64,8 +65,10 @@ def test_a_cache_quantised_after_prefill_is_what_transformers_quantised_cache_gi
     model, ids = tiny("llama", hidden_size=256, num_hidden_layers=3), tokens(length=90)[0]
     past = QuantizedCache(backend="quanto", config=model.config, nbits=bits, residual_length=128, q_group_size=64)
     with torch.no_grad():
-        model(input_ids=ids[None, :79], past_key_values=past, use_cache=True)
-        steps = [model(input_ids=ids[None, at : at + 1], past_key_values=past).logits[0, -1] for at in range(79, 89)]
+        model(input_ids=ids[None, :79], use_cache=True, **cache_argument(model, past))
+        steps = [
+            model(input_ids=ids[None, at : at + 1], **cache_argument(model, past)).logits[0, -1] for at in range(79, 89)
+        ]
     expected = float(functional.cross_entropy(torch.stack(steps), ids[-10:]))
     adaskip_compile.compile(model, SkipPlan.none(), inner="eager")
     held: list[int] = []

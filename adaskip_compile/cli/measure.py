@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from adaskip_compile.kv_cache.cache_argument import cache_of
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -72,7 +74,7 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int, **how: Any) -> Gene
     began, first, *rest = clock.ticks
     later = (after - before for before, after in zip([first, *rest], rest, strict=False))
     tokens = result.sequences[0, ids.shape[1] :].tolist()
-    return Generation(tuple(tokens), first - began, tuple(later), cache_bytes(result.past_key_values))
+    return Generation(tuple(tokens), first - began, tuple(later), cache_bytes(cache_of(result)))
 
 
 def take_turns(ways: Mapping[str, Callable[[], Generation]], rounds: int) -> dict[str, list[Generation]]:

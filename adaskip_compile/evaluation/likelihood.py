@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
+
 # Positions whose logits are turned into float32 losses at a time: bounds memory at large vocabularies.
 _LOSS_CHUNK = 256
 
@@ -58,13 +60,13 @@ def decoded_nlls(
     for window in windows:
         ids = window.to(model.device)[None]
         prompt = ids.shape[1] - decoded - 1
-        past = model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+        past = cache_of(model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1))
         if after_prefill is not None:
             after_prefill(past)
         rows = []
         for step in range(prompt, ids.shape[1] - 1):
-            result = model(input_ids=ids[:, step : step + 1], past_key_values=past, use_cache=True)
-            past = result.past_key_values
+            result = model(input_ids=ids[:, step : step + 1], use_cache=True, **cache_argument(model, past))
+            past = cache_of(result)
             rows.append(result.logits[0, -1])
         found.append(_mean_loss(torch.stack(rows), ids[0, -decoded:]))
     return tuple(found)

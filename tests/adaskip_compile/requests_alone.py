@@ -11,6 +11,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.plans import RampStep, SkippedSublayer
 from tests.models import tokens
 from tests.reference import omit_sublayers, run_request
@@ -43,7 +44,9 @@ def go_on(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         for one in ids.split(1, dim=1):
             positions = torch.full_like(one, int(cache.get_seq_length()))
-            logits.append(model(one, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1])
+            logits.append(
+                model(one, position_ids=positions, use_cache=True, **cache_argument(model, cache)).logits[:, -1]
+            )
     return torch.stack(logits)
 
 

@@ -203,9 +203,9 @@ def test_decode_steps_of_whole_requests_are_replayed(device, monkeypatch):
     row = tokens(1, 11)[0]
     for rows in ([row], [row.flip(0)], [row, row[3:]]):
         ids, mask = left_padded(rows)
-        wanted = generate(model, ids, mask, 16, past_key_values=make_cache("dynamic", model))
+        wanted = generate(model, ids, mask, 16, cache=make_cache("dynamic", model))
         before = device.replayed
-        got = generate(model, ids, mask, 16, past_key_values=make_cache("static", model))
+        got = generate(model, ids, mask, 16, cache=make_cache("static", model))
         assert torch.equal(got, wanted)
         assert device.replayed - before >= 8  # of 15: the first steps of each variant and request are not
     [session] = adaskip_compile.report(model).sessions
@@ -222,7 +222,7 @@ def test_it_can_be_turned_off(device, monkeypatch):
     model = tiny("llama")
     adaskip_compile.compile(model, SkipPlan.none(), cuda_graphs=False, keep_captures=False)
     ids, mask = left_padded([tokens(1, 11)[0]])
-    generate(model, ids, mask, 6, past_key_values=make_cache("static", model))
+    generate(model, ids, mask, 6, cache=make_cache("static", model))
     assert device.recorded == 0
 
 

@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import adaskip_compile
 from adaskip_compile import ForeignFileError, LegalityError, SkipPlan, UnknownSublayerError
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from tests.generation import make_cache
 from tests.models import plain, tiny, tokens
 from tests.reference import run_request
@@ -54,12 +55,12 @@ def test_a_module_that_is_no_sublayer_is_refused_when_it_runs(llama):
 def test_a_skipped_attention_cannot_run_again(llama):
     cache = make_cache("dynamic", llama)
     with torch.no_grad():
-        raw(llama, plan=SkipPlan.from_scales(ATTENTION))(tokens(1, 9), past_key_values=cache, use_cache=True)
+        raw(llama, plan=SkipPlan.from_scales(ATTENTION))(tokens(1, 9), use_cache=True, **cache_argument(llama, cache))
         full = raw(llama, plan=SkipPlan.none())
         with pytest.raises(
             LegalityError, match=r"model\.layers\.1\.self_attn.*start a new request with an empty cache"
         ):
-            full(tokens(1, 1), past_key_values=cache, use_cache=True)
+            full(tokens(1, 1), use_cache=True, **cache_argument(llama, cache))
 
 
 def test_a_request_refuses_to_run_its_holes(llama):
@@ -174,12 +175,12 @@ def test_a_request_that_has_skipped_cannot_go_on_in_training_mode(llama):
     adaskip_compile.compile(llama, SkipPlan.from_scales(ATTENTION), inner="eager")
     cache = make_cache("dynamic", llama)
     with torch.no_grad():
-        llama(tokens(1, 9), past_key_values=cache, use_cache=True)
+        llama(tokens(1, 9), use_cache=True, **cache_argument(llama, cache))
         llama.train()
         with pytest.raises(LegalityError, match=r"model\.layers\.1\.self_attn.*training mode"):
-            llama(tokens(1, 1), past_key_values=cache, use_cache=True)
+            llama(tokens(1, 1), use_cache=True, **cache_argument(llama, cache))
         llama.eval()
-        llama(tokens(1, 1), past_key_values=cache, use_cache=True)
+        llama(tokens(1, 1), use_cache=True, **cache_argument(llama, cache))
 
 
 @pytest.mark.parametrize("model", [None, lambda ids: ids])

@@ -25,6 +25,7 @@ from adaskip_compile import (
 from adaskip_compile.export_folders import EXPORT_FORMAT
 from adaskip_compile.exported_runner import ExportedModel
 from adaskip_compile.identity import identify
+from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from tests.adaskip_compile.exports import (
     FAMILIES,
     STEPS,
@@ -218,7 +219,7 @@ def test_other_ffns_in_decode(tmp_path):
         wanted = [result.logits[:, -1:].argmax(-1)]
         scales.update(decode.scales)
         for _ in range(9):
-            result = model(wanted[-1], past_key_values=result.past_key_values, use_cache=True)
+            result = model(wanted[-1], use_cache=True, **cache_argument(model, cache_of(result)))
             wanted.append(result.logits[:, -1:].argmax(-1))
     assert torch.equal(ExportedModel(tmp_path / "out").generate(ids, 10), torch.cat(wanted, dim=1))
 

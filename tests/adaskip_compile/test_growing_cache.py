@@ -14,6 +14,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan, growing_storage
 from adaskip_compile.capture import capture_count
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from tests.generation import generate, greedy_loop, left_padded, make_cache
 from tests.models import plain, tiny, tokens
 from tests.reference import omit_sublayers, run_request
@@ -83,7 +84,7 @@ def decode(model: Any, cache: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 def call(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     seen = cache.get_seq_length()
     positions = torch.arange(seen, seen + ids.shape[1]).expand(len(ids), -1)
-    return model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+    return model(ids, position_ids=positions, use_cache=True, **cache_argument(model, cache)).logits[:, -1]
 
 
 @pytest.mark.parametrize("regions", ["shared", "whole"])

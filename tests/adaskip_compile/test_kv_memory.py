@@ -11,6 +11,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request
@@ -66,7 +67,7 @@ def step(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         seen = int(cache.get_seq_length())
         positions = torch.arange(seen, seen + ids.shape[1]).expand(len(ids), -1)
-        return model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+        return model(ids, position_ids=positions, use_cache=True, **cache_argument(model, cache)).logits[:, -1]
 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -147,7 +148,7 @@ def test_beam_search(llama, kind):
     def act(_: Callable[[], None]) -> torch.Tensor:
         ids = tokens(2, 9)
         cache = make_cache(kind, llama)
-        return generate(llama, ids, torch.ones_like(ids), 12, num_beams=3, past_key_values=cache)
+        return generate(llama, ids, torch.ones_like(ids), 12, num_beams=3, cache=cache)
 
     got, wanted = both(llama, act)
     assert torch.equal(got, wanted)

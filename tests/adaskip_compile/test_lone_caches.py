@@ -75,7 +75,7 @@ def test_rows_are_selected(model: Any) -> None:
 def test_beam_search(model: Any, kind: str) -> None:
     def act(_: Callable[[], None]) -> torch.Tensor:
         ids = tokens(2, 9)
-        return generate(model, ids, torch.ones_like(ids), 8, num_beams=3, past_key_values=make_cache(kind, model))
+        return generate(model, ids, torch.ones_like(ids), 8, num_beams=3, cache=make_cache(kind, model))
 
     got, wanted = both(model, act)
     assert got.tolist() == wanted.tolist()

@@ -15,6 +15,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import LegalityError, SkipPlan
 from adaskip_compile.capture import capture_count
+from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from tests.adaskip_compile.requests_alone import (
     FFN,
     IDS,
@@ -90,7 +91,9 @@ def test_rows_padded_with_an_embedding_of_zeros(llama: Any) -> None:
         seen = torch.cat([mask[:2], torch.ones(2, 3, dtype=torch.long)], dim=1)
         with torch.no_grad():
             positions = (seen.sum(1) - 1)[:, None]
-            return model(tokens(2, 1), attention_mask=seen, position_ids=positions, past_key_values=cache).logits
+            return model(
+                tokens(2, 1), attention_mask=seen, position_ids=positions, **cache_argument(model, cache)
+            ).logits
 
     use(model, ONE)
     got = act(lambda: use(model, OTHER))
@@ -125,14 +128,14 @@ def test_copies_at_different_places_keep_their_place(llama: Any, kind: str, make
 def test_a_cache_that_the_model_makes_is_copied_before_its_second_call(llama: Any) -> None:
     use(llama, ONE)
     with torch.no_grad():
-        cache = llama(tokens(2, 9), use_cache=True).past_key_values
+        cache = cache_of(llama(tokens(2, 9), use_cache=True))
     use(llama, FFN)
     run_request(llama, tokens(2, 9, seed=1), tokens(2, 1), cache=make_cache("dynamic", llama))
     twin = copy.deepcopy(cache)
     got = [go_on(llama, twin, IDS), go_on(llama, cache, IDS)]
     llama._compiled_call_impl = None
     with omit_sublayers(llama, ONE), torch.no_grad():
-        wanted = go_on(llama, llama(tokens(2, 9), use_cache=True).past_key_values, IDS)
+        wanted = go_on(llama, cache_of(llama(tokens(2, 9), use_cache=True)), IDS)
     for one in got:
         assert_same(one, wanted)
 

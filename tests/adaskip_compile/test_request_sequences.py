@@ -14,6 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule, r
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.plans import RampStep, SkippedSublayer
 from tests.generation import CACHES, make_cache
 from tests.models import tiny, tokens
@@ -68,7 +69,7 @@ def call(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     seen = int(cache.get_seq_length())
     positions = torch.arange(seen, seen + ids.shape[1]).expand(len(ids), -1)
     with torch.no_grad():
-        return model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+        return model(ids, position_ids=positions, use_cache=True, **cache_argument(model, cache)).logits[:, -1]
 
 
 def act(cache: Any, what: str, how: Any) -> None:

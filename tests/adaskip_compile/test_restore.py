@@ -13,6 +13,7 @@ from torch import nn
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.sessions import sessions_of
 from tests.generation import generate, greedy_loop, make_cache
 from tests.models import plain, tiny, tokens
@@ -123,7 +124,7 @@ def test_the_caches_of_requests_are_not_held(llama):
     call = compiled_by("compile", llama)
     cache = make_cache("dynamic", llama)
     with torch.no_grad():
-        call(IDS, past_key_values=cache)
+        call(IDS, **cache_argument(llama, cache))
     held = weakref.ref(cache.layers[0].keys.untyped_storage())
     del cache
     adaskip_compile.restore(llama)

@@ -13,6 +13,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan, dispatch
 from adaskip_compile.capture import capture_count
+from adaskip_compile.kv_cache.cache_argument import cache_argument
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request
@@ -53,7 +54,7 @@ def call(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits of the last token after one more call on ``cache``."""
     seen = int(cache.get_seq_length())
     positions = torch.arange(seen, seen + ids.shape[1])[None]
-    return model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+    return model(ids, position_ids=positions, use_cache=True, **cache_argument(model, cache)).logits[:, -1]
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -66,7 +67,7 @@ def test_requests_of_any_length_share_graphs_and_variants(llama, kind):
         own = cache if kind == "static" else make_cache(kind, llama)
         if kind == "static":
             cache.reset()
-        generate(llama, ids, torch.ones_like(ids), 8, past_key_values=own)
+        generate(llama, ids, torch.ones_like(ids), 8, cache=own)
 
     for length in (17, 12):  # a preallocated cache has made its buffers by the second request
         request(length)

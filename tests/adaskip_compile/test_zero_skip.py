@@ -22,7 +22,7 @@ OPTIONS = {"plan": SkipPlan.none(), "inner": "eager"}
 def through_compile(model: Any, ids: Any, mask: Any, cache: Any, options: dict) -> torch.Tensor:
     if model._compiled_call_impl is None:
         model.compile(backend="adaskip", options=options)
-    return generate(model, ids, mask, STEPS, past_key_values=cache)
+    return generate(model, ids, mask, STEPS, cache=cache)
 
 
 def through_wrapper(model: Any, ids: Any, mask: Any, cache: Any, options: dict) -> torch.Tensor:
@@ -35,7 +35,7 @@ def through_compile_config(model: Any, ids: Any, mask: Any, cache: Any, options:
     config = CompileConfig(backend="adaskip", options=options)
     config.mode = None  # type: ignore[assignment]  # torch takes a mode or options, and here a mode is the default
     config._compile_all_devices = True
-    return generate(model, ids, mask, STEPS, past_key_values=cache, compile_config=config)
+    return generate(model, ids, mask, STEPS, cache=cache, compile_config=config)
 
 
 # transformers compiles decode only, and only with a cache of fixed size.

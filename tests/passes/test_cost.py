@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_passes.append_in_place import find_appends
 from adaskip_passes.cost import find_costs
 from adaskip_passes.errors import OptionError
@@ -45,8 +46,8 @@ def test_flops_equal_the_counter_of_torch(family):
     results = []
     seen = counted(model, lambda: results.append(model(tokens(3, 14), use_cache=True)))
     assert {path: cost.flops for path, cost in prefill.at(b=3, q=14).items()} == {path: seen[path] for path in prefill}
-    past = results[0].past_key_values
-    seen = counted(model, lambda: model(tokens(3, 1), past_key_values=past, use_cache=True))
+    past = cache_of(results[0])
+    seen = counted(model, lambda: model(tokens(3, 1), use_cache=True, **cache_argument(model, past)))
     assert {path: cost.flops for path, cost in decode.at(b=3, q=1, t=15).items()} == {
         path: seen[path] for path in decode
     }
@@ -69,10 +70,10 @@ def test_cache_bytes_are_what_the_cache_holds(family):
     model = tiny(family)
     prefill, decode = costs_of(model, batch=3, length=11)
     with torch.no_grad():
-        cache = model(tokens(3, 14), use_cache=True).past_key_values
+        cache = cache_of(model(tokens(3, 14), use_cache=True))
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert prefill.at(b=3, q=14).total.cache_bytes == held
-        cache = model(tokens(3, 1), past_key_values=cache, use_cache=True).past_key_values
+        cache = cache_of(model(tokens(3, 1), use_cache=True, **cache_argument(model, cache)))
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert decode.at(b=3, q=1, t=15).total.cache_bytes == held
 

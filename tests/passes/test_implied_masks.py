@@ -275,7 +275,7 @@ def test_whole_requests_without_their_masks(masks_always, kind, skipped):
     plan = SkipPlan.from_scales(skipped)
     adaskip_compile.compile(model, plan, inner="eager", keep_captures=False)
     for request in requests:
-        got = generate(model, *request, 12, past_key_values=make_cache(kind, model))
+        got = generate(model, *request, 12, cache=make_cache(kind, model))
         assert torch.equal(got, reference(model, request, skipped))
     graphs = [graph for session in sessions_of(model) for graph in session.graphs]
     masked = {

@@ -14,6 +14,7 @@ from adaskip_passes.module_paths import (
     source_name,
 )
 from adaskip_passes.residual_stream import find_residual_stream
+from tests.generation import CACHE_NAME
 from tests.models import capture, plain, tiny, tokens
 
 
@@ -50,7 +51,7 @@ def test_placeholders_are_named_by_their_holder():
     names = {source_name(node): module_path(node) for node in decode.gm.graph.find_nodes(op="placeholder")}
     assert names["model.layers.0.mlp.down_proj.weight"] == "model.layers.0.mlp.down_proj"
     assert names["model.layers.1.self_attn.scaling"] == "model.layers.1.self_attn"
-    assert names["past_key_values.layers.0.keys"] == ""
+    assert names[f"{CACHE_NAME}.layers.0.keys"] == ""
     assert names["input_ids"] == ""
 
 
