@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ aten = torch.ops.aten
 class Int8Weight(torch.Tensor):
     """A matrix held as ``i8[out, in]`` and a scale for each row, which knows the products that it takes part in alone."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, data, scale):
@@ -34,14 +36,14 @@ class Int8Weight(torch.Tensor):
         return cls(inner["data_8"], inner["scale"])
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
         if func in (aten.detach.default, aten.alias.default):
             return cls(*(func(part) for part in (args[0].data_8, args[0].scale)))
         if func not in (aten.t.default, aten.mm.default, aten.addmm.default):
             raise NotImplementedError(f"{func} of weights in 8 bits")
         return func(*(one.plain() if isinstance(one, cls) else one for one in args), **(kwargs or {}))
 
-    def __repr__(self):
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Int8Weight({tuple(self.shape)})"
 
     def plain(self):

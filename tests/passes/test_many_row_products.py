@@ -108,7 +108,7 @@ def test_a_batch_is_multiplied_by_what_a_trial_of_as_many_rows_says(rows, faster
 
 def test_a_trial_is_made_once_for_a_number_of_rows(monkeypatch):
     monkeypatch.undo()
-    tried = []
+    tried: list[tuple[int, ...]] = []
     monkeypatch.setattr(onednn, "pays", lambda name, plain, other, x, weight: tried.append(tuple(x.shape)) or True)
     many_row_products.onednn_pays_for_batch.cache_clear()
     try:
