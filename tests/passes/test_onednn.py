@@ -57,6 +57,7 @@ def test_it_is_not_taken_where_it_is_missing_or_turned_off(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trial_leaves_random_numbers_alone_and_needs_no_defaults(dtype, monkeypatch):
     monkeypatch.setattr(many_row_products, "_TRIAL", 8)
+    monkeypatch.setattr(many_row_products, "_BATCH_TRIAL", (8, 8))
     monkeypatch.setattr(banded_attention, "_MANY", 64)
     state = torch.get_rng_state()
     torch.set_default_dtype(dtype)
