@@ -36,7 +36,7 @@ class Int8Weight(torch.Tensor):
         return cls(inner["data_8"], inner["scale"])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[override]
         if func in (aten.detach.default, aten.alias.default):
             return cls(*(func(part) for part in (args[0].data_8, args[0].scale)))
         if func not in (aten.t.default, aten.mm.default, aten.addmm.default):
