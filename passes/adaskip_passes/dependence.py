@@ -1,8 +1,9 @@
 """What every value of a graph depends on, through tensors and through memory.
 
 Only edges that carry the values of tensors count: a position read off ``x.size()`` does not depend on
-``x``, and a number read by ``x.item()`` does. A reader depends on the earlier writes to the memory that it reads. Sets of nodes are Python integers used as
-bit sets, so that graphs of hundreds of layers stay cheap.
+``x``, and a number read by ``x.item()`` does. A reader depends on the earlier writes to the memory
+that it reads. Sets of nodes are Python integers used as bit sets, so that graphs of hundreds of
+layers stay cheap.
 """
 
 from __future__ import annotations

@@ -89,7 +89,8 @@ class Decoder(nn.Module):
         self.omitted: dict[int, dict[str, float]] = {}
 
     def forward(self, ids: torch.Tensor, past: Any = (None, None, None)) -> tuple[torch.Tensor, Any]:
-        x, caches = self.embed(ids), list[Any]()
+        caches: list[Any] = []
+        x = self.embed(ids)
         for index, block in enumerate(self.blocks):
             x, cache = block(x, past[index], self.omitted.get(index, {}))
             caches.append(cache)
