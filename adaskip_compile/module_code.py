@@ -69,8 +69,9 @@ class ModelCode:
         self._modules = dict(self._model.named_modules(remove_duplicate=False))
         kinds = dict.fromkeys(kind for module in self._modules.values() for kind in _with_forward(type(module)))
         self._own = [vars(module) for module in self._modules.values()]
-        self._children = [own["_modules"] for own in self._own if own["_modules"]]
-        self._hooks = [own[name] for own in self._own for name in _HOOKS]
+        # Not all have these in their own namespace: scripted modules answer for them.
+        self._children = [module._modules for module in self._modules.values() if module._modules]
+        self._hooks = [getattr(module, name) for module in self._modules.values() for name in _HOOKS]
         self._hooks += [getattr(torch_module, name) for name in _GLOBAL_HOOKS]
         self._namespaces = [vars(kind) for kind in kinds]
 

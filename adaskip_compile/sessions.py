@@ -30,6 +30,7 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.requests import Request
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.implied_masks import drop_implied_masks
+from adaskip_passes.ir.plain_tensors import other_layout
 from adaskip_passes.module_paths import held_by_module, name_modules
 from adaskip_passes.straighten_stream import straightened_stream
 
@@ -137,6 +138,9 @@ class Session:
         """
         if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
             return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
+        layout = other_layout(inputs)
+        if layout is not None:
+            return self._refuse(gm, inputs, f"an input is a tensor of layout {layout}, without strides: runs unskipped")
         place = place or place_in(self.module, gm, inputs)
         name_modules(gm, inputs, self.module)
         drop_implied_masks(gm)
@@ -192,7 +196,7 @@ class Session:
         self.note(reason)
         self.unskipped.append(reason)
         run = gm.forward
-        if self.options.inner != "eager":
+        if self.options.inner != "eager" and other_layout(inputs) is None:  # Inductor reads by strides
             run = torch._dynamo.lookup_backend(self.options.inner)(gm, inputs)
 
         place = find_cache_place(node for node in gm.graph.find_nodes(op="placeholder") if not held_by_module(node))

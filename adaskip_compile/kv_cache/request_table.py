@@ -214,6 +214,8 @@ class RequestTable:
     def _by_memory(self, tensors: Sequence[torch.Tensor]) -> Request | None:
         with self._lock:
             for tensor in tensors:
+                if tensor.layout != torch.strided:  # sparse ones and oneDNN's own have no memory to be known by
+                    continue
                 known = self._by_storage.get(tensor.untyped_storage()._cdata)
                 if known is not None and not known[0].expired():
                     return known[1]

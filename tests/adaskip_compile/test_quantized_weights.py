@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.mkldnn
 from torch import nn
 from torch.nn import functional
 
 import adaskip_compile
-from tests.models import tiny, tokens
+from tests.models import plain, tiny, tokens
 from tests.reference import omit_sublayers
 
 aten = torch.ops.aten
@@ -126,3 +127,67 @@ def test_quantized_weights_are_profiled_planned_compiled_and_run(kind):
         torch.testing.assert_close(got, logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(got_sequences, sequences)
     assert {tuple(request.skipped) for request in adaskip_compile.report(model).requests} == {plan.paths}
+
+
+class OneDnnLinear(nn.Module):
+    """A linear layer with its weights in oneDNN's own layout, which Dynamo traces in pieces."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().to_mkldnn())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return aten.mkldnn_linear(x.to_mkldnn(), self.weight, None).to_dense() + self.bias
+
+
+class SparseLinear(nn.Module):
+    """A linear layer with sparse weights."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().to_sparse_csr())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1]) + self.bias
+
+
+LAYOUTS = {"oneDNN": OneDnnLinear, "sparse": SparseLinear, "to_mkldnn": torch.utils.mkldnn.to_mkldnn}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_weights_without_strides_run_in_full_and_it_is_said(kind, inner):
+    if kind == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch has no oneDNN")
+    model = plain(layers=3)
+    ffn = model.blocks[1].ffn
+    ffn[0] = LAYOUTS[kind](ffn[0])
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        wanted = model(ids)
+        plan = adaskip_compile.SkipPlan.from_scales({"blocks.0.attention": 0.9}, window=0)
+        adaskip_compile.compile(model, plan, inner=inner)
+        torch.testing.assert_close(model(ids), wanted, rtol=1e-4, atol=1e-4)
+    assert "runs unskipped" in str(adaskip_compile.report(model))
+
+
+class Shifted(nn.Module):
+    """A decoder that is called with a tensor of any layout beside its ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = plain(layers=3)
+
+    def forward(self, ids, shift):
+        return self.decoder(ids) + shift.to_dense()
+
+
+def test_an_input_without_strides_runs_in_full_and_it_is_said():
+    model, ids, shift = Shifted(), tokens(2, 12), torch.randn(2, 12, 128).to_mkldnn()
+    with torch.no_grad():
+        wanted = model(ids, shift)
+        adaskip_compile.compile(model, adaskip_compile.SkipPlan.none(), inner="inductor")
+        torch.testing.assert_close(model(ids, shift), wanted)
+    assert "layout torch._mkldnn" in str(adaskip_compile.report(model))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -21,3 +24,12 @@ def is_plain(value: torch.Tensor | None) -> bool:
         and value.is_floating_point()
         and not value.is_nested
     )
+
+
+def other_layout(values: Iterable[Any]) -> torch.layout | None:
+    """Return the layout of the first tensor of ``values`` that has no strides, such as oneDNN's own; None where all have.
+
+    Ask it of the real inputs of a graph: a fake tensor says that all are strided.
+    """
+    layouts = (value.layout for value in values if isinstance(value, torch.Tensor))
+    return next((layout for layout in layouts if layout != torch.strided), None)
