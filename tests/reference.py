@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from adaskip_passes.straighten_stream import straighten_stream
+from tests.generation import CACHE_NAME
 
 Skips = Mapping[str, tuple[float, str]]
 
@@ -108,7 +108,7 @@ def _forward(path: str, layer: Any, scales: Mapping[str, float]) -> Callable[...
             mixed, _ = layer.self_attn(hidden_states=normed, **kwargs)
             hidden = hidden + mixed
         else:
-            _count_tokens(layer.self_attn, hidden, kwargs.get("cache", kwargs.get("past_key_values")))
+            _count_tokens(layer.self_attn, hidden, kwargs.get(CACHE_NAME))
             hidden = scale * hidden
         scale = scales.get(f"{path}.mlp")
         if scale is not None:
@@ -213,8 +213,7 @@ def run_request(
                 seen = torch.cat([seen, torch.ones_like(ids)], dim=1)
             positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             padded = None if mask is None else seen
-            result = model(
-                ids, attention_mask=padded, position_ids=positions, use_cache=True, **cache_argument(model, cache)
-            )
+            how = {"use_cache": True, CACHE_NAME: cache}
+            result = model(ids, attention_mask=padded, position_ids=positions, **how)
             logits.append(result.logits[:, -1])
     return logits
