@@ -44,7 +44,7 @@ from adaskip_passes.textual import print_graph
 log = logging.getLogger(__name__)
 
 FOLDER = "captures"
-_FORMAT = 4
+_FORMAT = 5
 # A model has a few graphs: phases, kinds of cache, one sequence or several. Each takes half a second to install.
 _MOST = 8
 _numbers = itertools.count()
