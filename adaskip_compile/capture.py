@@ -263,7 +263,9 @@ def capture_reason() -> str | None:
 def example_inputs(gm: fx.GraphModule) -> list[Any]:
     """Return the fake values of the inputs of ``gm``, in order, each an object of its own.
 
-    Of two inputs that are one object, an inner compiler would take one for both.
+    Of two inputs that are one object, an inner compiler would take one for both. A number is given as what it has been
+    found equal to since it was captured: compiling one region may tell that lengths are equal, and sizes in the next are
+    then in terms of one of them, which that region need not be given by its first name.
     """
     values: list[Any] = []
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -271,6 +273,9 @@ def example_inputs(gm: fx.GraphModule) -> list[Any]:
         if isinstance(value, FakeTensor) and any(value is other for other in values):
             with value.fake_mode:
                 value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        if isinstance(value, torch.SymInt):
+            known = value.node
+            value = known.shape_env.create_symintnode(known.expr, hint=known.hint)
         values.append(value)
     return values
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -80,10 +81,12 @@ def name_modules(gm: fx.GraphModule, inputs: Sequence[Any], module: nn.Module | 
 
 def naming(module: nn.Module | None, backend: Callable[..., Any]) -> Callable[..., Any]:
     """Return the Dynamo backend that hands its graphs to ``backend`` with the names that ``module`` has for their nodes."""
+    # Dynamo keeps all backends that there ever were: this one must not keep the weights.
+    owner = None if module is None else weakref.ref(module)
 
     @functools.wraps(backend, updated=())
     def named(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        name_modules(gm, inputs, module)
+        name_modules(gm, inputs, None if owner is None else owner())
         return backend(gm, inputs)
 
     return named

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaskip_compile import documents
@@ -50,6 +50,7 @@ def test_reads_back_what_was_written(recipe: Path) -> None:
     assert RECIPE.read(str(recipe)) == PAYLOAD
 
 
+@settings(deadline=None)  # it writes files
 @given(payload=st.dictionaries(st.text(), JSON_VALUES, max_size=5))
 def test_any_payload_survives_the_trip(payload: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
