@@ -188,7 +188,7 @@ class SkipPlan:
 
     def check_paths(self, model: nn.Module) -> None:
         """Raise :class:`UnknownSublayerError` if the plan names a sublayer that is no module of ``model``."""
-        known = list(submodule_paths(model))
+        known = [path for path in submodule_paths(model) if path]
         for path in self.all_paths:
             if path not in known:
                 inner = _below(self.all_paths, known)

@@ -163,7 +163,7 @@ def test_weights_without_strides_run_in_full_and_it_is_said(kind, inner):
         pytest.skip("PyTorch has no oneDNN")
     model = plain(layers=3)
     ffn = model.blocks[1].ffn
-    ffn[0] = LAYOUTS[kind](ffn[0])
+    ffn[0] = LAYOUTS[kind](ffn[0])  # type: ignore
     ids = tokens(2, 12)
     with torch.no_grad():
         wanted = model(ids)
