@@ -159,6 +159,9 @@ def _bypass(graph: fx.Graph, sublayer: Sublayer, stand_ins: _StandIns, first: fx
             raise PassError(
                 f"cannot skip the region of {sublayer.path}: it writes memory, and more than its sum is read"
             )
+        if hasattr(node.target, "written_inputs"):
+            for value in [value for value in node.users if value is not b]:
+                graph.erase_node(value)  # what nobody reads would be taken out of the memory instead
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
     graph.erase_node(b)
