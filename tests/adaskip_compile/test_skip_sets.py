@@ -12,7 +12,7 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.texts import profiling_texts
 from adaskip_passes.module_paths import naming
-from tests.generation import CACHES, make_cache
+from tests.generation import CACHES, greedy_loop, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, reference_backend, run_request
 
@@ -127,3 +127,14 @@ def test_the_sets_are_those_of_the_issue():
     assert [len(paths) for paths in sets.values()] == [8, 8, 5, 2, 10]
     assert all(path.endswith("self_attn") for path in sets["attention"])
     assert sum(path.endswith("self_attn") for path in sets["attention-and-ffn"]) == 4
+
+
+def test_lengths_that_are_found_equal_while_regions_are_compiled():
+    """Without ``dynamic=True`` each layer's length has a symbol of its own, and the first region tells that they are one."""
+    model, ids = tiny("llama", seed=1), tokens(1, 8)
+    mask, scales = torch.ones_like(ids), {"model.layers.1.mlp": 0.91}
+    with omit_sublayers(model, scales):
+        wanted = greedy_loop(model, ids, mask, 4, cache=make_cache("dynamic", model))
+    options: Any = {"plan": SkipPlan.from_scales(scales), "inner": "inductor"}
+    call = torch.compile(model, backend="adaskip", options=options)
+    assert torch.equal(greedy_loop(call, ids, mask, 4, cache=make_cache("dynamic", model)), wanted)
