@@ -98,9 +98,8 @@ def restore(model: nn.Module) -> nn.Module:
     """Return the uncompiled model: what ``adaskip_compile.compile`` or ``model.compile`` made of it is undone in place.
 
     Of ``torch.compile(model)`` it is the model that was wrapped; of another wrapper, whose model inside was compiled, the
-    wrapper. Captured and compiled graphs, requests, and what was
-    learned in this process are let go; a model that was never compiled is returned as it is. To compile it again,
-    do as for the first time.
+    wrapper. Captured and compiled graphs, requests, and what was learned in this process are let go; a model that was
+    never compiled is returned as it is. To compile it again, do as for the first time.
 
     The uncompiled model knows of no skips. A request that has skipped attentions has holes in its cache, where the
     model would read keys and values of other sublayers, and no code of this package is there to refuse it: end running

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from adaskip_compile.graph_breaks import break_text
 from adaskip_passes.module_paths import held_tensors
 
 
@@ -53,7 +53,7 @@ class Place:
 
 def place_in(root: nn.Module | None, gm: fx.GraphModule, inputs: Sequence[Any]) -> Place:
     """Return where in ``root`` the graph ``gm`` lies that Dynamo is capturing, which is called with ``inputs``."""
-    frame = _captured_frame()
+    frame = captured_frame()
     resumed = frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume_in_")
     if root is None or frame is None:
         return Place(root, None, None, resumed)
@@ -113,7 +113,7 @@ def _modules_called() -> list[nn.Module]:
 
 def _modules_given() -> Iterator[nn.Module]:
     """Yield the modules among the variables of the function that is being captured, and in its variable arguments."""
-    frame = _captured_frame()
+    frame = captured_frame()
     for value in () if frame is None else frame.f_locals.values():
         for one in value if isinstance(value, tuple) else (getattr(value, "__self__", value),):
             module = getattr(one, "_orig_mod", one)
@@ -138,7 +138,8 @@ def _value_of(source: Any, frame: Any) -> Any:
         return None
 
 
-def _captured_frame() -> Any:
+def captured_frame() -> Any:
+    """Return Dynamo's account of the frame that it is capturing right now, or None outside of a capture."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -152,9 +153,7 @@ def graph_break(gm: fx.GraphModule) -> str | None:
     stop = getattr(gm, "compile_subgraph_reason", None)
     if stop is None or not stop.graph_break:
         return None
-    frame = stop.user_stack[-1] if stop.user_stack else None
-    place = f" ({Path(frame.filename).name}:{frame.lineno})" if frame is not None else ""
-    return stop.reason.strip().splitlines()[0] + place
+    return break_text(stop)
 
 
 def constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:

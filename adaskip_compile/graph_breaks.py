@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch._dynamo import utils
 
@@ -19,9 +20,13 @@ class GraphBreaks:
         reasons = utils.graph_break_reasons[self._before :]
         if not reasons:
             return "TORCH_LOGS=graph_breaks shows where it breaks"
-        stop = reasons[0]
-        place = f" ({_place(stop.user_stack[-1].filename, stop.user_stack[-1].lineno)})" if stop.user_stack else ""
-        return f"it breaks first at: {_line(stop.reason)}{place}"
+        return f"it breaks first at: {break_text(reasons[0])}"
+
+
+def break_text(stop: Any) -> str:
+    """Return why and where capture stopped, of what Dynamo records of a graph break."""
+    place = f" ({_place(stop.user_stack[-1].filename, stop.user_stack[-1].lineno)})" if stop.user_stack else ""
+    return _line(stop.reason) + place
 
 
 def why_not_captured(error: Exception) -> str:

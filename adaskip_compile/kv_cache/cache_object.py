@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture import captured_frame
+
 # ("item", key) and ("attribute", name) one after the other, from the local and global names of a frame.
 Step = tuple[str, Any]
 Way = tuple[Step, ...]
@@ -67,7 +69,7 @@ def find_cache_place(cache_inputs: Iterable[fx.Node]) -> CachePlace | None:
     They hold the ``cache_inputs``. A graph that has none begins a cache: then they are those arguments that the code
     changes.
     """
-    frame = _captured_frame()
+    frame = captured_frame()
     if frame is None:
         return None
     names = {"L": frame.f_locals, "G": frame.f_globals}
@@ -77,15 +79,6 @@ def find_cache_place(cache_inputs: Iterable[fx.Node]) -> CachePlace | None:
     ways = dict.fromkeys(way for source in sources if (way := _parse(source)))
     code = frame.f_code
     return CachePlace((code.co_name, code.co_filename, code.co_firstlineno), tuple(_holders(list(ways), names)))
-
-
-def _captured_frame() -> Any:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        return InstructionTranslator.current_tx().output.root_tx
-    except (AttributeError, LookupError):
-        return None
 
 
 def _changed(effects: Any) -> Iterator[str]:
