@@ -207,13 +207,14 @@ def specialise_floats(gm: fx.GraphModule) -> None:
     """Have Dynamo capture again with the float inputs of ``gm`` as constants, where it has any.
 
     Graphs are lowered after capture has ended, when it is too late to ask for constants; inner
-    compilers ask for them in the same way, by this exception.
+    compilers ask for them in the same way, by this exception. Dynamo knows a float by the symbol that it gave it first,
+    also where it has been found equal to a number since (``_expr``).
     """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
 
     values = [node.meta.get("example_value") for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
-    floats = [str(value.node.expr) for value in values if isinstance(value, torch.SymFloat)]
+    floats = [str(value.node._expr) for value in values if isinstance(value, torch.SymFloat)]
     symbols = [name for name in floats if not TensorifyState.should_specialize(name)]
     for name in symbols:
         TensorifyState.specialize(name)
