@@ -38,9 +38,11 @@ from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.insert_probes import InsertProbes
-from adaskip_passes.pipeline import Pass, PassRecord, run_pipeline
+from adaskip_passes.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.narrow_rows import NarrowRows, stopped_at
+from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.state import find_counters
 
 if TYPE_CHECKING:
@@ -53,12 +55,13 @@ log = logging.getLogger(__name__)
 class Variant:
     """A graph specialised for one skip set and one set of probes.
 
-    ``shapes`` checks the cache outputs of skipped sublayers, for which those of kept ones stand; ``grown`` tells
-    which of the cache entries that grow it has a use for.
+    ``body`` is what it skips for the body of a prompt. ``shapes`` checks the cache outputs of skipped sublayers, for
+    which those of kept ones stand; ``grown`` tells which of the cache entries that grow it has a use for.
     """
 
     skipped: tuple[str, ...]
     probed: tuple[str, ...]
+    body: SkipBodyRows | None
     run: Runnable
     shapes: ShapeCheck
     grown: tuple[bool, ...]
@@ -77,6 +80,14 @@ def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps = (
         SkipSublayers(skipped, maps),  # then the skips: probed sublayers stay, so the probes stand
         EliminateDeadCode(),  # last: what the skips have cut off
     )
+
+
+def row_passes_for(body: SkipBodyRows | None) -> tuple[Pass, ...]:
+    """Return the pipeline that leaves to a prompt the rows that something is computed of, before the graph is cut."""
+    if body is None:
+        return (NarrowRows(), EliminateDeadCode())  # of every prompt the last row is read, and often no other
+    longest = max(body.head, body.tail)
+    return (body, NarrowRows(longest), EliminateDeadCode())  # narrowing needs the cuts that the skips make
 
 
 _EAGER = Lowering("eager", "whole")
@@ -105,7 +116,8 @@ class Dispatcher:
         self.restored = restored
         self.variants: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
         self.lowering = Lowering(session.options.inner, session.options.regions, session.note)
-        self._prepared: dict[Lowering, tuple[fx.GraphModule, ResidualStream]] = {}
+        self._narrowed: dict[SkipBodyRows | None, PipelineResult] = {}
+        self._prepared: dict[tuple[Lowering, SkipBodyRows | None, bool], tuple[fx.GraphModule, ResidualStream]] = {}
         self.calls = 0
         self.captured_because = None if restored else capture_reason()
         # Who makes a variant holds the second one, so that calls of other variants need not wait.
@@ -151,9 +163,12 @@ class Dispatcher:
         if phase != "prefill":
             request.take_ramp_steps(self._stateful)
         request.check(frozenset(request.skipped))
-        variant = self._variant_for(request, phase)
+        tokens = self._rows_and_tokens(inputs)[1]
+        variant = self._variant_for(request, phase, tokens)
+        if variant.body is not None:
+            request.body_tokens += tokens - variant.body.head - variant.body.tail
         started = time.perf_counter()
-        added = (*self._grown(variant, inputs), *self._stand_ins(request, variant.skipped))
+        added = (*self._grown(variant, inputs), *self._stand_ins(request, variant))
         outputs = variant.run(*inputs, *added)
         request.seconds[phase] += time.perf_counter() - started
         variant.shapes.check(inputs, outputs)
@@ -177,7 +192,7 @@ class Dispatcher:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
         upcoming = replace(request, scales=dict(request.scales), extra=dict(request.extra), stand_ins={})
         upcoming.take_ramp_steps(self._stateful)
-        self._variant_for(upcoming, self._phase(upcoming))
+        self._variant_for(upcoming, self._phase(upcoming), 1)
 
     def _phase(self, request: Request) -> str:
         if self.stream.phase == "prefill":
@@ -210,8 +225,15 @@ class Dispatcher:
     def _start(self) -> Request:
         session = self.session
         plan = session.plan_for_new_request()
-        for path in plan.all_paths:
+        for path in plan.named_paths:
             self.stream.by_path(path)
+        for path in () if plan.prompt is None else plan.prompt.paths:
+            sublayer = self.stream.by_path(path)
+            if sublayer.stateful and sublayer.kind != "attention":
+                raise LegalityError(
+                    f"the plan skips {path} for the body of a prompt: its state ({sublayer.kind}) is carried from token to "
+                    "token, and cannot be kept without running it; only attention and stateless sublayers can be skipped so"
+                )
         for step in plan.ramp:
             for path in self._stateful.intersection(step.resumed):
                 raise LegalityError(
@@ -256,42 +278,51 @@ class Dispatcher:
         """Return the cache entries as this call shall leave them, with room for its tokens."""
         return self._growth.entries(variant.grown, variant.skipped, inputs, *self._rows_and_tokens(inputs))
 
-    def _stand_ins(self, request: Request, paths: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-        """Return what a variant that skips ``paths`` takes in their place: scales and tensors of maps; nothing for none."""
-        if not paths:
+    def _stand_ins(self, request: Request, variant: Variant) -> tuple[torch.Tensor, ...]:
+        """Return what ``variant`` takes in place of what it skips: scales and tensors of maps; nothing where it skips nothing."""
+        if not variant.skipped and variant.body is None:
             return ()
-        known = request.stand_ins.get(paths)
+        key = (variant.skipped, variant.body)
+        known = request.stand_ins.get(key)
         if known is None:
-            first = fake_tensor(self.stream.by_path(paths[0]).stream_in)
+            body = request.plan.prompt if variant.body is not None else None
+            scales = request.skipped | ({} if body is None else body.scales)
+            maps = [] if body is None else [(path, body.maps.get(path)) for path in body.paths]
+            maps += [(path, request.plan.maps.get(path)) for path in variant.skipped]
+            first = fake_tensor(self.stream.sublayers[0].stream_in)
             assert first is not None
-            device = first.device
-            skipped, maps = request.skipped, request.plan.maps
-            values = [skipped.get(path, 1.0) for path in self.stream.paths]
-            held = [torch.tensor(values, dtype=torch.float32, device=device)]
-            for path in paths:
-                if path in maps:
+            values = [scales.get(path, 1.0) for path in self.stream.paths]
+            held = [torch.tensor(values, dtype=torch.float32, device=first.device)]
+            for path, one in maps:
+                if one is not None:
                     stream = fake_tensor(self.stream.by_path(path).stream_in)
                     assert stream is not None
-                    held += maps[path].parts(stream.dtype, device)
-            known = request.stand_ins[paths] = tuple(held)
+                    held += one.parts(stream.dtype, stream.device)
+            known = request.stand_ins[key] = tuple(held)
         return known
 
-    def _variant_for(self, request: Request, phase: str) -> Variant:
-        """Return the variant that ``request`` calls for in ``phase``."""
-        skipped = request.skipped
+    def _variant_for(self, request: Request, phase: str, tokens: int) -> Variant:
+        """Return the variant that ``request`` calls for in ``phase``, for so many ``tokens`` a row."""
+        skipped, prompt = request.skipped, request.plan.prompt
         paths = tuple(path for path in self.stream.paths if path in skipped)
-        return self._variant(paths, self._probes(request, phase, skipped), request.plan.map_forms(paths))
+        body = None
+        if prompt is not None and phase == "prefill" and prompt.apply_to(tokens):
+            named = tuple(path for path in self.stream.paths if path in prompt.paths)
+            body = SkipBodyRows(named, prompt.map_forms, prompt.head, prompt.tail)
+        return self._variant(paths, self._probes(request, phase, skipped), request.plan.map_forms(paths), body)
 
-    def _variant(self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps = ()) -> Variant:
+    def _variant(
+        self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps = (), body: SkipBodyRows | None = None
+    ) -> Variant:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         lowering = _EAGER if self.session.learning else self.lowering
-        key = (skipped, probed, maps, lowering.inner)
+        key = (skipped, probed, maps, body, lowering.inner)
         variant = self._known(key)
         if variant is not None:
             return variant
         with self._making, collector_paused():
             # Another thread may have made it meanwhile.
-            variant = self._known(key) or self._specialise(skipped, probed, maps, lowering)
+            variant = self._known(key) or self._specialise(skipped, probed, maps, body, lowering)
         with self._lock:
             self.variants[key] = variant
             if len(self.variants) > _VARIANTS:
@@ -305,22 +336,34 @@ class Dispatcher:
                 self.variants.move_to_end(key)
             return self.variants.get(key)
 
-    def _specialise(self, skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps, lowering: Lowering) -> Variant:
+    def _specialise(
+        self,
+        skipped: tuple[str, ...],
+        probed: tuple[str, ...],
+        maps: Maps,
+        body: SkipBodyRows | None,
+        lowering: Lowering,
+    ) -> Variant:
         started = time.perf_counter()
-        if lowering not in self._prepared:
-            self._prepared[lowering] = lowering.prepare(self._growth.gm, self._growth.stream)
+        # Probes measure all rows of a prompt.
+        before = self._narrow(body) if self.stream.phase == "prefill" and not probed else None
+        gm, stream = (self._growth.gm, self._growth.stream) if before is None else (before.gm, before.stream)
+        key = (lowering, body, before is not None)
+        if key not in self._prepared:
+            self._prepared[key] = lowering.prepare(gm, stream)
             if lowering.uncut:
                 self.session.note(f"{lowering.uncut}; each skip set compiles it as a whole")
         passes = passes_for(skipped, probed, maps)
         if self.session.options.debug_dir is not None:
-            self._write_debug_folder(passes, skipped, probed)
+            rows = row_passes_for(body) if before is not None else ()
+            self._write_debug_folder((AppendInPlace(), *rows, *passes), skipped, probed)
         try:
-            result = run_pipeline(*self._prepared[lowering], passes)
+            result = run_pipeline(*self._prepared[key], passes)
         except VerificationError:
             raise
         except PassError:
             # A region cannot go that still gives a skipped cache entry its shape; a part of it can.
-            result = run_pipeline(self._growth.gm, self._growth.stream, passes)
+            result = run_pipeline(gm, stream, passes)
             lowering = Lowering(lowering.inner, "whole", self.session.note)
         grown = self._growth.used(result.gm)
         run = lowering.lower(result.gm)
@@ -331,12 +374,23 @@ class Dispatcher:
             "%s: made the %s graph that skips %d and probes %d sublayers, in %.1f s",
             *(self.session.model_name, self.stream.phase, len(skipped), len(probed), seconds),
         )
-        return Variant(skipped, probed, run, ShapeCheck(self.gm, result.gm), grown, result.history, seconds)
+        history = (*(() if before is None else before.history), *result.history)
+        return Variant(skipped, probed, body, run, ShapeCheck(self.gm, result.gm), grown, history, seconds)
+
+    def _narrow(self, body: SkipBodyRows | None) -> PipelineResult:
+        """Return the graph of a prompt of which only the rows are computed that are read, and what ``body`` says is not."""
+        if body not in self._narrowed:
+            result = run_pipeline(self._growth.gm, self._growth.stream, row_passes_for(body))
+            for path, operation in () if body is None else stopped_at(result.gm, result.stream, body.head + body.tail):
+                self.session.note(
+                    f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"
+                )
+            self._narrowed[body] = result
+        return self._narrowed[body]
 
     def _write_debug_folder(self, passes: Sequence[Pass], skipped: tuple[str, ...], probed: tuple[str, ...]) -> None:
         """Run ``passes`` on the graph as it was captured, op by op, for people to read."""
         title = f"{self.session.model_name}-{self.stream.phase}-{len(skipped)}-skipped-{len(probed)}-probed"
-        passes = (AppendInPlace(), *passes)
         run_passes(self.gm, self.stream, passes, debug_dir=self.session.options.debug_dir, title=title)
 
     def _finish(

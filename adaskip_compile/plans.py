@@ -21,11 +21,12 @@ from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
 from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
+from adaskip_compile.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_passes.errors import FileError, LegalityError, PlanError, ProfileError, UnknownSublayerError
 from adaskip_passes.module_paths import submodule_paths
 
 PLAN_FORMAT = DocumentFormat(
-    "adaskip-plan", 2, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
+    "adaskip-plan", 3, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
 )
 
 
@@ -100,6 +101,7 @@ class SkipPlan:
         model: The model that the plan is for; None for any model that has these sublayers.
         ramp: What changes as the request is decoded, earliest first.
         maps: By path, what stands in the place of a skipped sublayer instead of its scale.
+        prompt: What the body of the prompt skips besides, its keys and values kept; None for nothing.
 
     Raises:
         PlanError: A sublayer is named twice, a map is of one that is not skipped, or a field has a value that makes no sense.
@@ -114,9 +116,15 @@ class SkipPlan:
     model: ModelIdentity | None
     ramp: tuple[RampStep, ...] = ()
     maps: Mapping[str, StreamMap] = field(default_factory=dict)
+    prompt: PromptSkips | None = None
 
     def __post_init__(self) -> None:
         _require_once(sublayer.path for sublayer in self.skipped)
+        for path in () if self.prompt is None else self.prompt.paths:
+            if path in self.paths:
+                raise PlanError(
+                    f"the plan skips {path} with a hole in the cache, and with its keys and values kept: one of them"
+                )
         _check_ramp(self.skipped, self.ramp)
         for path in self.maps:
             if path not in self.all_paths:
@@ -140,6 +148,11 @@ class SkipPlan:
         """The paths of the sublayers that are skipped at any time."""
         ramped = (sublayer.path for step in self.ramp for sublayer in step.skipped)
         return tuple(dict.fromkeys((*self.paths, *ramped)))
+
+    @property
+    def named_paths(self) -> tuple[str, ...]:
+        """The paths of all sublayers that the plan names, those of the prompt's body included."""
+        return tuple(dict.fromkeys((*self.all_paths, *(() if self.prompt is None else self.prompt.paths))))
 
     @property
     def all_scales(self) -> dict[str, float]:
@@ -177,6 +190,16 @@ class SkipPlan:
         return cls(skipped, beta=None, window=window, policy="explicit", scale_kind="token", model=None)
 
     @classmethod
+    def from_prompt_scales(cls, scales: Mapping[str, float], *, head: int = HEAD, tail: int = TAIL) -> SkipPlan:
+        """Return an explicit plan that skips for the body of the prompt alone, and keeps its keys and values.
+
+        >>> SkipPlan.from_prompt_scales({"model.layers.3.self_attn": 0.98}).prompt.paths
+        ('model.layers.3.self_attn',)
+        """
+        skipped = tuple(SkippedSublayer(path, "", None, scale, None) for path, scale in scales.items())
+        return replace(cls.none(), policy="explicit", prompt=PromptSkips(skipped, head=head, tail=tail))
+
+    @classmethod
     def none(cls) -> SkipPlan:
         """Return the plan that skips nothing, ever."""
         return cls((), beta=None, window=0, policy="none", scale_kind="token", model=None)
@@ -189,9 +212,9 @@ class SkipPlan:
     def check_paths(self, model: nn.Module) -> None:
         """Raise :class:`UnknownSublayerError` if the plan names a sublayer that is no module of ``model``."""
         known = [path for path in submodule_paths(model) if path]
-        for path in self.all_paths:
+        for path in self.named_paths:
             if path not in known:
-                inner = _below(self.all_paths, known)
+                inner = _below(self.named_paths, known)
                 if inner:
                     raise UnknownSublayerError(
                         f"the plan skips {path}, which {type(model).__name__} has as {inner}.{path}: it was made for the "
@@ -205,32 +228,50 @@ class SkipPlan:
 
     def describe(self) -> str:
         """Return the plan as a table of text."""
-        if not self.all_paths:
+        if not self.named_paths:
             return "skips nothing"
+        return "\n".join((*self._prompt_lines(), *self._request_lines()))
+
+    def _prompt_lines(self) -> Iterable[str]:
+        if self.prompt is None or not self.prompt.skipped:
+            return
+        rows = " and ".join(
+            f"its {which} {_counted(number, 'token')}"
+            for which, number in (("first", self.prompt.head), ("last", self.prompt.tail))
+            if number
+        )
+        yield f"the prompt skips {_counted(len(self.prompt.skipped), 'sublayer')} for all but {rows}, and keeps its keys and values; policy: {self.policy}"
+        yield from self._table(self.prompt.skipped, self.prompt.maps)
+
+    def _request_lines(self) -> Iterable[str]:
+        if not self.all_paths:
+            yield "decoding runs in full"
+            return
         online = "no FFN is added online"
         if self.beta is not None and self.window:
             online = f"after {self.window} decoded tokens also every FFN of similarity {self.beta:.4f} or more"
-        count = "1 sublayer" if len(self.skipped) == 1 else f"{len(self.skipped)} sublayers"
-        lines = [f"skips {count}; {online}; scale: {self.scale_kind}, policy: {self.policy}"]
-        width = max(map(len, ("sublayer", *self.all_paths)))
-        heading = f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}{'  in its place' if self.maps else ''}"
-        lines += [heading, *self._rows(self.skipped, width)] if self.skipped else []
+        yield f"skips {_counted(len(self.skipped), 'sublayer')}; {online}; scale: {self.scale_kind}, policy: {self.policy}"
+        yield from self._table(self.skipped, self.maps)
         for step in self.ramp:
-            lines.append(f"from decoded token {step.after} on {_change(step)}")
-            lines += [heading, *self._rows(step.skipped, width)] if step.skipped else []
-        return "\n".join(lines)
+            yield f"from decoded token {step.after} on {_change(step)}"
+            yield from self._table(step.skipped, self.maps)
 
-    def _rows(self, skipped: Iterable[SkippedSublayer], width: int) -> Iterable[str]:
+    def _table(self, skipped: Sequence[SkippedSublayer], maps: Mapping[str, StreamMap]) -> Iterable[str]:
+        if not skipped:
+            return
+        width = max(map(len, ("sublayer", *self.named_paths)))
+        yield f"{'sublayer':<{width}}  {'kind':<9}  similarity  {'scale':>6}{'  in its place' if maps else ''}"
         for sublayer in skipped:
             similarity = "-" if sublayer.similarity is None else f"{sublayer.similarity:.4f}"
             row = f"{sublayer.path:<{width}}  {sublayer.kind or '-':<9}  {similarity:>10}  {sublayer.scale:.4f}"
-            found = self.maps.get(sublayer.path)
+            found = maps.get(sublayer.path)
             yield row if found is None else f"{row}  {found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the plan says as JSON holds it; of maps their form, rank and error."""
         maps = {path: {"form": one.form, "rank": one.rank, "error": one.error} for path, one in self.maps.items()}
-        return {**asdict(replace(self, maps={})), "maps": maps}
+        prompt = None if self.prompt is None else self.prompt.to_dict()
+        return {**asdict(replace(self, maps={}, prompt=None)), "maps": maps, "prompt": prompt}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``, whole or not at all.
@@ -238,8 +279,12 @@ class SkipPlan:
         Raises:
             FileError: The file cannot be written.
         """
-        maps = write_maps(path, {name: (one,) for name, one in self.maps.items()})
-        PLAN_FORMAT.write(path, {**self.to_dict(), "maps": maps})
+        held = {name: (one,) for name, one in self.maps.items()}
+        content = self.to_dict()
+        if self.prompt is not None:
+            held |= {f"{_PROMPT}{name}": (one,) for name, one in self.prompt.maps.items()}
+            del content["prompt"]["maps"]
+        PLAN_FORMAT.write(path, {**content, "maps": write_maps(path, held)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
@@ -250,12 +295,14 @@ class SkipPlan:
         """
         payload = PLAN_FORMAT.read(path)
         try:
+            maps = {name: one for name, (one,) in read_maps(path, payload.get("maps")).items()}
             fields: dict[str, Any] = {
                 **payload,
                 "skipped": _sublayers(payload["skipped"]),
                 "model": ModelIdentity.from_payload(payload["model"]),
                 "ramp": tuple(map(_ramp_step, payload.get("ramp", ()))),  # version 1 had none, and no maps
-                "maps": {name: one for name, (one,) in read_maps(path, payload.get("maps")).items()},
+                "maps": {name: one for name, one in maps.items() if not name.startswith(_PROMPT)},
+                "prompt": _prompt_skips(payload.get("prompt"), maps),  # nor had version 2
             }
             return cls(**fields)
         except KeyError as error:
@@ -264,6 +311,21 @@ class SkipPlan:
             if isinstance(error, FileError):
                 raise
             raise PLAN_FORMAT.damaged(path, error) from error
+
+
+# What the names of the prompt's maps begin with in the file of maps: no module path does.
+_PROMPT = "prompt/"
+
+
+def _prompt_skips(entry: Mapping[str, Any] | None, maps: Mapping[str, StreamMap]) -> PromptSkips | None:
+    if entry is None:
+        return None
+    held = {name.removeprefix(_PROMPT): one for name, one in maps.items() if name.startswith(_PROMPT)}
+    return PromptSkips(**{**entry, "skipped": _sublayers(entry["skipped"]), "maps": held})
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _require_once(paths: Iterable[str]) -> None:

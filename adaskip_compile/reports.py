@@ -59,7 +59,8 @@ class RequestReport:
     ``skipped``, ``ramped`` and ``extra`` map sublayer paths to scales: the prefill set, what the plan's ramp has
     added by now, and what the window added. ``resumed`` are those of the prefill set that run again.
     ``kv_bytes`` is the memory that its cache held after its last step, room to grow included. ``captures`` says which
-    graphs had to be captured while it ran, and why; none in steady state.
+    graphs had to be captured while it ran, and why; none in steady state. ``prompt_skipped`` maps what is skipped with
+    keys and values kept to scales, for ``body_tokens`` tokens of each row.
     """
 
     number: int
@@ -74,6 +75,8 @@ class RequestReport:
     captures: tuple[str, ...] = ()
     ramped: dict[str, float] = field(default_factory=dict)
     resumed: tuple[str, ...] = ()
+    prompt_skipped: dict[str, float] = field(default_factory=dict)
+    body_tokens: int = 0
 
     @property
     def phases(self) -> tuple[PhaseReport, ...]:
@@ -175,6 +178,8 @@ def _request_report(request: Request) -> RequestReport:
         captures=tuple(request.captures),
         ramped={path: scale for path, scale in request.scales.items() if path not in request.plan.scales},
         resumed=tuple(path for path in request.plan.paths if path not in request.scales),
+        prompt_skipped={} if request.plan.prompt is None else request.plan.prompt.scales,
+        body_tokens=request.body_tokens,
     )
 
 
@@ -207,6 +212,11 @@ def _session_text(session: SessionReport) -> str:
         lines.extend(
             [f"          since decoding: {ramped} more skipped, {resumed} run again"] if ramped or resumed else []
         )
+        if request.prompt_skipped:
+            lines.append(
+                f"          prompt: {len(request.prompt_skipped)} skipped for {request.body_tokens} of "
+                f"{request.tokens['prefill']} tokens, keys and values kept"
+            )
         captured = ", ".join(capture.partition(":")[0] for capture in request.captures)
         lines.extend([f"          captured graphs for it: {captured}"] if captured else [])
         lines.extend(f"          note: {note}" for note in request.notes)

@@ -22,7 +22,8 @@ class Request:
     ``scales`` maps each path that the plan skips by now to its scale, ``extra`` those that the window added.
     ``ramp`` are the steps of the plan's ramp that are still to come. ``captures`` says which graphs had to be
     captured for it, and why. ``length`` is the number of tokens that its cache held after its last call, as far as it
-    grows; ``storages`` are the cache's memory by address, and ``mark`` is what the cache carries.
+    grows; ``storages`` are the cache's memory by address, and ``mark`` is what the cache carries. ``body_tokens`` are those
+    of a row for which the plan's prompt skips applied.
     """
 
     number: int
@@ -43,8 +44,9 @@ class Request:
     storages: dict[int, StorageWeakRef] = field(default_factory=dict)
     mark: weakref.ref[Any] | None = None
     length: int = 0
-    stand_ins: dict[tuple[str, ...], tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    stand_ins: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     ramp: tuple[RampStep, ...] = ()
+    body_tokens: int = 0
 
     @property
     def skipped(self) -> dict[str, float]:
@@ -83,7 +85,7 @@ class Request:
         if self is other:
             return True
         mine, its = self.plan, other.plan
-        if (mine.beta, mine.window, mine.scale_kind) != (its.beta, its.window, its.scale_kind):
+        if (mine.beta, mine.window, mine.scale_kind, mine.prompt) != (its.beta, its.window, its.scale_kind, its.prompt):
             return False
         if self.window_rows or other.window_rows or mine.maps.keys() != its.maps.keys():
             return False

@@ -128,6 +128,78 @@ def _count_tokens(attention: Any, hidden: torch.Tensor, cache: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Body:
+    """What replaces sublayers for the body of a prompt, by path: b of a, for all but the first and last rows."""
+
+    replacements: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+    head: int
+    tail: int
+
+    def joined(self, path: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return ``b`` with the body of its rows made from those of ``a``, where the sublayer at ``path`` is replaced."""
+        rows = a.shape[1]
+        if path not in self.replacements or rows < 4 * (self.head + self.tail):
+            return b
+        body = self.replacements[path](a[:, self.head : rows - self.tail])
+        return torch.cat([b[:, : self.head], body, b[:, rows - self.tail :]], dim=1)
+
+
+class BodyInterpreter(fx.Interpreter):
+    """Runs a captured graph, unchanged, and puts the replacements of ``body`` into the values of its adds."""
+
+    def __init__(self, gm: fx.GraphModule, stream: ResidualStream, body: Body) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self._ends = {one.stream_out: one for one in stream.sublayers}
+        self._body = body
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n not in self._ends:
+            return value
+        return self._body.joined(self._ends[n].path, self.env[self._ends[n].stream_in], value)
+
+
+def body_backend(body: Body) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
+    """Return a Dynamo backend that runs each graph with the replacements of ``body``."""
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        straighten_stream(gm)
+        stream = find_residual_stream(gm)
+        return lambda *inputs: BodyInterpreter(gm, stream, body).run(*inputs)
+
+    return backend
+
+
+@contextmanager
+def replace_body(model: nn.Module, body: Body) -> Iterator[None]:
+    """Make an eager model replace sublayers as ``body`` says, by layer forwards written by hand; K and V are kept."""
+    layers = dict(decoder_layers(model))
+    for path, layer in layers.items():
+        layer.forward = _body_forward(path, layer, body)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.forward
+
+
+def _body_forward(path: str, layer: Any, body: Body) -> Callable[..., torch.Tensor]:
+    gemma = hasattr(layer, "pre_feedforward_layernorm")
+
+    def forward(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
+        mixed = layer.post_attention_layernorm(mixed) if gemma else mixed
+        hidden = body.joined(f"{path}.self_attn", hidden, hidden + mixed)
+        if gemma:
+            branch = layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
+        else:
+            branch = layer.mlp(layer.post_attention_layernorm(hidden))
+        return body.joined(f"{path}.mlp", hidden, hidden + branch)
+
+    return forward
+
+
+@dataclass(frozen=True)
 class SublayerStatistics:
     """What one sublayer did to the stream in one call, a value a token: float64, ``(batch, tokens)``.
 

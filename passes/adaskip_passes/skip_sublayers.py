@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from adaskip_passes.effects import is_check
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import add_placeholder, call, fake_tensor, size_hint
-from adaskip_passes.map_regions import MapRegions
+from adaskip_passes.graph import call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult
-from adaskip_passes.regions import Region
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
+from adaskip_passes.specialise.replacements import Replacements
 from adaskip_passes.state import output_values
-from adaskip_passes.stream_maps import FORMS, emit_map, part_shapes
-
-SCALES_INPUT = "adaskip_scales"
-
-
-def map_input(index: int, part: str) -> str:
-    """Return the name of the input that one tensor of the map of sublayer ``index`` comes in through."""
-    return f"adaskip_{index}_{part}"
 
 
 @dataclass(frozen=True)
@@ -73,14 +63,14 @@ class SkipSublayers:
             _require_unshared(sublayer, gone)
             if sublayer.path in stream.probed:
                 raise PassError(f"cannot skip {sublayer.path}: it is probed; probe only sublayers that stay")
-        stand_ins = _StandIns(gm, len(stream.sublayers), {path: (form, rank) for path, form, rank in self.maps})
+        replacements = Replacements(gm, len(stream.sublayers), self.maps)
         skipped = tuple(path for path in stream.paths if path in gone)
         _borrow_cache_outputs(gm, stream, gone)
         replaced: dict[fx.Node, fx.Node] = {}
         for sublayer in chosen:
             # The stream before may be the end of a sublayer that has just been replaced.
             current = sublayer.mapped(lambda node: replaced.get(node, node))
-            replaced[sublayer.stream_out] = _bypass(gm.graph, current, stand_ins, stream.sublayers[0].stream_in)
+            replaced[sublayer.stream_out] = _bypass(gm.graph, current, replacements, stream.sublayers[0].stream_in)
         stream = stream.mapped(lambda node: replaced.get(node, node)).within(gm.graph)
         return PassResult(replace(stream, skipped=skipped), True, len(chosen))
 
@@ -93,58 +83,19 @@ def _require_unshared(sublayer: Sublayer, gone: set[str]) -> None:
         )
 
 
-class _StandIns:
-    """Computes what stands in the place of skipped sublayers, and the inputs that it takes."""
-
-    def __init__(self, gm: fx.GraphModule, count: int, forms: Mapping[str, tuple[str, int]]) -> None:
-        self.graph, self.forms = gm.graph, forms
-        self.device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
-        known = [node for node in gm.graph.find_nodes(op="placeholder") if node.name == SCALES_INPUT]
-        self.scales = known[0] if known else self._input(SCALES_INPUT, (count,), torch.float32)
-        self.one: torch.Tensor | None = None
-        cut = any(isinstance(node.target, Region) for node in gm.graph.nodes)
-        self.map_regions = MapRegions(gm.graph) if cut else None
-
-    def of(self, sublayer: Sublayer) -> fx.Node:
-        """Compute b from a, in the dtype of a."""
-        a = sublayer.stream_in
-        stream = fake_tensor(a)
-        assert stream is not None
-        if sublayer.path not in self.forms:
-            # A scale of no dimensions changes neither shape nor dtype.
-            return call(self.graph, torch.mul, a, self._scale(sublayer.index), like=stream)
-        form, rank = self.forms[sublayer.path]
-        shapes = part_shapes(form, stream.shape[-1], rank)
-        parts = [
-            self._input(map_input(sublayer.index, part), shapes[part], stream.dtype, like=stream)
-            for part in FORMS[form]
-        ]
-        # A map of one op is no more than a scale: a region would only add to its time.
-        if self.map_regions is None or form == "channel":
-            return emit_map(self.graph, form, a, parts)
-        return self.map_regions.call(form, a, parts)
-
-    def _scale(self, index: int) -> fx.Node:
-        scale = call(self.graph, "select", self.scales, 0, index, like=self.one)
-        self.one = fake_tensor(scale)
-        return scale
-
-    def _input(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor | None = None
-    ) -> fx.Node:
-        device = self.device if like is None else like.device
-        return add_placeholder(self.graph, name, torch.empty(shape, dtype=dtype, device=device))
-
-
-def _bypass(graph: fx.Graph, sublayer: Sublayer, stand_ins: _StandIns, first: fx.Node) -> fx.Node:
-    """Put what stands in for the sublayer in the place of b, erase b and the sublayer's writes and checks, and return it; ``first`` begins the stream."""
+def _bypass(graph: fx.Graph, sublayer: Sublayer, replacements: Replacements, first: fx.Node) -> fx.Node:
+    """Put what replaces the sublayer in the place of b, erase b and the sublayer's writes and checks, and return it; ``first`` begins the stream."""
     a, b = sublayer.stream_in, sublayer.stream_out
     wanted, got = fake_tensor(b), fake_tensor(a)
     assert wanted is not None
     assert got is not None
     with graph.inserting_before(b):
-        scaled = stand_ins.of(sublayer)
-        if got.dim() > wanted.dim():
+        scaled = replacements.of(sublayer.index, sublayer.path, a)
+        rows = wanted.shape[1] if wanted.dim() == 3 else None
+        if got.dim() == 3 and isinstance(rows, int) and rows != got.shape[1]:
+            # Only its last rows are read.
+            scaled = call(graph, operator.getitem, scaled, (slice(None), slice(-rows, None)), like=wanted.to(got.dtype))
+        elif got.dim() > wanted.dim():
             scaled = call(graph, "flatten", scaled, 0, got.dim() - wanted.dim())
         elif got.dim() < wanted.dim():
             scaled = call(graph, "reshape_as", scaled, first)

@@ -1,0 +1,81 @@
+"""What the body of a prompt skips while its keys and values are kept: the part of a plan that leaves no holes.
+
+The rows of a prompt are its tokens. The first ``head`` and the last ``tail`` of them run in full. For the others, the
+body, a skipped FFN does not run, and of a skipped attention only what makes keys and values, from the stream as it is
+then. So the cache has no holes, and whatever comes after the prompt may run in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from adaskip_passes.errors import PlanError
+
+if TYPE_CHECKING:
+    from adaskip_compile.compensation import StreamMap
+    from adaskip_compile.plans import SkippedSublayer
+
+HEAD, TAIL = 1, 16
+_LEAST_ROWS = 4  # for each row that runs in full
+
+
+@dataclass(frozen=True)
+class PromptSkips:
+    """What a plan skips for the body of a prompt.
+
+    Args:
+        skipped: The sublayers, in the order of the residual stream; their scales stand where there is no map.
+        maps: By path, what replaces a skipped sublayer instead of its scale.
+        head: How many first rows run in full. The first token of a prompt is often an attention sink, whose stream is
+            like no other's.
+        tail: How many last rows run in full, 1 or more.
+
+    Raises:
+        PlanError: A sublayer is named twice, a map is of one that is not skipped, or a number makes no sense.
+    """
+
+    skipped: tuple[SkippedSublayer, ...]
+    maps: Mapping[str, StreamMap] = field(default_factory=dict)
+    head: int = HEAD
+    tail: int = TAIL
+
+    def __post_init__(self) -> None:
+        for path in self.paths:
+            if self.paths.count(path) > 1:
+                raise PlanError(f"the prompt skips {path} {self.paths.count(path)} times; name it once")
+        for path in self.maps:
+            if path not in self.paths:
+                raise PlanError(f"a map is given for {path}, which the prompt does not skip")
+        for name, least in (("head", 0), ("tail", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise PlanError(f"{name} is {value!r}; it takes a number of rows, {least} or more")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the skipped sublayers."""
+        return tuple(sublayer.path for sublayer in self.skipped)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of each skipped sublayer, by path."""
+        return {sublayer.path: sublayer.scale for sublayer in self.skipped}
+
+    @property
+    def map_forms(self) -> tuple[tuple[str, str, int], ...]:
+        """(path, form, rank) of each map, as ``skip-body-rows`` takes them."""
+        return tuple((path, self.maps[path].form, self.maps[path].rank) for path in self.paths if path in self.maps)
+
+    def apply_to(self, rows: int) -> bool:
+        """Whether a prompt of so many rows has a body worth skipping for; a shorter one runs in full.
+
+        So do the few tokens that a draft proposes, which are no prompt.
+        """
+        return bool(self.skipped) and rows >= _LEAST_ROWS * (self.head + self.tail)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it says as JSON holds it; of maps their form, rank and error."""
+        maps = {path: {"form": one.form, "rank": one.rank, "error": one.error} for path, one in self.maps.items()}
+        return {**asdict(replace(self, maps={})), "maps": maps}

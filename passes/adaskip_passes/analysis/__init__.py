@@ -1,0 +1,1 @@
+"""Analyses of captured graphs: what a pass needs to know, and never changes."""

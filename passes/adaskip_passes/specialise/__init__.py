@@ -1,0 +1,1 @@
+"""Passes that make of a captured graph the one that a plan asks for."""

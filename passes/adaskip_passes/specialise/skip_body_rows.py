@@ -1,0 +1,98 @@
+"""Skip sublayers for most rows of a prompt, and keep their keys and values."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from adaskip_passes.errors import PassError
+from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.pipeline import PassResult
+from adaskip_passes.residual_stream import ResidualStream, Sublayer
+from adaskip_passes.specialise.replacements import Replacements
+
+_ROWS = 1  # of a stream (batch, rows, d_model)
+
+
+@dataclass(frozen=True)
+class SkipBodyRows:
+    """Replace each sublayer in ``paths`` for the rows between the first ``head`` and the last ``tail``, the body of a prompt.
+
+    The other rows stay what they are, and so do the sublayer's writes to the cache: keys and values are computed of all
+    rows, from the stream as it is then. So nothing that comes later needs to know of the skip::
+
+        before:  %b = add(%a, %branch)           after:  %b = add(%a, %branch)
+                                                         %body = low_rank_map(getitem(%a, (:, 1:-16)))
+                                                         %b_skipped = cat([getitem(%b, (:, :1)), %body,
+                                                                           getitem(%b, (:, -16:))], 1)
+
+    That the branch is computed of all rows still is left to ``narrow-rows`` to mend. A replacement is a scale, or the
+    map that ``maps`` names by (path, form, rank); its numbers come in as they do for ``skip-sublayers``.
+    The graph must not be called for fewer rows than ``head + tail + 1``.
+    """
+
+    name: ClassVar[str] = "skip-body-rows"
+    paths: tuple[str, ...] = ()
+    maps: tuple[tuple[str, str, int], ...] = ()
+    head: int = 1
+    tail: int = 16
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Skip ``paths``.
+
+        :class:`UnknownSublayerError` where the stream has no such sublayer, :class:`PassError` where it is no stream of
+        ``(batch, rows, d_model)``, or one is skipped or probed already.
+        """
+        chosen = [stream.by_path(path) for path in self.paths]
+        for sublayer in chosen:
+            if sublayer.path in (*stream.skipped, *stream.probed):
+                raise PassError(f"cannot skip the body rows of {sublayer.path}: it is skipped or probed")
+        if not chosen:
+            return PassResult(stream, False, 0)
+        replacements = Replacements(gm, len(stream.sublayers), self.maps)
+        replaced: dict[fx.Node, fx.Node] = {}
+        sublayers = {}
+        for sublayer in stream.sublayers:
+            current = sublayer.mapped(lambda node: replaced.get(node, node))
+            if sublayer in chosen:
+                current, b = self._skip(gm.graph, current, replacements)
+                replaced[sublayer.stream_out] = b
+            sublayers[sublayer.path] = current
+        return PassResult(replace(stream, sublayers=tuple(sublayers.values())), True, len(chosen))
+
+    def _skip(self, graph: fx.Graph, sublayer: Sublayer, replacements: Replacements) -> tuple[Sublayer, fx.Node]:
+        """Return the sublayer as it is now, and the value of the stream that ends it."""
+        a, b = sublayer.stream_in, sublayer.stream_out
+        before, after = fake_tensor(a), fake_tensor(b)
+        if before is None or after is None or before.shape != after.shape or before.dim() != 3:
+            raise PassError(f"cannot skip the body rows of {sublayer.path}: its stream is not (batch, rows, d_model)")
+        readers = list(b.users)
+        known = set(graph.nodes)
+        with graph.inserting_before(b.next):
+            kept = [_cut(graph, b, slice(None, self.head))] if self.head else []
+            body = _cut(graph, a, slice(self.head or None, -self.tail))
+            body = replacements.of(sublayer.index, sublayer.path, body)
+            if before.dtype != after.dtype:
+                body = call(graph, "to", body, after.dtype)
+            joined = call(graph, torch.cat, [*kept, body, _cut(graph, b, slice(-self.tail, None))], _ROWS, like=after)
+        joined.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **joined.meta}
+        for reader in readers:
+            reader.replace_input_with(b, joined)
+        added = tuple(node for node in graph.nodes if node not in known and node.op != "placeholder")
+        return replace(sublayer, stream_out=joined, nodes=(*sublayer.nodes, *added)), joined
+
+
+def _cut(graph: fx.Graph, node: fx.Node, rows: slice) -> fx.Node:
+    """Add a view of some rows of a stream; a call has so many, so that it need not be asked."""
+    value = fake_tensor(node)
+    assert value is not None
+    batch, size, width = value.shape
+    start, stop = rows.start or 0, rows.stop
+    count = -start if start < 0 else stop - start if stop is not None and stop > 0 else size + (stop or 0) - start
+    with value.fake_mode:  # type: ignore[attr-defined]
+        like = torch.empty_strided((batch, count, width), value.stride(), dtype=value.dtype, device=value.device)
+    return call(graph, operator.getitem, node, (slice(None), rows), like=like)
