@@ -286,7 +286,7 @@ class Dispatcher:
         known = request.stand_ins.get(key)
         if known is None:
             body = request.plan.prompt if variant.body is not None else None
-            scales = request.skipped | ({} if body is None else body.scales)
+            scales = {**request.skipped, **(dict[str, float]() if body is None else body.scales)}
             maps = [] if body is None else [(path, body.maps.get(path)) for path in body.paths]
             maps += [(path, request.plan.maps.get(path)) for path in variant.skipped]
             first = fake_tensor(self.stream.sublayers[0].stream_in)

@@ -26,7 +26,8 @@ from adaskip_passes.errors import CaptureError, LegalityError, OptionError, Plan
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.pipeline import Pass, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.skip_sublayers import SkipSublayers, map_input
+from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.replacements import map_input
 from adaskip_passes.straighten_stream import straightened_stream
 from adaskip_passes.stream_maps import FORMS
 

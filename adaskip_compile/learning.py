@@ -30,6 +30,7 @@ class Learner:
 
     def __init__(self, options: Options, identity: ModelIdentity | None, note: Callable[[str], None]) -> None:
         self.options, self.identity, self._note = options, identity, note
+        self._wanted = options.learn or 1
         self._rows: list[torch.Tensor] = []
         self._tokens: list[int] = []
 
@@ -55,13 +56,13 @@ class Learner:
             profile.check(self.identity)
         except (FileError, ForeignFileError):
             return None
-        return profile if profile.samples >= self.options.learn else None
+        return profile if profile.samples >= self._wanted else None
 
     def add(self, rows: torch.Tensor, stream: ResidualStream, tokens: int) -> Profile | None:
         """Take the statistics of one request, ``f32[sublayers, 3]``; return the profile once there are enough."""
         self._rows.append(rows)
         self._tokens.append(tokens)
-        if len(self._rows) < self.options.learn:
+        if len(self._rows) < self._wanted:
             return None
         profile = make_profile(self.identity, stream, self._rows, self._tokens)
         if self.path is not None:

@@ -20,6 +20,8 @@ from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 
 CACHE_VARIABLE = "ADASKIP_CACHE_DIR"
+# What is chosen by, once something is known of the model.
+_CHOICES = ("skip", "speedup", "policy", "seed", "phase", "window", "scale", "compensation")
 INNER_BACKENDS = ("inductor", "eager")
 REGIONS = ("shared", "whole")
 
@@ -71,8 +73,8 @@ class Options:
     compensation: str = "scale"
     """What stands in the place of a skipped sublayer: its `scale`, `none`, or a map that the profile holds: `channel`, `low_rank`, `affine`."""
 
-    learn: int = 20
-    """How many requests run in full to learn from, where neither a plan nor a profile is given."""
+    learn: int | None = None
+    """How many requests run in full, probed, to plan from with `skip` and its like; None, the default, learns and skips nothing."""
 
     cache_dir: str | os.PathLike[str] | None = None
     """Where to keep what was learned and compiled; by default `$ADASKIP_CACHE_DIR`, or else `~/.cache/adaskip`."""
@@ -100,8 +102,8 @@ class Options:
         self._check_type("debug_dir")
         if self.plan is not None and self.profile is not None:
             raise OptionError("plan and profile are both given: a plan is made from a profile, so give one of them")
-        if type(self.learn) is not int or self.learn < 1:
-            raise OptionError(f"learn={self.learn!r}: takes a number of requests, 1 or more")
+        if self.learn is not None and (type(self.learn) is not int or self.learn < 1):
+            raise OptionError(f"learn={self.learn!r}: takes a number of requests, 1 or more, or None")
         for name in ("keep_captures", "cuda_graphs"):
             if type(getattr(self, name)) is not bool:
                 raise OptionError(f"{name}={getattr(self, name)!r}: takes True or False")
@@ -121,6 +123,17 @@ class Options:
             if goal or self.policy in PROFILED_POLICIES:
                 asked = f"{goal}={getattr(self, goal)!r}" if goal else f"policy={self.policy!r}"
                 raise OptionError(f"{asked} needs a profile: what is learned from requests does not tell enough")
+            changed = [name for name in _CHOICES if getattr(self, name) != getattr(type(self), name)]
+            if self.learn is None and changed:
+                raise OptionError(
+                    f"{changed[0]}={getattr(self, changed[0])!r} says what to skip of a model of which nothing is known: give "
+                    "profile= too, or learn=20 to learn from the first 20 requests"
+                )
+
+    @property
+    def runs_in_full(self) -> bool:
+        """Whether nothing is asked for that would skip: neither plan nor profile, nor to learn."""
+        return self.plan is None and self.profile is None and self.learn is None
 
     @classmethod
     def from_mapping(cls, options: Mapping[Any, Any] | None) -> Options:

@@ -321,7 +321,8 @@ def _prompt_skips(entry: Mapping[str, Any] | None, maps: Mapping[str, StreamMap]
     if entry is None:
         return None
     held = {name.removeprefix(_PROMPT): one for name, one in maps.items() if name.startswith(_PROMPT)}
-    return PromptSkips(**{**entry, "skipped": _sublayers(entry["skipped"]), "maps": held})
+    fields: dict[str, Any] = {**entry, "skipped": _sublayers(entry["skipped"]), "maps": held}
+    return PromptSkips(**fields)
 
 
 def _counted(number: int, what: str) -> str:

@@ -51,7 +51,7 @@ class Session:
         self._identity: ModelIdentity | None = None
         self.compiled: Callable[..., Any] | None = None
         self._lock = threading.RLock()
-        self.plan: SkipPlan | None = resolve_plan(options, self.identity)
+        self.plan: SkipPlan | None = SkipPlan.none() if options.runs_in_full else resolve_plan(options, self.identity)
         self.learner = None if self.plan is not None else self._learner()
         if options.inner == "inductor" and self._on_cpu():
             start_cpu_compiler()

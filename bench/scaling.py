@@ -162,7 +162,8 @@ def _timed(graphs: Sequence[Dispatcher], found: dict[str, dict[str, list[float]]
         variant = next((one for one in graph.variants.values() if not one.skipped and not one.probed), None)
         if variant is None or not isinstance(variant.run, Executor):
             continue
-        gm, stream = graph._prepared[graph.lowering]
+        # Of a prompt, the graph of the rows that are read.
+        gm, stream = graph._prepared[graph.lowering, None, graph.stream.phase == "prefill"]
         calls = [node for node in gm.graph.nodes if isinstance(node.target, Region)]
         owner = {sublayer.branch: sublayer.path for sublayer in stream.sublayers}
         executor = variant.run

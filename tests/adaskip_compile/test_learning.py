@@ -1,4 +1,4 @@
-"""With no options at all: a process learns, specialises, and leaves what it learned to the next one."""
+"""Where it is asked for: a process learns, specialises, and leaves what it learned to the next one. Otherwise nothing is skipped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-compiled = torch.compile(model, backend="adaskip")
+compiled = torch.compile(model, backend="adaskip", options={"learn": 20})
 with torch.no_grad():
     for length in range(9, 9 + int(sys.argv[2])):
         compiled(torch.arange(3, 3 + length)[None])
@@ -67,6 +67,27 @@ def test_a_process_learns_and_the_next_one_starts_specialised(checkpoint, tmp_pa
     assert second["state"] == "specialised"
     assert second["notes"] == [f"starts specialised: learned earlier from 20 requests ({file})"]
     assert second["requests"][0]["skipped"] == first["requests"][-1]["skipped"]
+
+
+@pytest.mark.parametrize("door", ["adaskip_compile.compile", "model.compile", "torch.compile"])
+def test_no_door_skips_what_nobody_asked_it_to(door, tmp_path):
+    torch._dynamo.reset()
+    model, options = tiny("llama", num_hidden_layers=3), {"inner": "eager", "cache_dir": str(tmp_path)}
+    eager = [model(tokens(1, 9, seed=seed)).logits for seed in range(25)]
+    call = model
+    if door == "adaskip_compile.compile":
+        adaskip_compile.compile(model, **options)
+    elif door == "model.compile":
+        model.compile(backend="adaskip", options=options)
+    else:
+        call = torch.compile(model, backend="adaskip", options=options)
+    with torch.no_grad():
+        for seed, wanted in enumerate(eager):
+            torch.testing.assert_close(call(tokens(1, 9, seed=seed)).logits, wanted)
+    [session] = adaskip_compile.report(model).sessions
+    assert not any(request.skipped or request.prompt_skipped for request in session.requests)
+    [note] = session.notes
+    assert note.startswith("nothing is skipped: there is neither a plan nor a profile; ")
 
 
 def compiled(cache_dir: Path, **options):

@@ -31,7 +31,7 @@ def test_defaults() -> None:
         "window": 20,
         "scale": "token",
         "compensation": "scale",
-        "learn": 20,
+        "learn": None,
         "cache_dir": None,
         "keep_captures": True,
         "inner": "inductor",
@@ -42,7 +42,8 @@ def test_defaults() -> None:
 
 
 def test_from_mapping() -> None:
-    assert Options.from_mapping({"skip": 16, "inner": "eager"}) == Options(skip=16, inner="eager")
+    given = {"skip": 16, "learn": 4, "inner": "eager"}
+    assert Options.from_mapping(given) == Options(skip=16, learn=4, inner="eager")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,16 @@ def test_unknown_option_like_no_other(name: Any) -> None:
         ),
         ({"window": -1}, "window=-1: takes a number of decoded tokens, 0 or more"),
         ({"scale": "median"}, "scale='median': takes one of token, frobenius"),
-        ({"learn": 0}, "learn=0: takes a number of requests, 1 or more"),
-        ({"learn": True}, "learn=True: takes a number of requests, 1 or more"),
+        ({"learn": 0}, "learn=0: takes a number of requests, 1 or more, or None"),
+        ({"learn": True}, "learn=True: takes a number of requests, 1 or more, or None"),
+        (
+            {"skip": 4},
+            "skip=4 says what to skip of a model of which nothing is known: give profile= too, or learn=20 to learn from the first 20 requests",
+        ),
+        (
+            {"policy": "random"},
+            "policy='random' says what to skip of a model of which nothing is known: give profile= too, or learn=20 to learn from the first 20 requests",
+        ),
         ({"inner": "tensorrt"}, "inner='tensorrt': takes one of inductor, eager"),
         ({"regions": "none"}, "regions='none': takes one of shared, whole"),
         ({"plan": 8}, "plan=8: takes a SkipPlan or the path of a file, or None"),

@@ -163,7 +163,7 @@ def test_too_many(options: dict[str, Any], message: str) -> None:
 def test_while_learning_the_most_below_is_skipped() -> None:
     """A request is under way: what cannot be had is noted, and never more is skipped than was asked for."""
     notes: list[str] = []
-    learner = Learner(Options(policy="early_exit", skip=5), None, notes.append)
+    learner = Learner(Options(policy="early_exit", skip=5, learn=20), None, notes.append)
     assert len(learner.plan(profile()).skipped) == 4
     assert notes == [
         "early_exit skips whole layers, which of this model hold no 5 sublayers together: skip 4 or 6; skips 4"

@@ -46,7 +46,9 @@ def body_plan(**changes: Any) -> SkipPlan:
 
 
 def model_of(family: str) -> Any:
-    how = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3_text" else {}
+    how: dict[str, Any] = (
+        {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3_text" else {}
+    )
     return tiny(family, num_hidden_layers=4, **how)
 
 

@@ -83,7 +83,7 @@ class _UnknownError(Exception):
 def _operands(node: fx.Node) -> list[fx.Node]:
     """Return every node among the arguments, as often as it is given."""
     found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), found.append)  # type: ignore[arg-type]
+    fx.node.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
@@ -95,6 +95,10 @@ def result(node: fx.Node) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise _UnknownError
     return value
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -123,10 +127,10 @@ def _elementwise(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _linear(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    x = named_arguments(node, ("input", "weight", "bias")).get("input")
+    x: Any = named_arguments(node, ("input", "weight", "bias")).get("input")
     if rows.dim >= _tensor(x).dim() - 1:
         raise _UnknownError
-    yield x, rows  # type: ignore[misc]
+    yield x, rows
 
 
 def _addmm(node: fx.Node, rows: Rows) -> Iterator[Demand]:
@@ -137,10 +141,10 @@ def _addmm(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _product(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    left = _tensor(node.args[0])
+    left = _tensor(_arguments(node)[0])
     if rows.dim != result(node).dim() - 2 or left.dim() < 2:
         raise _UnknownError
-    yield node.args[0], rows.along(left.dim() - 2)  # type: ignore[misc]
+    yield _arguments(node)[0], rows.along(left.dim() - 2)
 
 
 def _attention(node: fx.Node, rows: Rows) -> Iterator[Demand]:
@@ -159,58 +163,59 @@ def _attention(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _over_a_dimension(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    x, out = _tensor(node.args[0]), result(node)
-    given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
-    dims = given.get("dim")
-    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
-    if not dims or not all(isinstance(dim, int) for dim in dims):
+    x, out = _tensor(_arguments(node)[0]), result(node)
+    given: dict[str, Any] = dict(zip(("dim", "keepdim"), _arguments(node)[1:], strict=False)) | node.kwargs
+    named: Any = given.get("dim")
+    dims: list[Any] = list(named) if isinstance(named, (tuple, list)) else [named]
+    if not dims or not all(isinstance(one, int) for one in dims):
         raise _UnknownError
-    over = {dim % x.dim() for dim in dims}
+    over = {one % x.dim() for one in dims}
     if out.dim() == x.dim():
         dim = rows.dim
     else:  # those that are summed up are gone
-        dim = [dim for dim in range(x.dim()) if dim not in over][rows.dim]
+        dim = [one for one in range(x.dim()) if one not in over][rows.dim]
     if dim in over:
         raise _UnknownError
-    yield node.args[0], rows.along(dim)  # type: ignore[misc]
+    yield _arguments(node)[0], rows.along(dim)
 
 
 def _topk(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    x = _tensor(node.args[0])
-    given = dict(zip(("k", "dim"), node.args[1:], strict=False)) | node.kwargs
+    x = _tensor(_arguments(node)[0])
+    given: dict[str, Any] = dict(zip(("k", "dim"), node.args[1:], strict=False)) | node.kwargs
     if rows.dim == given.get("dim", -1) % x.dim():
         raise _UnknownError
-    yield node.args[0], rows  # type: ignore[misc]
+    yield _arguments(node)[0], rows
 
 
 def _norm(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     shape = named_arguments(node, ("input", "normalized_shape")).get("normalized_shape", ())
-    if rows.dim >= _tensor(node.args[0]).dim() - len(shape):
+    if rows.dim >= _tensor(_arguments(node)[0]).dim() - len(shape):
         raise _UnknownError
-    yield node.args[0], rows  # type: ignore[misc]
+    yield _arguments(node)[0], rows
 
 
 def _transpose(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    x = _tensor(node.args[0])
-    one, other = (dim % x.dim() for dim in node.args[1:3])  # type: ignore[operator]
-    yield node.args[0], rows.along({one: other, other: one}.get(rows.dim, rows.dim))  # type: ignore[misc]
+    x = _tensor(_arguments(node)[0])
+    one, other = (dim % x.dim() for dim in _arguments(node)[1:3])
+    yield _arguments(node)[0], rows.along({one: other, other: one}.get(rows.dim, rows.dim))
 
 
 def _permute(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    order = node.args[1] if len(node.args) == 2 else node.args[1:]
+    _, *order = _arguments(node)
+    order = list(order[0]) if len(order) == 1 else order
     if not isinstance(order, (tuple, list)):
         raise _UnknownError
-    yield node.args[0], rows.along(order[rows.dim] % _tensor(node.args[0]).dim())  # type: ignore[misc,operator]
+    yield _arguments(node)[0], rows.along(order[rows.dim] % _tensor(_arguments(node)[0]).dim())
 
 
 def _view(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     """Find the dimension of the operand that has the same rows: as many, and as many numbers before them."""
-    x, out = _tensor(node.args[0]), result(node)
+    x, out = _tensor(_arguments(node)[0]), result(node)
     wanted = _product_of(out.shape[: rows.dim])
     before: Any = size_expression(1)
     for dim, size in enumerate(x.shape):
         if before == wanted and _same(size, out.shape[rows.dim]):
-            yield node.args[0], rows.along(dim)  # type: ignore[misc]
+            yield _arguments(node)[0], rows.along(dim)
             return
         before = before * size_expression(size)
     raise _UnknownError
@@ -224,18 +229,18 @@ def _product_of(sizes: Any) -> Any:
 
 
 def _unsqueeze(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    at = node.args[1] % result(node).dim()  # type: ignore[operator]
+    at = _arguments(node)[1] % result(node).dim()
     if rows.dim == at:
         raise _UnknownError
-    yield node.args[0], rows.along(rows.dim - (rows.dim > at))  # type: ignore[misc]
+    yield _arguments(node)[0], rows.along(rows.dim - (rows.dim > at))
 
 
 def _expand(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    x, out = _tensor(node.args[0]), result(node)
+    x, out = _tensor(_arguments(node)[0]), result(node)
     dim = x.dim() - (out.dim() - rows.dim)
     if dim < 0 or not _same(x.shape[dim], out.shape[rows.dim]):
         raise _UnknownError
-    yield node.args[0], rows.along(dim)  # type: ignore[misc]
+    yield _arguments(node)[0], rows.along(dim)
 
 
 def _cat(node: fx.Node, rows: Rows) -> Iterator[Demand]:
@@ -270,34 +275,35 @@ def _stack(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _split(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    given = dict(zip(("size", "dim"), node.args[1:], strict=False)) | node.kwargs
-    if given.get("dim", 0) % _tensor(node.args[0]).dim() == rows.dim:
+    given: dict[str, Any] = dict(zip(("size", "dim"), node.args[1:], strict=False)) | node.kwargs
+    if given.get("dim", 0) % _tensor(_arguments(node)[0]).dim() == rows.dim:
         raise _UnknownError
-    yield node.args[0], rows  # type: ignore[misc]
+    yield _arguments(node)[0], rows
 
 
 def _embedding(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    ids = named_arguments(node, ("input", "weight")).get("input")
+    ids: Any = named_arguments(node, ("input", "weight")).get("input")
     if rows.dim >= _tensor(ids).dim():
         raise _UnknownError
-    yield ids, rows  # type: ignore[misc]
+    yield ids, rows
 
 
 def _item(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    source, index = node.args
-    if isinstance(fake_value(source), (tuple, list)):  # type: ignore[arg-type]
-        yield source, rows  # type: ignore[misc]
+    source, index = _arguments(node)
+    if isinstance(fake_value(source), (tuple, list)):
+        yield source, rows
         return
     count = sliced_rows(node)
     if count is not None and count.dim == rows.dim:
         # The last rows of the last rows are the last rows; of any other mixture all that are there are taken.
         last = not count.head and not rows.head
-        yield source, Rows(rows.dim, count.head, min(count.tail, rows.tail) if last else count.tail)  # type: ignore[misc]
+        yield source, Rows(rows.dim, count.head, min(count.tail, rows.tail) if last else count.tail)
         return
     dims = _dims_of(index, _tensor(source).dim())
-    if rows.dim >= len(dims) or dims[rows.dim] is None:
+    dim = dims[rows.dim] if rows.dim < len(dims) else None
+    if dim is None:
         raise _UnknownError
-    yield source, rows.along(dims[rows.dim])  # type: ignore[misc,arg-type]
+    yield source, rows.along(dim)
 
 
 def _dims_of(index: Any, rank: int) -> list[int | None]:
@@ -323,12 +329,12 @@ def _dims_of(index: Any, rank: int) -> list[int | None]:
 
 def sliced_rows(node: fx.Node) -> Rows | None:
     """Return which first or last rows of its operand ``node`` takes by ``x[:, :k]`` or ``x[:, -k:]``, None where it does else."""
-    source = node.args[0] if op_name(node) in ("getitem", "__getitem__") and node.args else None
+    source = _arguments(node)[0] if op_name(node) in ("getitem", "__getitem__") and node.args else None
     value = fake_tensor(source)
-    index = node.args[1] if value is not None and len(node.args) == 2 else None
+    index = _arguments(node)[1] if value is not None and len(node.args) == 2 else None
     if value is None or not isinstance(index, tuple) or len(index) > value.dim():
         return None
-    if any(not isinstance(one, slice) for one in index):
+    if not all(isinstance(one, slice) for one in index):
         return None
     cut = [dim for dim, one in enumerate(index) if one != slice(None)]
     if len(cut) != 1:

@@ -110,9 +110,14 @@ def stopped_at(gm: fx.GraphModule, stream: ResidualStream, longest: int) -> tupl
     """Return (path, operation) of each sublayer a few of whose rows are read, but for an operation that is not known."""
     _, stops = needed_rows(gm, longest)
     owners = {node: sublayer.path for sublayer in stream.sublayers for node in sublayer.nodes}
-    # A selection of selected rows needs no narrowing.
-    found = {owners[node]: op_name(node) for node in stops if node in owners and sliced_rows(node) is None}
+    found = {owners[node]: op_name(node) for node in stops if node in owners and _is_work(node)}
     return tuple(found.items())
+
+
+def _is_work(node: fx.Node) -> bool:
+    """Tell whether ``node`` computes floats: neither positions nor a selection of rows that were selected before."""
+    value = fake_tensor(node)
+    return value is not None and value.is_floating_point() and sliced_rows(node) is None
 
 
 def _joined(one: Rows | None, other: Rows | None) -> Rows | None:
@@ -258,7 +263,8 @@ class _Narrowing:
     def _mask(self, new: fx.Node, node: fx.Node, rows: Rows) -> None:
         """Let the queries that are left see the keys that they saw, by a mask of their positions."""
         given = named_arguments(new, ATTENTION_ARGUMENTS)
-        first, window = 0, None
+        first: Any = 0
+        window: Any = None
         if node.target is BANDED_ATTENTION:
             *operands, first, window, scale = new.args
             given = dict(zip(ATTENTION_ARGUMENTS, operands, strict=False)) | {"scale": scale}
@@ -275,7 +281,7 @@ class _Narrowing:
         operands = [given.pop(name) for name in ATTENTION_ARGUMENTS[:3]]
         new.args, new.kwargs = tuple(operands), {**given, "attn_mask": mask, "is_causal": False}
 
-    def _visible(self, new: fx.Node, node: fx.Node, rows: Rows, first: Any, window: int | None) -> fx.Node:
+    def _visible(self, new: fx.Node, node: fx.Node, rows: Rows, first: Any, window: Any) -> fx.Node:
         """Return the mask ``bool[rows, keys]`` of which keys lie ``first`` to before ``first + window`` tokens behind a query."""
         given = named_arguments(node, ATTENTION_ARGUMENTS)
         counted, key = _counted(node, given), given["key"]

@@ -1,0 +1,209 @@
+"""Fit the maps of a prompt's body one after the other, each on the stream as the maps before it leave it.
+
+Two streams run side by side through every sublayer, over all samples: the full model's, and that of the model whose
+earlier sublayers are replaced already. The map of a sublayer takes the second and aims at the first, so it puts right
+what the maps before it have done wrong. Fitted one by one, each on the full model's stream, their errors add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaskip_compile.compensation import BranchStatistics, StreamMap, fit_map
+from adaskip_compile.identity import unwrapped
+from adaskip_compile.plans import SkippedSublayer
+from adaskip_compile.profiling import run_samples, show_progress
+from adaskip_compile.prompt_skips import HEAD, TAIL, PromptSkips
+from adaskip_passes.errors import LegalityError, OptionError, ProfileError
+from adaskip_passes.outline_regions import outline_regions
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.state import output_values
+from adaskip_passes.straighten_stream import straightened_stream
+
+# One sample in so many is held out, to choose the ridge and to tell the error.
+_HELD_OUT = 4
+
+
+def fit_prompt_skips(
+    model: nn.Module,
+    paths: Collection[str],
+    samples: Iterable[str | torch.Tensor],
+    *,
+    tokenizer: Any = None,
+    max_samples: int = 20,
+    rank: int | None = None,
+    head: int = HEAD,
+    tail: int = TAIL,
+    in_sequence: bool = True,
+    progress: bool = True,
+) -> PromptSkips:
+    """Return what skips ``paths`` for the body of a prompt, with a low-rank map for each, fitted on ``samples``.
+
+    Costs about two forward passes over the samples, whatever the number of sublayers, and holds two values of the
+    stream for each sample, ``2 * tokens * d_model`` numbers. Every fourth sample is held out to choose the ridge.
+
+    Args:
+        model: The model.
+        paths: The sublayers to skip: attention, or stateless ones.
+        samples: Texts, which need a ``tokenizer``, or token ids; as mixed as those to be served, and longer than
+            ``head + tail`` tokens.
+        tokenizer: Turns texts into token ids.
+        max_samples: At most so many of ``samples`` are used.
+        rank: Of the maps; by default a quarter of the stream's width.
+        head: How many first rows run in full.
+        tail: How many last rows run in full.
+        in_sequence: Whether a map takes the stream as the maps before it leave it; otherwise the full model's, to compare.
+        progress: Whether to show a bar on a terminal.
+
+    Raises:
+        OptionError: The rank is none of this model.
+        UnknownSublayerError: The model has no sublayer of that path.
+        LegalityError: A sublayer carries a state that cannot be kept without running it.
+        ProfileError: No samples, texts without a tokenizer, a sample too short, or a stream that overflows.
+        CaptureError: The model is not captured as one graph.
+    """
+    model = unwrapped(model)
+    collector = _Collector()
+    counts = run_samples(
+        model, collector, samples, tokenizer=tokenizer, max_samples=max_samples, progress=False, title=""
+    )
+    if min(counts) <= head + tail:
+        raise ProfileError(f"a sample has {min(counts)} tokens; maps of a prompt's body need more than {head + tail}")
+    stream = collector.streams[0]
+    chosen = [stream.by_path(path) for path in stream.paths if path in set(paths)]
+    for path in paths:
+        sublayer = stream.by_path(path)
+        if sublayer.stateful and sublayer.kind != "attention":
+            raise LegalityError(f"{path} carries a state ({sublayer.kind}) that cannot be kept without running it")
+    width = collector.width
+    asked = max(1, width // 4) if rank is None else rank
+    if type(asked) is not int or not 0 < asked <= width:
+        raise OptionError(f"rank={rank!r}: takes a number from 1 to the width of the stream, {width}")
+    runs = [_TwoStreams(steps, in_sequence) for steps in collector.steps()]
+    maps: dict[str, StreamMap] = {}
+    last = chosen[-1].index if chosen else -1
+    for sublayer in show_progress(stream.sublayers[: last + 1], last + 1, progress, "fitting"):
+        with torch.no_grad():
+            for run in runs:
+                run.advance()
+            if sublayer.path in paths:
+                maps[sublayer.path] = _fitted(runs, asked, head)
+                for run in runs:
+                    run.replace(maps[sublayer.path], head, tail)
+    skipped = tuple(SkippedSublayer(one.path, one.kind, one.stateful, 1.0, None) for one in chosen)
+    return PromptSkips(skipped, maps, head, tail)
+
+
+def _fitted(runs: Sequence[_TwoStreams], rank: int, head: int) -> StreamMap:
+    width, device = runs[0].before.shape[-1], runs[0].before.device
+    fitted, held_out = (BranchStatistics.zeros(width, device) for _ in range(2))
+    for number, run in enumerate(runs, 1):
+        statistics = held_out if number % _HELD_OUT == 0 else fitted
+        statistics.add(run.before[:, head:], run.wanted[:, head:])
+    return fit_map("low_rank", fitted, held_out, rank=rank)
+
+
+class _Collector:
+    """A Dynamo backend that keeps the graphs of the samples and what they were called with, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.streams: list[ResidualStream] = []
+        self.runs = 0
+        self._calls: list[tuple[fx.GraphModule, ResidualStream, tuple[Any, ...]]] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        stream = straightened_stream(gm)
+        self.streams.append(stream)
+        wiring = None if stream.problems else outline_regions(gm, stream)
+
+        def run(*values: Any) -> Any:
+            self.runs += 1
+            if wiring is not None:
+                self._calls.append((wiring.gm, wiring.stream, values))
+            # Nobody reads them: the model only puts them into the object that it returns.
+            return tuple(torch.empty(0) if one is not None else None for one in output_values(gm))
+
+        return run
+
+    @property
+    def width(self) -> int:
+        """The width of the stream."""
+        value = self.streams[0].sublayers[0].stream_in.meta["example_value"]
+        return int(value.shape[-1])
+
+    def steps(self) -> Iterator[_Steps]:
+        """Yield what runs each sample sublayer by sublayer."""
+        for gm, stream, values in self._calls:
+            yield _Steps(gm, stream, dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True)))
+
+
+class _Steps:
+    """One sample on its way through a graph that was cut at its sublayers; ``values`` are those that are still read."""
+
+    def __init__(self, gm: fx.GraphModule, stream: ResidualStream, values: dict[fx.Node, Any], at: int = 0) -> None:
+        self._gm, self._stream, self._values, self._at = gm, stream, values, at
+        self._nodes = list(gm.graph.nodes)
+        self._ends = {one.stream_out: one for one in stream.sublayers}
+        # What the graph returns is not asked for; of each sublayer the stream before it is, once it has ended.
+        self._done: dict[fx.Node, list[fx.Node]] = {}
+        last = {source: node for node in self._nodes if node.op != "output" for source in self._read_by(node)}
+        for source, node in last.items():
+            self._done.setdefault(node, []).append(source)
+
+    def _read_by(self, node: fx.Node) -> list[fx.Node]:
+        return [*node.all_input_nodes, *([self._ends[node].stream_in] if node in self._ends else [])]
+
+    def fork(self) -> _Steps:
+        """Return the same place on the same way."""
+        return _Steps(self._gm, self._stream, dict(self._values), self._at)
+
+    def run_sublayer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run on to the end of the next sublayer; return the stream before and after it."""
+        interpreter = fx.Interpreter(self._gm, garbage_collect_values=False)
+        interpreter.env = self._values
+        while True:
+            node = self._nodes[self._at]
+            self._at += 1
+            if node.op == "placeholder":
+                continue
+            before = self._values.get(self._ends[node].stream_in) if node in self._ends else None
+            self._values[node] = interpreter.run_node(node)
+            for source in self._done.get(node, ()):
+                del self._values[source]
+            if before is not None:
+                return before, self._values[node]
+
+    def set_stream(self, b: torch.Tensor) -> None:
+        """Go on with ``b`` in the place of the value of the stream that was returned last."""
+        self._values[self._nodes[self._at - 1]] = b
+
+
+class _TwoStreams:
+    """One sample in both models: ``before`` is the stream to fit from, ``wanted`` the one to aim at, at one sublayer."""
+
+    before: torch.Tensor
+    wanted: torch.Tensor
+
+    def __init__(self, full: _Steps, in_sequence: bool) -> None:
+        self._full, self._in_sequence = full, in_sequence
+        self._skipping: _Steps | None = None
+
+    def advance(self) -> None:
+        """Run both through the next sublayer; they are one until the first is replaced."""
+        full_before, self.wanted = self._full.run_sublayer()
+        self._own_before, self._own_after = full_before, self.wanted
+        if self._skipping is not None:
+            self._own_before, self._own_after = self._skipping.run_sublayer()
+        self.before = self._own_before if self._in_sequence else full_before
+
+    def replace(self, one: StreamMap, head: int, tail: int) -> None:
+        """Put ``one`` in the place of the sublayer for the body of the skipping model."""
+        if self._skipping is None:
+            self._skipping = self._full.fork()
+        a, b = self._own_before, self._own_after
+        body = one(a[:, head:-tail])
+        self._skipping.set_stream(torch.cat([b[:, :head], body.to(b.dtype), b[:, -tail:]], 1))
