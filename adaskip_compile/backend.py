@@ -8,7 +8,6 @@ has no effect.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +24,15 @@ from adaskip_compile.capture import (
 )
 from adaskip_compile.identity import unwrapped
 from adaskip_compile.kept_captures import capture_keeper
+from adaskip_compile.loss_budget import kept_plan
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
+from adaskip_compile.session_backend import AdmittedGraph, SessionBackend
 from adaskip_compile.sessions import Session, forget_sessions, session_for
-from adaskip_passes.errors import CaptureError, OptionError
+from adaskip_passes.errors import OptionError
+
+# Two per cent of perplexity, for prompts of a few pages.
+_MAX_LOSS, _CONTEXT = 0.02, 1024
 
 
 def adaskip(
@@ -57,8 +61,20 @@ def _model_of(inputs: Sequence[Any]) -> nn.Module | None:
     return None if module is None else unwrapped(module)
 
 
-def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
+def compile(
+    model: nn.Module,
+    plan: SkipPlan | str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> nn.Module:
     """Compile ``model`` in place with the adaskip backend and return it; ``model.generate()`` goes through it.
+
+    With a ``tokenizer`` and no plan, one is found that makes prompts faster and loses at most ``max_loss`` nats a token
+    (0.02, 2 % of perplexity, by default) and 5 % of what the model finds in a prompt of ``context`` tokens (1,024). That
+    takes minutes, once: the plan is kept in the cache directory (:func:`adaskip_compile.loss_budget.plan_within_loss`).
+    Without one, and with nothing else that says what to skip, nothing is skipped.
 
     ``plan`` is a plan or the file of one; ``options`` are the other fields of :class:`Options`. Calling
     it again with the same options and another ``plan`` switches the plan for requests that start from
@@ -71,8 +87,18 @@ def compile(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None = N
         ForeignFileError: The plan or profile was made for another model.
         UnknownSublayerError: The plan names a module that the model lacks.
     """
-    checked = Options.from_mapping(options)
     _require_module(model)
+    budget: dict[str, Any] = {}
+    if tokenizer is not None:
+        if plan is not None or options.get("plan") is not None or options.get("profile") is not None:
+            raise OptionError(
+                "tokenizer= is to find a plan with, and a plan or profile is given: leave one of them out"
+            )
+        budget = {name: options.pop(name) for name in ("max_loss", "context") if name in options}
+    checked = Options.from_mapping(options)
+    if tokenizer is not None:
+        found: dict[str, Any] = {"max_loss": _MAX_LOSS, "context": _CONTEXT, **budget}
+        plan = kept_plan(model, tokenizer, checked, found["max_loss"], found["context"], progress=progress)
     if plan is not None and not isinstance(plan, (SkipPlan, str, os.PathLike)):
         raise OptionError(
             f"plan={plan!r}: takes a SkipPlan, the path of a file of one, or None; SkipPlan.from_scales makes one of a dict"
@@ -151,35 +177,3 @@ def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:
     if keeper is None:
         return torch.compile(model._call_impl, backend=SessionBackend(session), dynamic=True)
     return keeper.compiled(model._call_impl)
-
-
-class AdmittedGraph:
-    """What Dynamo calls for one captured graph, and the session that admitted it."""
-
-    __slots__ = ("_run", "session")
-
-    def __init__(self, session: Session, run: Callable[..., Any]) -> None:
-        self.session, self._run = session, run
-
-    def __call__(self, *inputs: Any) -> Any:
-        """Run the graph."""
-        return self._run(*inputs)
-
-
-class SessionBackend:
-    """The backend of one session: graphs need not be matched to a model again.
-
-    Dynamo keeps all backends that there ever were, so this one does not hold the session, and with it a model's caches.
-    """
-
-    __name__ = "adaskip"
-
-    def __init__(self, session: Session) -> None:
-        self._session = weakref.ref(session)
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """Compile one graph that Dynamo captured."""
-        session = self._session()
-        if session is None:
-            raise CaptureError("this compiled call is of a model that was restored since: compile the model again")
-        return session.admit(gm, example_inputs)

@@ -346,7 +346,7 @@ class Dispatcher:
     ) -> Variant:
         started = time.perf_counter()
         # Probes measure all rows of a prompt.
-        before = self._narrow(body) if self.stream.phase == "prefill" and not probed else None
+        before = self.narrowed(body) if self.stream.phase == "prefill" and not probed else None
         gm, stream = (self._growth.gm, self._growth.stream) if before is None else (before.gm, before.stream)
         key = (lowering, body, before is not None)
         if key not in self._prepared:
@@ -377,8 +377,8 @@ class Dispatcher:
         history = (*(() if before is None else before.history), *result.history)
         return Variant(skipped, probed, body, run, ShapeCheck(self.gm, result.gm), grown, history, seconds)
 
-    def _narrow(self, body: SkipBodyRows | None) -> PipelineResult:
-        """Return the graph of a prompt of which only the rows are computed that are read, and what ``body`` says is not."""
+    def narrowed(self, body: SkipBodyRows | None) -> PipelineResult:
+        """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
             result = run_pipeline(self._growth.gm, self._growth.stream, row_passes_for(body))
             for path, operation in () if body is None else stopped_at(result.gm, result.stream, body.head + body.tail):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaskip_compile.backend import SessionBackend
 from adaskip_compile.capture import constant_floats, make_room_for_graphs
 from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.identity import identify
@@ -27,6 +26,7 @@ from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import JointStep, Profile
 from adaskip_compile.profiling import evaluating, show_progress, token_ids
+from adaskip_compile.session_backend import SessionBackend
 from adaskip_compile.sessions import Session
 from adaskip_passes.errors import OptionError, PassError, ProfileError
 

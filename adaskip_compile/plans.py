@@ -21,7 +21,7 @@ from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.identity import ModelIdentity, check_identity
 from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
-from adaskip_compile.prompt_skips import HEAD, TAIL, PromptSkips
+from adaskip_compile.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade
 from adaskip_passes.errors import FileError, LegalityError, PlanError, ProfileError, UnknownSublayerError
 from adaskip_passes.module_paths import submodule_paths
 
@@ -228,12 +228,21 @@ class SkipPlan:
 
     def describe(self) -> str:
         """Return the plan as a table of text."""
-        if not self.named_paths:
+        if not self.named_paths and not (self.prompt and self.prompt.frontier):
             return "skips nothing"
         return "\n".join((*self._prompt_lines(), *self._request_lines()))
 
     def _prompt_lines(self) -> Iterable[str]:
-        if self.prompt is None or not self.prompt.skipped:
+        if self.prompt is None:
+            return
+        if self.prompt.frontier:
+            yield "tried for the prompt, its keys and values kept:"
+            yield TRADES_HEADING
+            yield from map(str, self.prompt.frontier)
+        if not self.prompt.skipped:
+            yield (
+                "none keeps the budget: the prompt runs in full" if self.prompt.frontier else "the prompt runs in full"
+            )
             return
         rows = " and ".join(
             f"its {which} {_counted(number, 'token')}"
@@ -321,7 +330,14 @@ def _prompt_skips(entry: Mapping[str, Any] | None, maps: Mapping[str, StreamMap]
     if entry is None:
         return None
     held = {name.removeprefix(_PROMPT): one for name, one in maps.items() if name.startswith(_PROMPT)}
-    fields: dict[str, Any] = {**entry, "skipped": _sublayers(entry["skipped"]), "maps": held}
+    measured = entry["measured"]
+    fields: dict[str, Any] = {
+        **entry,
+        "skipped": _sublayers(entry["skipped"]),
+        "maps": held,
+        "measured": None if measured is None else Trade(**measured),
+        "frontier": tuple(Trade(**one) for one in entry["frontier"]),
+    }
     return PromptSkips(**fields)
 
 

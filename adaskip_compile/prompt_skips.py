@@ -7,6 +7,7 @@ then. So the cache has no holes, and whatever comes after the prompt may run in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,43 @@ _LEAST_ROWS = 4  # for each row that runs in full
 
 
 @dataclass(frozen=True)
+class Trade:
+    """What one set of sublayers was measured to lose, and what it gains.
+
+    Args:
+        attentions: Of how many deepest layers the attentions are skipped.
+        ffns: Of how many the FFNs.
+        loss: By how much continuations are less likely than in full, nats a token.
+        loss_error: The standard error of ``loss``.
+        found: The share of facts that are found in prompts.
+        found_full: The share that the full model finds.
+        answer_loss: By how much the answers are less likely than in full, nats a token.
+        speedup: How much less a prompt multiplies, its keys and values, its edges and the maps counted.
+        within: Whether it keeps the budget.
+    """
+
+    attentions: int
+    ffns: int
+    loss: float
+    loss_error: float
+    found: float
+    found_full: float
+    answer_loss: float
+    speedup: float
+    within: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.attentions:>10} {self.ffns:>5}  {100 * math.expm1(self.loss):>+6.2f} % (+-{100 * self.loss_error:.2f})  "
+            f"{100 * self.found:>4.0f} % of {100 * self.found_full:.0f} %  {self.answer_loss:>+7.3f}  {self.speedup:>6.2f}x"
+            f"  {'within' if self.within else 'over'}"
+        )
+
+
+TRADES_HEADING = "attentions  FFNs  perplexity         needles found   answers  speed-up  budget"
+
+
+@dataclass(frozen=True)
 class PromptSkips:
     """What a plan skips for the body of a prompt.
 
@@ -31,6 +69,8 @@ class PromptSkips:
         head: How many first rows run in full. The first token of a prompt is often an attention sink, whose stream is
             like no other's.
         tail: How many last rows run in full, 1 or more.
+        measured: What this set was measured to lose, and what it gains; None where it was not.
+        frontier: All sets that were tried with it.
 
     Raises:
         PlanError: A sublayer is named twice, a map is of one that is not skipped, or a number makes no sense.
@@ -40,6 +80,8 @@ class PromptSkips:
     maps: Mapping[str, StreamMap] = field(default_factory=dict)
     head: int = HEAD
     tail: int = TAIL
+    measured: Trade | None = None
+    frontier: tuple[Trade, ...] = ()
 
     def __post_init__(self) -> None:
         for path in self.paths:

@@ -147,8 +147,9 @@ def test_what_was_made_for_another_model_is_refused(llama, tmp_path, kind):
     made, path = made_for_another(tmp_path, kind)
     message = "was made for another LlamaForCausalLM: it has the same structure but other weights"
     for given, source in ((made, f"this {kind}"), (path, f"{kind}.json")):
+        how: dict[str, Any] = {kind: given}
         with pytest.raises(ForeignFileError, match=f"{source} {message}"):
-            adaskip_compile.compile(llama, **{kind: given})
+            adaskip_compile.compile(llama, **how)
         with pytest.raises(BackendCompilerFailed, match=message) as caught, torch.no_grad():
             raw(llama, **{kind: given})(tokens(1, 9))
         assert isinstance(caught.value.inner_exception, ForeignFileError)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_a_process_learns_and_the_next_one_starts_specialised(checkpoint, tmp_pa
 @pytest.mark.parametrize("door", ["adaskip_compile.compile", "model.compile", "torch.compile"])
 def test_no_door_skips_what_nobody_asked_it_to(door, tmp_path):
     torch._dynamo.reset()
-    model, options = tiny("llama", num_hidden_layers=3), {"inner": "eager", "cache_dir": str(tmp_path)}
+    model = tiny("llama", num_hidden_layers=3)
+    options: dict[str, Any] = {"inner": "eager", "cache_dir": str(tmp_path)}
     eager = [model(tokens(1, 9, seed=seed)).logits for seed in range(25)]
     call = model
     if door == "adaskip_compile.compile":

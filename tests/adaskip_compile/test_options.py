@@ -137,7 +137,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_equal_options_are_one_key() -> None:
-    assert len({Options(skip=2), Options(skip=2), Options(skip=3)}) == 2
+    assert len({Options(learn=2), Options(learn=2), Options(learn=3)}) == 2
 
 
 def test_every_option_is_documented() -> None:

@@ -398,7 +398,8 @@ class TestResolve:
             assert resolve_plan(Options(profile=profile, skip=2, window=3, scale="frobenius"), TINY) == expected
 
     def test_every_planning_option_counts(self) -> None:
-        by_options = plan_by_options(decoder(32), Options(speedup=1.33, window=7, scale="frobenius", policy="adaskip"))
+        options = Options(profile=BY_HAND, speedup=1.33, window=7, scale="frobenius", policy="adaskip")
+        by_options = plan_by_options(decoder(32), options)
         assert by_options == plan(decoder(32), speedup=1.33, window=7, scale="frobenius", policy="adaskip")
         assert len(by_options.skipped) == 16
 

@@ -168,7 +168,9 @@ def test_while_learning_the_most_below_is_skipped() -> None:
     assert notes == [
         "early_exit skips whole layers, which of this model hold no 5 sublayers together: skip 4 or 6; skips 4"
     ]
-    assert len(Learner(Options(skip=40), None, notes.append).plan(profile()).skipped) == largest_skip(profile())
+    assert len(Learner(Options(skip=40, learn=20), None, notes.append).plan(profile()).skipped) == largest_skip(
+        profile()
+    )
 
 
 def test_target_acceleration_counts_layers() -> None:
