@@ -13,7 +13,7 @@ from adaskip_passes.effects import find_effects
 from adaskip_passes.errors import PassError
 from adaskip_passes.graph import call, fake_tensor
 from adaskip_passes.pipeline import PassResult
-from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.residual_stream import ResidualStream, Sublayer
 
 STATISTICS = ("similarity", "scale_token", "scale_frobenius")
 
@@ -43,9 +43,10 @@ class InsertProbes:
         if stream.probed:
             raise PassError("this graph has probes already; probe all sublayers in one pass")
         for path in self.paths:
-            stream.by_path(path)
             if path in stream.skipped:
                 raise PassError(f"cannot probe {path}: it is skipped")
+            if not _same_rows(stream.by_path(path)):
+                raise PassError(f"cannot probe {path}: only some of its rows are computed; probe before narrow-rows")
         for first, last in self.spans:
             if first not in self.paths or last not in self.paths:
                 raise PassError(f"cannot probe from {first} to {last}: both ends of a span are to be probed themselves")
@@ -54,6 +55,11 @@ class InsertProbes:
         results = output.args[0]
         output.args = ((*results, rows),)  # type: ignore[misc]
         return PassResult(replace(stream, probed=self.paths), True, len(self.paths))
+
+
+def _same_rows(sublayer: Sublayer) -> bool:
+    before, after = fake_tensor(sublayer.stream_in), fake_tensor(sublayer.stream_out)
+    return before is None or after is None or before.dim() != after.dim() or str(before.shape) == str(after.shape)
 
 
 def _rows(gm: fx.GraphModule, stream: ResidualStream, spans: tuple[tuple[str, str], ...]) -> fx.Node:

@@ -82,7 +82,8 @@ class ResidualStream:
     """The sublayers of a graph in stream order, or the problems that keep it from having one.
 
     ``phase`` is ``"decode"`` where the stream holds one token a row, else ``"prefill"``. ``skipped``
-    and ``probed`` are the paths that passes have since skipped or probed, in stream order.
+    and ``probed`` are the paths that passes have since skipped or probed, in stream order; ``body_skipped`` are
+    those that they have skipped for the body of a prompt.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -90,6 +91,7 @@ class ResidualStream:
     phase: str = "prefill"
     skipped: tuple[str, ...] = ()
     probed: tuple[str, ...] = ()
+    body_skipped: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:

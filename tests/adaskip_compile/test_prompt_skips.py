@@ -13,7 +13,8 @@ from adaskip_compile import SkipPlan
 from adaskip_compile.compensation import StreamMap
 from adaskip_compile.plans import SkippedSublayer
 from adaskip_compile.prompt_skips import PromptSkips
-from tests.generation import CACHES, make_cache
+from adaskip_passes.errors import LegalityError, PlanError
+from tests.generation import CACHE_NAME, CACHES, generate, left_padded, make_cache
 from tests.models import tiny, tokens
 from tests.reference import Body, body_backend, replace_body, run_request
 
@@ -74,3 +75,160 @@ def test_logits_are_those_of_both_references(family: str, cache: str) -> None:
     [request] = adaskip_compile.report(model).requests
     assert request.body_tokens == 40 - HEAD - TAIL
     assert request.prompt_skipped == SCALES
+
+
+@pytest.fixture
+def llama() -> Any:
+    torch._dynamo.reset()
+    return model_of("llama")
+
+
+def compiled(model: Any, plan: SkipPlan | None = None, *, inner: str = "eager") -> Any:
+    return adaskip_compile.compile(model, body_plan() if plan is None else plan, inner=inner)
+
+
+def wanted(model: Any, run: Any) -> Any:
+    """Return what ``run`` gives of the eager model that replaces sublayers by hand."""
+    before, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        with torch.no_grad(), replace_body(model, BODY):
+            return run()
+    finally:
+        model._compiled_call_impl = before
+
+
+def test_padded_rows(llama: Any) -> None:
+    ids, mask = left_padded([tokens(1, 40)[0], tokens(1, 33, seed=2)[0]])
+    forced = tokens(2, 3, seed=1)
+
+    def run() -> torch.Tensor:
+        return torch.stack(run_request(llama, ids, forced, cache=make_cache("dynamic", llama), mask=mask))
+
+    reference = wanted(llama, run)
+    compiled(llama)
+    torch.testing.assert_close(run(), reference, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_prompt_in_chunks_and_a_second_turn(llama: Any, cache: str) -> None:
+    """Each chunk of a prompt has a body and edges of its own, and so has what comes after an answer."""
+    parts = [tokens(1, 40), tokens(1, 30, seed=1), tokens(1, 1, seed=2), tokens(1, 5, seed=3), tokens(1, 25, seed=4)]
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        held = make_cache(cache, llama, 128)
+        logits = []
+        start = 0
+        for ids in parts:
+            positions = torch.arange(start, start + ids.shape[1])[None]
+            start += ids.shape[1]
+            how = {"use_cache": True, CACHE_NAME: held}
+            logits.append(llama(ids, position_ids=positions, **how).logits)
+        return torch.cat(logits, 1)
+
+    reference = wanted(llama, run)
+    compiled(llama)
+    torch.testing.assert_close(run(), reference, rtol=2e-5, atol=2e-5)
+    [request] = adaskip_compile.report(llama).requests
+    assert request.body_tokens == 40 + 30 + 25 - 3 * (HEAD + TAIL), "5 tokens and 1 are no prompt"
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
+def test_generate(llama: Any, how: dict[str, Any]) -> None:
+    ids = tokens(2, 40)
+
+    def run() -> torch.Tensor:
+        return generate(llama, ids, torch.ones_like(ids), 6, **how)
+
+    reference = wanted(llama, run)
+    compiled(llama)
+    assert torch.equal(run(), reference)
+
+
+def test_inductor(llama: Any) -> None:
+    ids, forced = tokens(1, 48), tokens(1, 2, seed=1)
+
+    def run() -> torch.Tensor:
+        return torch.stack(run_request(llama, ids, forced, cache=make_cache("dynamic", llama)))
+
+    reference = wanted(llama, run)
+    compiled(llama, inner="inductor")
+    torch.testing.assert_close(run(), reference, rtol=5e-5, atol=5e-5)
+
+
+def test_a_short_prompt_runs_in_full(llama: Any) -> None:
+    ids = tokens(1, 4 * (HEAD + TAIL) - 1)
+    with torch.no_grad():
+        eager = llama(ids).logits
+        compiled(llama)
+        torch.testing.assert_close(llama(ids).logits, eager, rtol=2e-5, atol=2e-5)
+    [request] = adaskip_compile.report(llama).requests
+    assert request.body_tokens == 0
+
+
+def test_nothing_is_captured_anew_and_decoding_runs_in_full(llama: Any) -> None:
+    compiled(llama, SkipPlan.none())
+    ids = tokens(1, 40)
+    generate(llama, ids, torch.ones_like(ids), 4)
+    compiled(llama)
+    generate(llama, ids, torch.ones_like(ids), 4)
+    report = adaskip_compile.report(llama)
+    assert report.requests[-1].captures == ()
+    assert report.requests[-1].skipped == {}
+    decode = [graph for graph in report.sessions[0].graphs if graph.phase == "decode"]
+    assert {variant.skipped for graph in decode for variant in graph.variants} == {0}
+    assert "5 skipped for 35 of 40 tokens, keys and values kept" in str(report)
+
+
+def test_recurrent_sublayers_are_refused() -> None:
+    model = tiny("mamba")
+    path = adaskip_compile.analyze(model, input_ids=tokens(1, 40)).paths[0]
+    compiled(model, SkipPlan.from_prompt_scales({path: 1.0}))
+    with (
+        pytest.raises(LegalityError, match=f"skips {path} for the body of a prompt: its state .* is carried"),
+        torch.no_grad(),
+    ):
+        model(tokens(1, 100))
+
+
+def test_experts_are_told_of(llama: Any) -> None:
+    """What is not known to work row by row is computed of the whole prompt; the result is right, and the report says so."""
+    model = model_of("mixtral")
+    compiled(model)
+    with torch.no_grad():
+        model(tokens(1, 40))
+    notes = adaskip_compile.report(model).sessions[0].notes
+    assert any("layers.1.mlp" in note and "not known to work row by row" in note for note in notes)
+
+
+class TestPlans:
+    def test_file(self, tmp_path: Any) -> None:
+        plan = body_plan()
+        plan.save(tmp_path / "plan.json")
+        assert SkipPlan.load(tmp_path / "plan.json") == plan
+
+    def test_describe(self) -> None:
+        text = body_plan(policy="explicit").describe()
+        assert text.startswith(
+            "the prompt skips 5 sublayers for all but its first 1 token and its last 4 tokens, and keeps"
+        )
+        assert text.endswith("decoding runs in full")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"tail": 0}, "tail is 0; it takes a number of rows, 1 or more"),
+            ({"head": -1}, "head is -1; it takes a number of rows, 0 or more"),
+            ({"maps": {"elsewhere": a_map(0)}}, "a map is given for elsewhere, which the prompt does not skip"),
+        ],
+    )
+    def test_senseless(self, change: dict[str, Any], message: str) -> None:
+        prompt = body_plan().prompt
+        assert prompt is not None
+        with pytest.raises(PlanError, match=message):
+            replace(prompt, **change)
+
+    def test_one_sublayer_in_both_ways(self) -> None:
+        holes = SkipPlan.from_scales({"model.layers.2.mlp": 1.0})
+        with pytest.raises(PlanError, match="with a hole in the cache, and with its keys and values kept"):
+            replace(holes, prompt=body_plan().prompt)

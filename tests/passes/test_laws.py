@@ -13,6 +13,8 @@ from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import parse_pass, pass_text, run_pipeline
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.narrow_rows import NarrowRows
+from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.straighten_stream import straighten_stream
 from adaskip_passes.textual import print_graph
 from tests.captures import run, shared_captures, stream_of
@@ -20,7 +22,7 @@ from tests.models import capture_all, plain, tiny
 
 # Each example captures a model, so none is spent on shrinking.
 FEW = settings(deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
-PASSES = (AppendInPlace, InsertProbes, SkipSublayers, EliminateDeadCode)
+PASSES = (AppendInPlace, InsertProbes, SkipSublayers, SkipBodyRows, NarrowRows, EliminateDeadCode)
 
 PLAIN = st.builds(
     lambda **shape: ("plain", tuple(shape.items())),
@@ -73,10 +75,19 @@ def assert_never_mutates(gm):
 def draw_passes(data, stream):
     skipped = data.draw(st.lists(st.sampled_from(stream.paths), unique=True))
     kept = [path for path in stream.paths if path not in skipped]
-    probed = data.draw(st.lists(st.sampled_from(kept), unique=True)) if kept else []
+    rows = draw_row_passes(data, stream)
+    probed = data.draw(st.lists(st.sampled_from(kept), unique=True)) if kept and not rows else []
     probes, skips = InsertProbes(tuple(probed)), SkipSublayers(tuple(skipped))
     first, second = data.draw(st.permutations([probes, skips]))
-    return AppendInPlace(), first, EliminateDeadCode(), second, EliminateDeadCode()
+    return AppendInPlace(), *rows, first, EliminateDeadCode(), second, EliminateDeadCode()
+
+
+def draw_row_passes(data, stream):
+    """Return passes that leave a prompt some rows, none for a decode step; a graph that is probed keeps all of them."""
+    if stream.phase != "prefill" or data.draw(st.booleans()):
+        return ()
+    body = data.draw(st.lists(st.sampled_from(stream.paths), unique=True))
+    return SkipBodyRows(tuple(body), head=1, tail=2), NarrowRows(2), EliminateDeadCode()
 
 
 def laws_hold(shape, data):

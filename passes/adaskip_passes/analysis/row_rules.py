@@ -30,6 +30,8 @@ _ELEMENTWISE = frozenset(
 _OVER_A_DIMENSION = frozenset("amax amin argmax log_softmax logsumexp max mean min prod softmax std sum var".split())
 _NORMS = frozenset("layer_norm rms_norm".split())
 _PRODUCTS = frozenset("matmul bmm".split())
+# They are given the shape of their result.
+SHAPED = frozenset("view reshape _unsafe_view expand".split())
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,16 @@ def _product(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     yield _arguments(node)[0], rows.along(left.dim() - 2)
 
 
+def _added_product(node: fx.Node, rows: Rows) -> Iterator[Demand]:
+    given: dict[str, Any] = named_arguments(node, ("input", "batch1", "batch2"))
+    added = _tensor(given["input"])
+    if rows.dim != result(node).dim() - 2:
+        raise _UnknownError
+    if added.dim() >= 2 and added.shape[-2] != 1:
+        yield given["input"], rows.along(added.dim() - 2)
+    yield given["batch1"], rows
+
+
 def _attention(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     given = named_arguments(node, ATTENTION_ARGUMENTS)
     query = _tensor(given["query"])
@@ -208,8 +220,48 @@ def _permute(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     yield _arguments(node)[0], rows.along(order[rows.dim] % _tensor(_arguments(node)[0]).dim())
 
 
+def shape_argument(node: fx.Node, rows: Rows) -> tuple[Any, ...] | None:
+    """Return the sizes to give to ``view`` and its like for ``rows`` of what they return, None where they are not known.
+
+    A size that is one node is read off its fake value; one that is open then is left for the operation to find.
+    """
+    _, *shape = _arguments(node)
+    given = _nested(shape)
+    if isinstance(given, fx.Node):
+        found = fake_value(given)
+        if not isinstance(found, (tuple, list)):
+            return None
+        sizes = [size if at != rows.dim else rows.count for at, size in enumerate(found)]
+        sizes = [-1 if isinstance(size, torch.SymInt) else size for size in sizes]
+        return tuple(sizes) if sizes.count(-1) <= 1 else None
+    if len(given) != result(node).dim() or node.kwargs:
+        return None
+    return tuple(rows.count if at == rows.dim and size != -1 else size for at, size in enumerate(given))
+
+
+def _nested(shape: list[Any]) -> Any:
+    """Return the sizes, or the one node that stands for all of them."""
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+        return list(shape[0])
+    if len(shape) == 1 and isinstance(shape[0], fx.Node) and not isinstance(fake_value(shape[0]), (int, torch.SymInt)):
+        return shape[0]
+    return shape
+
+
+def _shape_is_known(node: fx.Node, rows: Rows) -> Iterator[Demand]:
+    """Yield a node that gives the whole shape as one that is not needed; raise where the shape is unknown."""
+    if op_name(node) not in SHAPED:
+        return
+    if shape_argument(node, rows) is None:
+        raise _UnknownError
+    given = _nested(list(_arguments(node)[1:]))
+    if isinstance(given, fx.Node):
+        yield given, Rows(rows.dim, 0, 0)
+
+
 def _view(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     """Find the dimension of the operand that has the same rows: as many, and as many numbers before them."""
+    yield from _shape_is_known(node, rows)
     x, out = _tensor(_arguments(node)[0]), result(node)
     wanted = _product_of(out.shape[: rows.dim])
     before: Any = size_expression(1)
@@ -236,6 +288,7 @@ def _unsqueeze(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _expand(node: fx.Node, rows: Rows) -> Iterator[Demand]:
+    yield from _shape_is_known(node, rows)
     x, out = _tensor(_arguments(node)[0]), result(node)
     dim = x.dim() - (out.dim() - rows.dim)
     if dim < 0 or not _same(x.shape[dim], out.shape[rows.dim]):
@@ -364,6 +417,7 @@ _RULES: dict[str, Callable[[fx.Node, Rows], Iterator[Demand]]] = {
     "linear": _linear,
     "addmm": _addmm,
     **dict.fromkeys(_PRODUCTS, _product),
+    "baddbmm": _added_product,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(_OVER_A_DIMENSION, _over_a_dimension),
     "topk": _topk,

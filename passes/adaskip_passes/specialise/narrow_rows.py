@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from adaskip_passes.analysis.row_rules import Rows, operand_rows, result, sliced_rows
+from adaskip_passes.analysis.row_rules import SHAPED, Rows, operand_rows, result, shape_argument, sliced_rows
 from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import find_effects, op_name
 from adaskip_passes.graph import (
@@ -36,8 +36,6 @@ from adaskip_passes.graph import (
 )
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream
-
-_SHAPED = frozenset("view reshape _unsafe_view expand".split())
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ def needed_rows(gm: fx.GraphModule, longest: int) -> tuple[dict[fx.Node, Rows | 
     needed: dict[fx.Node, Rows | None] = {}
 
     def need(node: fx.Node, rows: Rows | None) -> None:
-        known = needed.get(node, rows)
-        needed[node] = _joined(known, rows) if effects.roots[node] not in written else ALL
+        rows = _joined(needed.get(node, rows), rows)
+        needed[node] = ALL if effects.roots[node] in written or _are_all(node, rows) else rows
 
     for node in reversed(gm.graph.nodes):
         acts = node.op == "output" or node in writers or node in effects.checks
@@ -118,6 +116,15 @@ def _is_work(node: fx.Node) -> bool:
     """Tell whether ``node`` computes floats: neither positions nor a selection of rows that were selected before."""
     value = fake_tensor(node)
     return value is not None and value.is_floating_point() and sliced_rows(node) is None
+
+
+def _are_all(node: fx.Node, rows: Rows | None) -> bool:
+    """Tell whether a value has no other rows than those."""
+    value = fake_value(node)
+    if rows is ALL or not isinstance(value, torch.Tensor):
+        return rows is ALL
+    size = size_expression(value.shape[rows.dim])
+    return bool(size.is_Integer and int(size) <= rows.count)
 
 
 def _joined(one: Rows | None, other: Rows | None) -> Rows | None:
@@ -172,12 +179,14 @@ class _Narrowing:
     def run(self) -> None:
         """Narrow what can be, in the order of the graph."""
         for node in list(self.graph.nodes):
+            if node not in self.needed:  # nobody reads it
+                continue
             self._at = node
-            rows = self.needed.get(node)
+            rows = self.needed[node]
             source = node.args[0] if node.args else None
             if rows is not ALL:
                 self.images[node] = self._narrow(node, rows)
-            elif isinstance(source, fx.Node) and self.needed.get(source) is not ALL and source in self.images:
+            elif isinstance(source, fx.Node) and source in self.images:
                 sliced = sliced_rows(node)
                 assert sliced is not None
                 node.replace_all_uses_with(self._rows_of(source, sliced))
@@ -215,6 +224,12 @@ class _Narrowing:
             [(source, wanted)] = demands
             inner = self._rows_of(source, wanted)
             return inner if wanted.count == rows.count else self._select(inner, rows)
+        if any(
+            fake_tensor(operand) is None and wanted.count and operand not in self.images for operand, wanted in demands
+        ):
+            # One of several results, of which others are read whole.
+            with self.graph.inserting_after(node):
+                return self._own(select_rows(self.graph, node, rows), node)
         self.narrowed += 1
         with self.graph.inserting_before(node):
             given = {operand: self._rows_of(operand, wanted) for operand, wanted in demands if wanted.count}
@@ -232,16 +247,15 @@ class _Narrowing:
             parts = list(given.values())
             return (parts, rows.dim), {}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: given.get(one, one))
-        if op_name(node) in _SHAPED:
-            args = _with_size(args, rows)
+        if op_name(node) in SHAPED:
+            args = (args[0], shape_argument(node, rows))
         return args, kwargs
 
     def _rows_of(self, node: fx.Node, rows: Rows) -> fx.Node:
         """Return ``rows`` of ``node``, before the node that is being looked at."""
-        known = self.needed.get(node)
-        if known is ALL or node not in self.images:
+        if node not in self.images:
             return self._select(node, rows)
-        return self.images[node] if known == rows else self._select(self.images[node], rows)
+        return self.images[node] if self.needed[node] == rows else self._select(self.images[node], rows)
 
     def _select(self, node: fx.Node, rows: Rows) -> fx.Node:
         key = (node, rows)
@@ -315,16 +329,6 @@ def _groups(node: fx.Node) -> bool:
 def _dim_of_cat(node: fx.Node) -> int:
     dim = named_arguments(node, ("tensors", "dim")).get("dim", 0)
     return int(dim % result(node).dim())
-
-
-def _with_size(args: tuple[Any, ...], rows: Rows) -> tuple[Any, ...]:
-    """Return the arguments of a call that gives a shape, with the number of ``rows`` in it."""
-    x, *shape = args
-    nested = len(shape) == 1 and isinstance(shape[0], (tuple, list))
-    sizes = list(shape[0]) if nested else shape
-    if sizes[rows.dim] != -1:
-        sizes[rows.dim] = rows.count
-    return (x, tuple(sizes)) if nested else (x, *sizes)
 
 
 def select_rows(graph: fx.Graph, node: fx.Node, rows: Rows, made: list[fx.Node] | None = None) -> fx.Node:

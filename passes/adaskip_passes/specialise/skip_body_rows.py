@@ -42,12 +42,12 @@ class SkipBodyRows:
     tail: int = 16
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
-        """Skip ``paths``.
+        """Skip ``paths``; those that are skipped so already are left as they are.
 
         :class:`UnknownSublayerError` where the stream has no such sublayer, :class:`PassError` where it is no stream of
         ``(batch, rows, d_model)``, or one is skipped or probed already.
         """
-        chosen = [stream.by_path(path) for path in self.paths]
+        chosen = [stream.by_path(path) for path in self.paths if path not in stream.body_skipped]
         for sublayer in chosen:
             if sublayer.path in (*stream.skipped, *stream.probed):
                 raise PassError(f"cannot skip the body rows of {sublayer.path}: it is skipped or probed")
@@ -62,7 +62,10 @@ class SkipBodyRows:
                 current, b = self._skip(gm.graph, current, replacements)
                 replaced[sublayer.stream_out] = b
             sublayers[sublayer.path] = current
-        return PassResult(replace(stream, sublayers=tuple(sublayers.values())), True, len(chosen))
+        gone = {*stream.body_skipped, *self.paths}
+        skipped = tuple(path for path in stream.paths if path in gone)
+        stream = replace(stream, sublayers=tuple(sublayers.values()), body_skipped=skipped)
+        return PassResult(stream, True, len(chosen))
 
     def _skip(self, graph: fx.Graph, sublayer: Sublayer, replacements: Replacements) -> tuple[Sublayer, fx.Node]:
         """Return the sublayer as it is now, and the value of the stream that ends it."""
