@@ -101,7 +101,16 @@ def needed_rows(gm: fx.GraphModule, longest: int) -> tuple[dict[fx.Node, Rows | 
             part = wanted.get(operand, ALL)
             if part is ALL or part.count:
                 need(operand, part)
+    for node in [node for node, rows in needed.items() if rows is not ALL and _is_item_of_whole(node, needed)]:
+        needed[node] = ALL
     return needed, stops
+
+
+def _is_item_of_whole(node: fx.Node, needed: Mapping[fx.Node, Rows | None]) -> bool:
+    """Tell whether ``node`` is one of several results of which others are read whole: it is not computed in part."""
+    source = node.args[0] if node.args else None
+    several = isinstance(source, fx.Node) and isinstance(fake_value(source), (tuple, list))
+    return several and needed.get(source) is ALL  # type: ignore[arg-type]
 
 
 def stopped_at(gm: fx.GraphModule, stream: ResidualStream, longest: int) -> tuple[tuple[str, str], ...]:
@@ -224,12 +233,6 @@ class _Narrowing:
             [(source, wanted)] = demands
             inner = self._rows_of(source, wanted)
             return inner if wanted.count == rows.count else self._select(inner, rows)
-        if any(
-            fake_tensor(operand) is None and wanted.count and operand not in self.images for operand, wanted in demands
-        ):
-            # One of several results, of which others are read whole.
-            with self.graph.inserting_after(node):
-                return self._own(select_rows(self.graph, node, rows), node)
         self.narrowed += 1
         with self.graph.inserting_before(node):
             given = {operand: self._rows_of(operand, wanted) for operand, wanted in demands if wanted.count}
