@@ -307,8 +307,7 @@ class Dispatcher:
         paths = tuple(path for path in self.stream.paths if path in skipped)
         body = None
         if prompt is not None and phase == "prefill" and prompt.apply_to(tokens):
-            named = tuple(path for path in self.stream.paths if path in prompt.paths)
-            body = SkipBodyRows(named, prompt.map_forms, prompt.head, prompt.tail)
+            body = prompt.as_pass(self.stream.paths)
         return self._variant(paths, self._probes(request, phase, skipped), request.plan.map_forms(paths), body)
 
     def _variant(

@@ -132,6 +132,11 @@ def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
     found = plan if isinstance(plan, SkipPlan) else SkipPlan.load(plan)
     found.check(identity, source="this plan" if found is plan else str(plan))
     found.check_paths(model)
+    if found.prompt is not None and found.prompt.skipped:
+        raise PlanError(
+            "this plan skips for the body of a prompt and keeps keys and values, which programs cannot do yet: export a plan "
+            "that skips for the whole request, or none"
+        )
     if found.ramp:
         raise PlanError(
             "this plan has a ramp, and programs do not change while they run: make a plan that skips the same in prefill "

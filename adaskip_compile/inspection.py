@@ -13,7 +13,7 @@ from functools import cached_property
 
 from torch import fx, nn
 
-from adaskip_compile.dispatch import passes_for
+from adaskip_compile.dispatch import passes_for, row_passes_for
 from adaskip_compile.model_costs import Group, find_model_costs
 from adaskip_compile.phase_graphs import PhaseGraph, capture_phases, longest_context
 from adaskip_compile.plans import SkipPlan
@@ -206,7 +206,7 @@ def _with_profile(found: Inspection, profile: Profile | None) -> Inspection:
 
 
 def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
-    for path in plan.all_paths:
+    for path in plan.named_paths:
         found.graphs[0].stream.by_path(path)
     sublayers = tuple(
         replace(one, skipped=one.path in plan.scales, scale=plan.all_scales.get(one.path, one.scale))
@@ -229,7 +229,10 @@ def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
         runs = [("window", found.plan.paths_at(0), probed), *runs]
     for phase, skipped, probes in runs:
         paths = tuple(path for path in graph.stream.paths if path in skipped)
-        yield from _steps(graph, phase, passes_for(paths, probes, found.plan.map_forms(paths)))
+        passes = passes_for(paths, probes, found.plan.map_forms(paths))
+        if phase == "prefill" and found.plan.prompt is not None:
+            passes = (*row_passes_for(found.plan.prompt.as_pass(graph.stream.paths)), *passes)
+        yield from _steps(graph, phase, passes)
 
 
 def _steps(graph: PhaseGraph, phase: str, passes: tuple[Pass, ...]) -> Iterable[PassStep]:

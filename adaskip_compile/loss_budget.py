@@ -27,12 +27,11 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import is_finite_number
 from adaskip_compile.profiling import show_progress
 from adaskip_compile.prompt_skips import PromptSkips, Trade
-from adaskip_compile.sequence_fitting import fit_prompt_skips
+from adaskip_compile.sequence_fitting import SequenceFitter
 from adaskip_compile.texts import held_out_texts, profiling_texts, windows
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.flops import count_flops
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 
 # Shares of the layers below the last one, deepest first, that are tried.
 _DEPTHS = (1 / 6, 1 / 4, 1 / 3, 5 / 12, 1 / 2)
@@ -104,10 +103,11 @@ class _Search:
     """Tries sets of sublayers, one after the other."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_loss: float, context: int, sizes: BudgetSizes) -> None:
-        self._model, self._max_loss, self._context = model, max_loss, context
+        self._max_loss, self._context = max_loss, context
         seen = [text.text for text in profiling_texts(32)]
         unseen = [text.text for text in held_out_texts(sizes.measured)]
-        self._fitted = list(windows(tokenizer, seen, sizes.prompt, per_text=-(-sizes.fitted // 32)))[: sizes.fitted]
+        fitted = list(windows(tokenizer, seen, sizes.prompt, per_text=-(-sizes.fitted // 32)))[: sizes.fitted]
+        self._fitter = SequenceFitter(model, fitted, max_samples=len(fitted))
         texts = windows(tokenizer, unseen, sizes.prompt + sizes.continued, per_text=1)
         needles = [
             (needle, tokenizer(f" {needle.code}", add_special_tokens=False).input_ids)
@@ -146,7 +146,7 @@ class _Search:
 
     def _try(self, attentions: int, ffns: int) -> tuple[Trade, PromptSkips]:
         paths = deepest(self._layers, attentions, ffns)
-        skips = fit_prompt_skips(self._model, paths, self._fitted, max_samples=len(self._fitted), progress=False)
+        skips = self._fitter.fit(paths, progress=False)
         plan = replace(SkipPlan.none(), prompt=skips)
         scores = self._judge.measure(plan)
         return self._judged(scores, attentions, ffns, skips), skips
@@ -164,8 +164,7 @@ class _Search:
     def _speedup(self, skips: PromptSkips) -> float:
         """Return how much less a prompt of ``context`` tokens multiplies, keys and values, edges and maps counted."""
         graph = next(graph for graph in self._judge.session.graphs if graph.stream.phase == "prefill")
-        paths = tuple(path for path in graph.stream.paths if path in skips.paths)
-        body = SkipBodyRows(paths, skips.map_forms, skips.head, skips.tail)
+        body = skips.as_pass(graph.stream.paths)
         full, short = (prompt_flops(graph.narrowed(one).gm, self._context) for one in (None, body))
         return full / short
 

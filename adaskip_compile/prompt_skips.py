@@ -8,11 +8,12 @@ then. So the cache has no holes, and whatever comes after the prompt may run in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adaskip_passes.errors import PlanError
+from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 
 if TYPE_CHECKING:
     from adaskip_compile.compensation import StreamMap
@@ -105,10 +106,10 @@ class PromptSkips:
         """The scale of each skipped sublayer, by path."""
         return {sublayer.path: sublayer.scale for sublayer in self.skipped}
 
-    @property
-    def map_forms(self) -> tuple[tuple[str, str, int], ...]:
-        """(path, form, rank) of each map, as ``skip-body-rows`` takes them."""
-        return tuple((path, self.maps[path].form, self.maps[path].rank) for path in self.paths if path in self.maps)
+    def as_pass(self, stream_paths: Iterable[str]) -> SkipBodyRows:
+        """Return the pass that skips so; ``stream_paths`` are all of the stream, in order."""
+        forms = tuple((path, self.maps[path].form, self.maps[path].rank) for path in self.paths if path in self.maps)
+        return SkipBodyRows(tuple(path for path in stream_paths if path in self.paths), forms, self.head, self.tail)
 
     def apply_to(self, rows: int) -> bool:
         """Whether a prompt of so many rows has a body worth skipping for; a shorter one runs in full.

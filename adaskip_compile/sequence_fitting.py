@@ -66,36 +66,68 @@ def fit_prompt_skips(
         ProfileError: No samples, texts without a tokenizer, a sample too short, or a stream that overflows.
         CaptureError: The model is not captured as one graph.
     """
-    model = unwrapped(model)
-    collector = _Collector()
-    counts = run_samples(
-        model, collector, samples, tokenizer=tokenizer, max_samples=max_samples, progress=False, title=""
-    )
-    if min(counts) <= head + tail:
-        raise ProfileError(f"a sample has {min(counts)} tokens; maps of a prompt's body need more than {head + tail}")
-    stream = collector.streams[0]
-    chosen = [stream.by_path(path) for path in stream.paths if path in set(paths)]
-    for path in paths:
-        sublayer = stream.by_path(path)
-        if sublayer.stateful and sublayer.kind != "attention":
-            raise LegalityError(f"{path} carries a state ({sublayer.kind}) that cannot be kept without running it")
-    width = collector.width
-    asked = max(1, width // 4) if rank is None else rank
-    if type(asked) is not int or not 0 < asked <= width:
-        raise OptionError(f"rank={rank!r}: takes a number from 1 to the width of the stream, {width}")
-    runs = [_TwoStreams(steps, in_sequence) for steps in collector.steps()]
-    maps: dict[str, StreamMap] = {}
-    last = chosen[-1].index if chosen else -1
-    for sublayer in show_progress(stream.sublayers[: last + 1], last + 1, progress, "fitting"):
-        with torch.no_grad():
-            for run in runs:
-                run.advance()
-            if sublayer.path in paths:
-                maps[sublayer.path] = _fitted(runs, asked, head)
+    fitter = SequenceFitter(model, samples, tokenizer=tokenizer, max_samples=max_samples)
+    return fitter.fit(paths, rank=rank, head=head, tail=tail, in_sequence=in_sequence, progress=progress)
+
+
+class SequenceFitter:
+    """Fits maps for any sublayers of one model on one set of samples: the model is captured once.
+
+    Takes what :func:`fit_prompt_skips` takes, and raises what it raises.
+    """
+
+    def __init__(
+        self, model: nn.Module, samples: Iterable[str | torch.Tensor], *, tokenizer: Any = None, max_samples: int = 20
+    ) -> None:
+        self._collector = _Collector()
+        self._least = min(
+            run_samples(
+                unwrapped(model),
+                self._collector,
+                samples,
+                tokenizer=tokenizer,
+                max_samples=max_samples,
+                progress=False,
+            )
+        )
+
+    def fit(
+        self,
+        paths: Collection[str],
+        *,
+        rank: int | None = None,
+        head: int = HEAD,
+        tail: int = TAIL,
+        in_sequence: bool = True,
+        progress: bool = True,
+    ) -> PromptSkips:
+        """Return what skips ``paths`` for the body of a prompt, with a low-rank map for each."""
+        if self._least <= head + tail:
+            raise ProfileError(
+                f"a sample has {self._least} tokens; maps of a prompt's body need more than {head + tail}"
+            )
+        stream, width = self._collector.streams[0], self._collector.width
+        for path in paths:
+            sublayer = stream.by_path(path)
+            if sublayer.stateful and sublayer.kind != "attention":
+                raise LegalityError(f"{path} carries a state ({sublayer.kind}) that cannot be kept without running it")
+        asked = max(1, width // 4) if rank is None else rank
+        if type(asked) is not int or not 0 < asked <= width:
+            raise OptionError(f"rank={rank!r}: takes a number from 1 to the width of the stream, {width}")
+        chosen = [sublayer for sublayer in stream.sublayers if sublayer.path in set(paths)]
+        runs = [_TwoStreams(steps, in_sequence) for steps in self._collector.steps()]
+        maps: dict[str, StreamMap] = {}
+        last = chosen[-1].index if chosen else -1
+        for sublayer in show_progress(stream.sublayers[: last + 1], last + 1, progress, "fitting"):
+            with torch.no_grad():
                 for run in runs:
-                    run.replace(maps[sublayer.path], head, tail)
-    skipped = tuple(SkippedSublayer(one.path, one.kind, one.stateful, 1.0, None) for one in chosen)
-    return PromptSkips(skipped, maps, head, tail)
+                    run.advance()
+                if sublayer in chosen:
+                    maps[sublayer.path] = _fitted(runs, asked, head)
+                    for run in runs:
+                        run.replace(maps[sublayer.path], head, tail)
+        skipped = tuple(SkippedSublayer(one.path, one.kind, one.stateful, 1.0, None) for one in chosen)
+        return PromptSkips(skipped, maps, head, tail)
 
 
 def _fitted(runs: Sequence[_TwoStreams], rank: int, head: int) -> StreamMap:

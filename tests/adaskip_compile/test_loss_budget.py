@@ -1,0 +1,138 @@
+"""A budget of loss: what is found keeps it, is kept for the next process, and says what it was measured to lose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adaskip_compile
+from adaskip_compile import SkipPlan, loss_budget
+from adaskip_compile.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
+from adaskip_compile.phase_graphs import capture_phases
+from adaskip_compile.sequence_fitting import SequenceFitter, fit_prompt_skips
+from adaskip_passes.errors import LegalityError, OptionError, ProfileError
+from tests.models import tiny, tokens
+from tests.reference import decoder_layers
+
+SMALL = BudgetSizes(prompt=192, continued=32, fitted=4, measured=2, needles=2)
+
+
+def test_deepest_layers_go_first() -> None:
+    layers = (("2.attn",), ("2.ffn",)), (("1.attn",), ("1.ffn",)), (("0.attn",), ("0.ffn",))
+    assert deepest(layers, 1, 2) == ("2.attn", "2.ffn", "1.ffn")
+
+
+def test_arithmetic_is_that_of_the_rows_that_are_computed() -> None:
+    """Counted by hand for the tiny Llama: products of 12 tokens in layer 0, of layer 1 keys and values alone, and the logits."""
+    prefill, _ = capture_phases(tiny("llama"))
+    rows, width, kv, inner = 12, 64, 32, 96
+    attention = 2 * rows * (2 * width * width + 2 * width * kv) + 4 * rows * rows * width
+    whole = 2 * attention + 2 * 3 * 2 * rows * width * inner + 2 * width * 128
+    assert prompt_flops(prefill.gm, rows) == whole
+
+
+def stream_before(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the stream before and after an MLP of the eager model."""
+    layer = dict(decoder_layers(model))[path.removesuffix(".mlp")]
+    seen: list[torch.Tensor] = []
+    handles = [
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        layer.register_forward_hook(lambda _, args, out: seen.append(out)),
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return seen[0], seen[1]
+
+
+class TestFitting:
+    samples = tuple(tokens(1, 60, seed=seed)[0] for seed in range(12))
+
+    def test_a_map_imitates_the_sublayer(self) -> None:
+        model, path = tiny("llama", num_hidden_layers=3), "model.layers.1.mlp"
+        skips = fit_prompt_skips(model, [path], self.samples, rank=64, progress=False)
+        before, after = stream_before(model, path, self.samples[0][None])
+        missed = (skips.maps[path](before) - after)[:, 1:].square().sum() / (after - before)[:, 1:].square().sum()
+        assert missed < 0.8
+        assert skips.paths == (path,)
+        assert skips.skipped[0].kind == "ffn"
+
+    def test_a_later_map_takes_the_stream_that_the_earlier_ones_leave(self) -> None:
+        """In sequence the last value of the stream comes nearer to the full model's than with maps fitted one by one."""
+        model = tiny("llama", num_hidden_layers=4)
+        paths = [f"model.layers.{layer}.{part}" for layer in (1, 2, 3) for part in ("self_attn", "mlp")]
+        fitter = SequenceFitter(model, self.samples)
+        missed = {}
+        for in_sequence in (True, False):
+            skips = fitter.fit(paths, rank=16, in_sequence=in_sequence, progress=False)
+            plan = replace(SkipPlan.none(), prompt=skips)
+            with torch.no_grad():
+                full = torch.cat([model._call_impl(ids[None]).logits for ids in self.samples])
+                adaskip_compile.compile(model, plan, inner="eager", keep_captures=False)
+                # 60 tokens are too few for a body: the same again behind them changes nothing of the first
+                got = torch.cat([model(ids[None].repeat(1, 2)).logits[:, :60] for ids in self.samples])
+            adaskip_compile.restore(model)
+            missed[in_sequence] = float((got - full).square().mean())
+        assert missed[True] < missed[False]
+
+    def test_senseless(self) -> None:
+        model = tiny("llama")
+        path = "model.layers.0.mlp"
+        with pytest.raises(OptionError, match="rank=65: takes a number from 1 to the width of the stream, 64"):
+            fit_prompt_skips(model, [path], self.samples, rank=65, progress=False)
+        with pytest.raises(ProfileError, match="a sample has 9 tokens; maps of a prompt's body need more than 17"):
+            fit_prompt_skips(model, [path], [tokens(1, 9)[0]], progress=False)
+
+    def test_recurrent_sublayers_are_refused(self) -> None:
+        model = tiny("mamba")
+        path = adaskip_compile.analyze(model, input_ids=tokens(1, 20)).paths[0]
+        with pytest.raises(LegalityError, match=f"{path} carries a state"):
+            fit_prompt_skips(model, [path], self.samples, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [({"max_loss": -1}, "max_loss=-1: takes"), ({"context": 3}, "context=3: takes")]
+)
+def test_senseless_budget(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        plan_within_loss(tiny("llama"), None, **option)
+
+
+def test_a_tokenizer_beside_a_plan_is_refused() -> None:
+    with pytest.raises(OptionError, match="tokenizer= is to find a plan with, and a plan or profile is given"):
+        adaskip_compile.compile(tiny("llama"), SkipPlan.none(), tokenizer=object())
+
+
+@pytest.mark.pretrained
+@pytest.mark.slow
+def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = smollm2
+    monkeypatch.setattr(loss_budget, "BudgetSizes", lambda: SMALL)
+    options: dict[str, Any] = {"inner": "eager", "cache_dir": tmp_path, "progress": False, "context": 192}
+    adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.5, **options)
+    [file] = (tmp_path / "plans").glob("*.json")
+    plan = SkipPlan.load(file)
+    assert plan.prompt is not None
+    assert plan.prompt.frontier
+    within = [trade for trade in plan.prompt.frontier if trade.within]
+    assert all(trade.loss <= 0.5 for trade in within)
+    if within:
+        assert plan.prompt.measured == max(within, key=lambda trade: trade.speedup)
+        assert plan.prompt.measured.speedup > 1
+    else:
+        assert not plan.prompt.skipped
+    ids = tokens(1, 192)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
+    [request] = adaskip_compile.report(model).requests
+    assert request.body_tokens == (175 if within else 0)
+    assert request.skipped == {}
+
+    # The next time it is there at once.
+    monkeypatch.setattr(loss_budget, "plan_within_loss", None)
+    adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.5, **options)
+    adaskip_compile.restore(model)
