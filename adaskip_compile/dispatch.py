@@ -34,14 +34,12 @@ from adaskip_compile.requests import Request
 from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.append_in_place import AppendInPlace
 from adaskip_passes.effects import positions_written
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.graph import fake_tensor
-from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.skip_sublayers import SkipSublayers
-from adaskip_passes.specialise.narrow_rows import NarrowRows, stopped_at
+from adaskip_passes.specialise.narrow_rows import stopped_at
+from adaskip_passes.specialise.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.state import find_counters
 
@@ -71,25 +69,6 @@ class Variant:
 
 # (path, form, rank) of each map of the stream that stands for a skipped sublayer, as ``skip-sublayers`` takes them.
 Maps = tuple[tuple[str, str, int], ...]
-
-
-def passes_for(skipped: tuple[str, ...], probed: tuple[str, ...], maps: Maps = ()) -> tuple[Pass, ...]:
-    """Return the pipeline that specialises a graph."""
-    return (
-        InsertProbes(probed),  # first: it needs the stream as captured, and only measures
-        SkipSublayers(skipped, maps),  # then the skips: probed sublayers stay, so the probes stand
-        EliminateDeadCode(),  # last: what the skips have cut off
-    )
-
-
-def row_passes_for(body: SkipBodyRows | None) -> tuple[Pass, ...]:
-    """Return the pipeline that leaves to a prompt the rows that something is computed of, before the graph is cut."""
-    if body is None:
-        return (NarrowRows(), EliminateDeadCode())  # of every prompt the last row is read, and often no other
-    longest = max(body.head, body.tail)
-    return (body, NarrowRows(longest), EliminateDeadCode())  # narrowing needs the cuts that the skips make
-
-
 _EAGER = Lowering("eager", "whole")
 # Of each graph, so many are kept, those last used: every request may choose FFNs of its own, and making a variant
 # again takes no longer than a step.
@@ -352,9 +331,9 @@ class Dispatcher:
             self._prepared[key] = lowering.prepare(gm, stream)
             if lowering.uncut:
                 self.session.note(f"{lowering.uncut}; each skip set compiles it as a whole")
-        passes = passes_for(skipped, probed, maps)
+        passes = skip_passes(skipped, probed, maps)
         if self.session.options.debug_dir is not None:
-            rows = row_passes_for(body) if before is not None else ()
+            rows = row_passes(body) if before is not None else ()
             self._write_debug_folder((AppendInPlace(), *rows, *passes), skipped, probed)
         try:
             result = run_pipeline(*self._prepared[key], passes)
@@ -379,7 +358,7 @@ class Dispatcher:
     def narrowed(self, body: SkipBodyRows | None) -> PipelineResult:
         """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
-            result = run_pipeline(self._growth.gm, self._growth.stream, row_passes_for(body))
+            result = run_pipeline(self._growth.gm, self._growth.stream, row_passes(body))
             for path, operation in () if body is None else stopped_at(result.gm, result.stream, body.head + body.tail):
                 self.session.note(
                     f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"

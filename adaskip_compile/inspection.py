@@ -13,7 +13,6 @@ from functools import cached_property
 
 from torch import fx, nn
 
-from adaskip_compile.dispatch import passes_for, row_passes_for
 from adaskip_compile.model_costs import Group, find_model_costs
 from adaskip_compile.phase_graphs import PhaseGraph, capture_phases, longest_context
 from adaskip_compile.plans import SkipPlan
@@ -23,6 +22,7 @@ from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.module_paths import source_name, tensors_behind
 from adaskip_passes.pipeline import Pass, PassResult, run_pipeline
+from adaskip_passes.specialise.pipelines import row_passes, skip_passes
 from adaskip_passes.textual import diff_graphs, print_graph
 
 PHASES = ("prefill", "decode")
@@ -229,9 +229,9 @@ def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
         runs = [("window", found.plan.paths_at(0), probed), *runs]
     for phase, skipped, probes in runs:
         paths = tuple(path for path in graph.stream.paths if path in skipped)
-        passes = passes_for(paths, probes, found.plan.map_forms(paths))
+        passes = skip_passes(paths, probes, found.plan.map_forms(paths))
         if phase == "prefill" and found.plan.prompt is not None:
-            passes = (*row_passes_for(found.plan.prompt.as_pass(graph.stream.paths)), *passes)
+            passes = (*row_passes(found.plan.prompt.as_pass(graph.stream.paths)), *passes)
         yield from _steps(graph, phase, passes)
 
 

@@ -116,7 +116,7 @@ class _Search:
         ]
         self._judge = PromptJudge(model, [(ids, len(ids) - sizes.continued) for ids in texts], needles)
         self._full = self._judge.measure(SkipPlan.none())
-        self._layers = _layers(self._judge.stream)
+        self._layers = layers_from_the_end(self._judge.stream)
 
     def trades(self) -> Iterator[tuple[Trade, PromptSkips]]:
         """Yield what was tried: first by depth, both kinds in step, then each kind deeper than the other."""
@@ -175,7 +175,7 @@ def prompt_flops(gm: fx.GraphModule, tokens: int) -> float:
     return float(total.xreplace(dict.fromkeys(total.free_symbols, sympy.Integer(tokens))))
 
 
-def _layers(stream: ResidualStream) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+def layers_from_the_end(stream: ResidualStream) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
     """Return (attentions, FFNs) of each layer but the last, deepest first; the last runs for the last row alone anyway."""
     kinds = {one.path: one for one in stream.sublayers}
     found = []

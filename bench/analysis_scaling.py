@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_compile.dispatch import passes_for
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import find_residual_stream
+from adaskip_passes.specialise.pipelines import skip_passes
 from adaskip_passes.straighten_stream import straighten_stream
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,7 +63,7 @@ def measure(layers: int) -> dict[str, float]:
     started = time.perf_counter()
     skipped = stream.paths[1::8]
     probed = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and item.path not in skipped)
-    run_pipeline(gm, stream, passes_for(skipped, probed))
+    run_pipeline(gm, stream, skip_passes(skipped, probed))
     row["rewriting_s"] = time.perf_counter() - started
     return row
 

@@ -69,14 +69,14 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "widen_output", raising=False)
     module = importlib.import_module("widen_output")
-    passes_for = dispatch.passes_for
+    skip_passes = dispatch.skip_passes
 
     def install(**options: bool) -> None:
         def passes(*how):
-            probes, skips, dead = passes_for(*how)
+            probes, skips, dead = skip_passes(*how)
             return probes, skips, module.WidenOutput(**options), dead
 
-        monkeypatch.setattr(dispatch, "passes_for", passes)
+        monkeypatch.setattr(dispatch, "skip_passes", passes)
 
     return install
 
@@ -93,24 +93,28 @@ def test_each_specialised_graph_has_a_folder(tmp_path: Path):
         "0-captured.txt",
         "1-append-in-place.txt",
         "1-append-in-place.diff",
-        "2-insert-probes.txt",
-        "2-insert-probes.diff",
-        "3-skip-sublayers.txt",
-        "3-skip-sublayers.diff",
-        "4-eliminate-dead-code.txt",
-        "4-eliminate-dead-code.diff",
+        "2-narrow-rows.txt",
+        "2-narrow-rows.diff",
+        "3-eliminate-dead-code.txt",
+        "3-eliminate-dead-code.diff",
+        "4-insert-probes.txt",
+        "4-insert-probes.diff",
+        "5-skip-sublayers.txt",
+        "5-skip-sublayers.diff",
+        "6-eliminate-dead-code.txt",
+        "6-eliminate-dead-code.diff",
         "graph.json",
         "history.txt",
         "repro.py",
         "sublayers.txt",
     }
-    captured, after = (first / "0-captured.txt").read_text(), (first / "4-eliminate-dead-code.txt").read_text()
+    captured, after = (first / "0-captured.txt").read_text(), (first / "6-eliminate-dead-code.txt").read_text()
     assert "model.layers.0.self_attn.q_proj" in captured
     assert "model.layers.0.self_attn.q_proj.weight)" not in after
-    assert "adaskip_scales" in (first / "3-skip-sublayers.diff").read_text()
-    assert (first / "2-insert-probes.diff").read_text() == ""
+    assert "adaskip_scales" in (first / "5-skip-sublayers.diff").read_text()
+    assert (first / "4-insert-probes.diff").read_text() == ""
     assert (
-        "3 skip-sublayers{paths=('model.layers.0.self_attn', 'model.layers.1.mlp')}\n    modified, matched 2"
+        "5 skip-sublayers{paths=('model.layers.0.self_attn', 'model.layers.1.mlp')}\n    modified, matched 2"
         in (first / "history.txt").read_text()
     )
 

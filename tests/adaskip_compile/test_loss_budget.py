@@ -18,7 +18,7 @@ from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from tests.models import tiny, tokens
 from tests.reference import decoder_layers
 
-SMALL = BudgetSizes(prompt=192, continued=32, fitted=4, measured=2, needles=2)
+SMALL = BudgetSizes(prompt=192, continued=32, fitted=2, measured=2, needles=2)
 
 
 def test_deepest_layers_go_first() -> None:
@@ -37,7 +37,7 @@ def test_arithmetic_is_that_of_the_rows_that_are_computed() -> None:
 
 def stream_before(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the stream before and after an MLP of the eager model."""
-    layer = dict(decoder_layers(model))[path.removesuffix(".mlp")]
+    layer: Any = dict(decoder_layers(model))[path.removesuffix(".mlp")]
     seen: list[torch.Tensor] = []
     handles = [
         layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
@@ -113,15 +113,17 @@ def test_a_tokenizer_beside_a_plan_is_refused() -> None:
 def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = smollm2
     monkeypatch.setattr(loss_budget, "BudgetSizes", lambda: SMALL)
+    monkeypatch.setattr(loss_budget, "_DEPTHS", (1 / 6,))
     options: dict[str, Any] = {"inner": "eager", "cache_dir": tmp_path, "progress": False, "context": 192}
-    adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.5, **options)
+    adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.1, **options)
     [file] = (tmp_path / "plans").glob("*.json")
     plan = SkipPlan.load(file)
     assert plan.prompt is not None
     assert plan.prompt.frontier
     within = [trade for trade in plan.prompt.frontier if trade.within]
-    assert all(trade.loss <= 0.5 for trade in within)
+    assert all(trade.loss <= 0.1 for trade in within)
     if within:
+        assert plan.prompt.measured is not None
         assert plan.prompt.measured == max(within, key=lambda trade: trade.speedup)
         assert plan.prompt.measured.speedup > 1
     else:
@@ -134,5 +136,5 @@ def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: py
 
     # The next time it is there at once.
     monkeypatch.setattr(loss_budget, "plan_within_loss", None)
-    adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.5, **options)
+    adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.1, **options)
     adaskip_compile.restore(model)

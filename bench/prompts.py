@@ -1,0 +1,129 @@
+"""Does skipping in the prompt pay what its arithmetic says? Full, eager and plans that keep keys and values, in turn.
+
+A plan skips the deepest ``A`` attentions and ``F`` FFNs of layers below the last one; ``--sets A,F`` names several. Ideal is what
+is left to multiply: keys and values, edges and maps counted. What maps hold makes no difference to time, so they are random here.
+
+    python -m bench.prompts --model smollm2 --contexts 1024 4096 --sets 10,10 --json bench/results/prompts.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from adaskip_compile.checkpoints import load_checkpoint
+from adaskip_compile.cli.measure import Generation, generate, take_turns
+from adaskip_compile.compensation import StreamMap
+from adaskip_compile.loss_budget import deepest, layers_from_the_end, prompt_flops
+from adaskip_compile.phase_graphs import capture_phases
+from adaskip_compile.plans import SkippedSublayer, SkipPlan
+from adaskip_compile.prompt_skips import PromptSkips
+from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.specialise.pipelines import row_passes
+from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
+
+EAGER, FULL = "eager", "full"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and write JSON where asked to."""
+    arguments = _parse(argv)
+    torch.set_num_threads(arguments.threads)
+    model, _ = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
+    prefill, _ = capture_phases(model)
+    plans = {f"{a} attentions, {f} FFNs": _plan(prefill.stream, a, f, arguments.rank) for a, f in arguments.sets}
+    rows = [row for context in arguments.contexts for row in _rows(model, prefill, plans, context, arguments)]
+    _show(rows, arguments)
+    write({"rows": rows}, arguments)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = bench_parser(str(__doc__), rounds=5)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024], metavar="N", help="tokens of the prompts")
+    parser.add_argument("--sets", type=_pair, nargs="+", default=[(10, 10)], metavar="A,F", help="how deep to skip")
+    parser.add_argument("--rank", type=int, metavar="N", help="of the maps (default: a quarter of the width)")
+    parser.add_argument("--new-tokens", type=int, default=6, metavar="N", help="decoded a round")
+    return parser.parse_args(argv)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    attentions, ffns = map(int, text.split(","))
+    return attentions, ffns
+
+
+def _plan(stream: ResidualStream, attentions: int, ffns: int, rank: int | None) -> SkipPlan:
+    chosen = set(deepest(layers_from_the_end(stream), attentions, ffns))
+    paths = [path for path in stream.paths if path in chosen]
+    width = int(stream.sublayers[0].stream_in.meta["example_value"].shape[-1])
+    maps = {path: _random_map(width, rank or width // 4) for path in paths}
+    skipped = tuple(SkippedSublayer(path, "", None, 1.0, None) for path in paths)
+    return replace(SkipPlan.none(), policy="explicit", prompt=PromptSkips(skipped, maps))
+
+
+def _random_map(width: int, rank: int) -> StreamMap:
+    shapes = {"down": (rank, width), "up": (width, rank), "shift": (width,)}
+    return StreamMap("low_rank", {name: torch.randn(shape) / width for name, shape in shapes.items()}, None)
+
+
+def _rows(
+    model: Any, prefill: Any, plans: dict[str, SkipPlan], context: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    ids = torch.randint(10, model.config.vocab_size, (1, context), generator=torch.manual_seed(0))
+    ways: dict[str, Any] = {
+        FULL: partial(generate_under, model, ids, SkipPlan.none(), arguments),
+        EAGER: partial(_eager, model, ids, arguments.new_tokens),
+        **{name: partial(generate_under, model, ids, plan, arguments) for name, plan in plans.items()},
+    }
+    take_turns(ways, 1)  # captures and compiles; not timed
+    rounds = take_turns(ways, arguments.rounds)
+    return [
+        {
+            "context": context,
+            "way": way,
+            "prompt": numbers([run.seconds("prefill") for run in runs]),
+            "against_eager": ratios(rounds[EAGER], runs, "prefill"),
+            "against_full": ratios(rounds[FULL], runs, "prefill"),
+            "decode_against_full": ratios(rounds[FULL], runs, "decode"),
+            "ideal": round(_ideal(prefill, plans[way], context), 3) if way in plans else None,
+        }
+        for way, runs in rounds.items()
+    ]
+
+
+def _ideal(prefill: Any, plan: SkipPlan, context: int) -> float:
+    assert plan.prompt is not None
+    body = plan.prompt.as_pass(prefill.stream.paths)
+    full, short = (run_pipeline(prefill.gm, prefill.stream, row_passes(one)).gm for one in (None, body))
+    return prompt_flops(full, context) / prompt_flops(short, context)
+
+
+def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
+    with torch.compiler.set_stance("force_eager"):
+        return generate(model, ids, new_tokens)
+
+
+def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    out = sys.stderr if arguments.json == "-" else sys.stdout
+    print(f"{arguments.model}, {arguments.dtype}, {arguments.threads} threads", file=out)
+    print("| tokens | way | prompt s | against eager | against full | ideal | share | decode against full |", file=out)
+    print("| ---: | --- | ---: | --- | --- | ---: | ---: | --- |", file=out)
+    for row in rows:
+        ideal = row["ideal"]
+        share = f"{ideal:.2f} | {row['against_full'][0] / ideal:.0%}" if ideal else "- | -"
+        print(
+            f"| {row['context']} | {row['way']} | {row['prompt'][0]:.2f} | {cell(row['against_eager'])} | "
+            f"{cell(row['against_full'])} | {share} | {cell(row['decode_against_full'])} |",
+            file=out,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
