@@ -263,19 +263,18 @@ class _Narrowing:
     def _select(self, node: fx.Node, rows: Rows) -> fx.Node:
         key = (node, rows)
         if key not in self._selected:
+            made: list[fx.Node] = []
             with self.graph.inserting_before(self._at):
-                self._selected[key] = self._own(select_rows(self.graph, node, rows), node)
+                self._selected[key] = select_rows(self.graph, node, rows, made)
+            for one in made:
+                self._own(one, node)
         return self._selected[key]
 
-    def _own(self, new: fx.Node, source: fx.Node) -> fx.Node:
-        """Let a new node, and what it is made of, belong to the sublayer that is being looked at; of what lies in none, to none."""
+    def _own(self, new: fx.Node, source: fx.Node) -> None:
+        """Let a new node belong to the sublayer that is being looked at; what is made of a value outside of all, to none."""
         index = self.owner.get(self._at)
         if source in self.owner and index is not None:
             self.owner[new] = index
-            for part in new.all_input_nodes:
-                if part not in self.owner and part not in self.needed:
-                    self.owner[part] = index
-        return new
 
     def _mask(self, new: fx.Node, node: fx.Node, rows: Rows) -> None:
         """Let the queries that are left see the keys that they saw, by a mask of their positions."""
