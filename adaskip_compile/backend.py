@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from adaskip_compile.capture import (
@@ -27,7 +26,7 @@ from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.loss_budget import kept_plan
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
-from adaskip_compile.session_backend import AdmittedGraph, SessionBackend
+from adaskip_compile.session_backend import AdmittedGraph, WatchedForward
 from adaskip_compile.sessions import Session, forget_sessions, session_for
 from adaskip_passes.errors import OptionError
 
@@ -175,5 +174,5 @@ def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:
     """Return the forward of ``model`` compiled under ``session``, with the captures that earlier processes kept."""
     keeper = capture_keeper(session, model)
     if keeper is None:
-        return torch.compile(model._call_impl, backend=SessionBackend(session), dynamic=True)
+        return WatchedForward(session, model)
     return keeper.compiled(model._call_impl)

@@ -1,4 +1,4 @@
-"""What Dynamo calls: the backend of one session, and what stands for each graph that it admitted."""
+"""What Dynamo calls: the backend of one session, what stands for each graph that it admitted, and the forward that it compiles."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
+from adaskip_compile.module_code import CodeState, ModelCode
 from adaskip_compile.sessions import Session
 from adaskip_passes.errors import CaptureError
 
@@ -42,3 +44,18 @@ class SessionBackend:
         if session is None:
             raise CaptureError("this compiled call is of a model that was restored since: compile the model again")
         return session.admit(gm, example_inputs)
+
+
+class WatchedForward:
+    """The forward of a model, compiled anew when its code or its hooks change: Dynamo does not look at them again."""
+
+    def __init__(self, session: Session, model: nn.Module) -> None:
+        self._session, self._code, self._forward = session, ModelCode(model), model._call_impl
+        self._compiled: dict[CodeState, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        state = self._code.state()
+        if state not in self._compiled:
+            self._compiled[state] = torch.compile(self._forward, backend=SessionBackend(self._session), dynamic=True)
+        return self._compiled[state](*args, **kwargs)

@@ -148,7 +148,7 @@ def test_a_broken_pass_is_named_and_runs_again_alone(broken, crash: bool, kind: 
         run(tmp_path / "debug")
     (folder,) = (tmp_path / "debug").iterdir()
     assert f"to see it alone: python {folder / 'repro.py'}" in str(caught.value)
-    assert (folder / "4-widen-output.diff").read_text().count(", f64)") == 1
+    assert (folder / "6-widen-output.diff").read_text().count(", f64)") == 1
     assert "FAILED" in (folder / "history.txt").read_text()
     moved = tmp_path / "elsewhere"
     folder.rename(moved)

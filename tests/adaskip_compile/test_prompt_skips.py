@@ -14,6 +14,7 @@ from adaskip_compile.compensation import StreamMap
 from adaskip_compile.plans import SkippedSublayer
 from adaskip_compile.prompt_skips import PromptSkips
 from adaskip_passes.errors import LegalityError, PlanError
+from adaskip_passes.module_paths import naming
 from tests.generation import CACHE_NAME, CACHES, generate, left_padded, make_cache
 from tests.models import tiny, tokens
 from tests.reference import Body, body_backend, replace_body, run_request
@@ -65,7 +66,7 @@ def test_logits_are_those_of_both_references(family: str, cache: str) -> None:
         full = run(model)
         with replace_body(model, BODY):
             wanted = run(model)
-        interpreted = run(torch.compile(model, backend=body_backend(BODY), dynamic=True))
+        interpreted = run(torch.compile(model, backend=naming(model, body_backend(BODY)), dynamic=True))
     torch._dynamo.reset()
     adaskip_compile.compile(model, body_plan(), inner="eager")
     got = run(model)
