@@ -285,6 +285,8 @@ class Dispatcher:
         skipped, prompt = request.skipped, request.plan.prompt
         paths = tuple(path for path in self.stream.paths if path in skipped)
         body = None
+        if prompt is not None and phase == "prefill" and self._token_input is None:
+            self.session.note("no input of the graph counts its tokens: the prompt runs in full")
         if prompt is not None and phase == "prefill" and prompt.apply_to(tokens):
             body = prompt.as_pass(self.stream.paths)
         return self._variant(paths, self._probes(request, phase, skipped), request.plan.map_forms(paths), body)

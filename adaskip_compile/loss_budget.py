@@ -8,6 +8,7 @@ before the first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from adaskip_compile.evaluation.prompt_quality import PromptJudge, PromptScores
 from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.layers import find_layers
 from adaskip_compile.options import Options
+from adaskip_compile.phase_graphs import longest_context
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import is_finite_number
 from adaskip_compile.profiling import show_progress
@@ -32,6 +34,8 @@ from adaskip_compile.texts import held_out_texts, profiling_texts, windows
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.flops import count_flops
 from adaskip_passes.residual_stream import ResidualStream
+
+log = logging.getLogger(__name__)
 
 # Shares of the layers below the last one, deepest first, that are tried.
 _DEPTHS = (1 / 6, 1 / 4, 1 / 3, 5 / 12, 1 / 2)
@@ -91,6 +95,9 @@ def plan_within_loss(
     if type(context) is not int or context < 128:
         raise OptionError(f"context={context!r}: takes a number of tokens, 128 or more")
     model = unwrapped(model)
+    longest = longest_context(model)
+    if longest is not None and context > longest:
+        raise OptionError(f"context={context}: this model has {longest} positions")
     search = _Search(model, tokenizer, max_loss, context, sizes or BudgetSizes())
     tried = list(show_progress(search.trades(), len(_DEPTHS) + 3, progress, "what can go"))
     frontier = tuple(trade for trade, _ in tried)
@@ -116,6 +123,8 @@ class _Search:
         ]
         self._judge = PromptJudge(model, [(ids, len(ids) - sizes.continued) for ids in texts], needles)
         self._full = self._judge.measure(SkipPlan.none())
+        if not any(self._full.found):
+            log.warning("the full model finds no needle of %d: the plan is chosen by likelihood alone", sizes.needles)
         self._layers = layers_from_the_end(self._judge.stream)
 
     def trades(self) -> Iterator[tuple[Trade, PromptSkips]]:

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from adaskip_passes.analysis.row_rules import SHAPED, Rows, operand_rows, result, shape_argument, sliced_rows
+from adaskip_passes.analysis.row_rules import SHAPED, Demand, Rows, operand_rows, result, shape_argument, sliced_rows
 from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import find_effects, op_name
 from adaskip_passes.graph import (
@@ -87,10 +87,8 @@ def needed_rows(gm: fx.GraphModule, longest: int) -> tuple[dict[fx.Node, Rows | 
         if rows is ALL and sliced is not None and sliced.count <= longest and not acts:
             need(node.args[0], sliced)  # type: ignore[arg-type]
             continue
-        demands = None if rows is ALL else operand_rows(node, rows)
+        demands = None if rows is ALL else _demands(node, rows, longest)
         if demands is not None and any(effects.roots[operand] in written for operand, _ in demands):
-            demands = None
-        if demands is not None and not _can_be_narrowed(node):
             demands = None
         if demands is None and rows is not ALL:
             needed[node] = ALL
@@ -125,6 +123,14 @@ def _is_work(node: fx.Node) -> bool:
     """Tell whether ``node`` computes floats: neither positions nor a selection of rows that were selected before."""
     value = fake_tensor(node)
     return value is not None and value.is_floating_point() and sliced_rows(node) is None
+
+
+def _demands(node: fx.Node, rows: Rows, longest: int) -> tuple[Demand, ...] | None:
+    """Return what ``node`` needs of its operands for ``rows``, None where it cannot be computed in part."""
+    found = operand_rows(node, rows)
+    if found is None or any(max(part.head, part.tail) > longest for _, part in found):
+        return None
+    return found if _can_be_narrowed(node) else None
 
 
 def _are_all(node: fx.Node, rows: Rows | None) -> bool:
