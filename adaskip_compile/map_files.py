@@ -65,7 +65,7 @@ def read_maps(document: str | os.PathLike[str], entry: Mapping[str, Any] | None)
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} does not exist; {document} uses it: keep both in one folder") from error
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise FileError(f"{path}, which {document} uses, cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # the name holds a NUL
         raise DamagedFileError(f"{document} names the file of its maps {entry['file']!r}: {error}") from error
     if hashlib.sha256(data).hexdigest() != entry.get("sha256"):

@@ -72,4 +72,5 @@ def test_kept_kernels_are_shared_and_damaged_ones_are_compiled_again(tmp_path):
     assert damage(tmp_path / "kernels") >= hits
     mended, misses, hits = result(start(checkpoint, tmp_path / "kernels"))
     assert mended == tokens
-    assert (misses > 0, hits) == (True, 0)
+    # A prompt's last layer runs for its last row, as a decoded token does: its FFN is compiled once for both.
+    assert (misses > 0, hits) == (True, 1)

@@ -130,7 +130,7 @@ def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: py
         assert not plan.prompt.skipped
     ids = tokens(1, 192)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
-    [request] = adaskip_compile.report(model).requests
+    request = adaskip_compile.report(model).requests[-1]  # other tests may have compiled this model before
     assert request.body_tokens == (175 if within else 0)
     assert request.skipped == {}
 
