@@ -266,7 +266,8 @@ class Dispatcher:
         if known is None:
             body = request.plan.prompt if variant.body is not None else None
             scales = {**request.skipped, **(dict[str, float]() if body is None else body.scales)}
-            maps = [] if body is None else [(path, body.maps.get(path)) for path in body.paths]
+            # In the order of the stream, as the passes have added their inputs.
+            maps = [] if body is None else [(path, body.maps.get(path)) for path in self.stream.paths]
             maps += [(path, request.plan.maps.get(path)) for path in variant.skipped]
             first = fake_tensor(self.stream.sublayers[0].stream_in)
             assert first is not None

@@ -134,6 +134,17 @@ def test_a_prompt_in_chunks_and_a_second_turn(llama: Any, cache: str) -> None:
     assert request.body_tokens == 40 + 30 + 25 - 3 * (HEAD + TAIL), "5 tokens and 1 are no prompt"
 
 
+def test_the_order_in_which_a_plan_names_sublayers_makes_no_difference(llama: Any) -> None:
+    """Maps come in through inputs of equal shapes, in the order of the stream."""
+    ids, plan = tokens(1, 40), body_plan()
+    assert plan.prompt is not None
+    reference = wanted(llama, lambda: llama(ids).logits)
+    turned = replace(plan.prompt, skipped=plan.prompt.skipped[::-1])
+    compiled(llama, replace(plan, prompt=turned))
+    with torch.no_grad():
+        torch.testing.assert_close(llama(ids).logits, reference, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {}], ids=["beams", "greedy"])
 def test_generate(llama: Any, how: dict[str, Any]) -> None:
     ids = tokens(2, 40)
