@@ -208,7 +208,7 @@ class Dispatcher:
             self.stream.by_path(path)
         for path in () if plan.prompt is None else plan.prompt.paths:
             sublayer = self.stream.by_path(path)
-            if sublayer.stateful and sublayer.kind != "attention":
+            if sublayer.recurrent:
                 raise LegalityError(
                     f"the plan skips {path} for the body of a prompt: its state ({sublayer.kind}) is carried from token to "
                     "token, and cannot be kept without running it; only attention and stateless sublayers can be skipped so"

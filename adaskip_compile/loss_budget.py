@@ -9,6 +9,7 @@ before the first.
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +126,7 @@ class _Search:
         self._full = self._judge.measure(SkipPlan.none())
         if not any(self._full.found):
             log.warning("the full model finds no needle of %d: the plan is chosen by likelihood alone", sizes.needles)
-        self._layers = layers_from_the_end(self._judge.stream)
+        self._layers = layers_from_the_end(self._judge.prompt_graph.stream)
 
     def trades(self) -> Iterator[tuple[Trade, PromptSkips]]:
         """Yield what was tried: first by depth, both kinds in step, then each kind deeper than the other."""
@@ -163,7 +164,7 @@ class _Search:
     def _judged(self, scores: PromptScores, attentions: int, ffns: int, skips: PromptSkips) -> Trade:
         loss, error = scores.loss_against(self._full)
         found, before = sum(scores.found), sum(self._full.found)
-        answers = sum(scores.answers) / len(scores.answers) - sum(self._full.answers) / len(scores.answers)
+        answers = statistics.fmean(scores.answers) - statistics.fmean(self._full.answers)
         within = loss <= self._max_loss and found >= (1 - MAX_LOST) * before
         count = len(scores.found)
         return Trade(
@@ -172,7 +173,7 @@ class _Search:
 
     def _speedup(self, skips: PromptSkips) -> float:
         """Return how much less a prompt of ``context`` tokens multiplies, keys and values, edges and maps counted."""
-        graph = next(graph for graph in self._judge.session.graphs if graph.stream.phase == "prefill")
+        graph = self._judge.prompt_graph
         body = skips.as_pass(graph.stream.paths)
         full, short = (prompt_flops(graph.narrowed(one).gm, self._context) for one in (None, body))
         return full / short

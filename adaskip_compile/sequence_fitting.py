@@ -109,7 +109,7 @@ class SequenceFitter:
         stream, width = self._collector.streams[0], self._collector.width
         for path in paths:
             sublayer = stream.by_path(path)
-            if sublayer.stateful and sublayer.kind != "attention":
+            if sublayer.recurrent:
                 raise LegalityError(f"{path} carries a state ({sublayer.kind}) that cannot be kept without running it")
         asked = max(1, width // 4) if rank is None else rank
         if type(asked) is not int or not 0 < asked <= width:

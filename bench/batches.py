@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import Generation, generate, take_turns
+from adaskip_compile.cli.measure import take_turns
 from adaskip_compile.plans import SkipPlan
-from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
+from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 
 PHASES = ("prefill", "decode")
 EAGER, COMPILED = "eager", "compiled"
@@ -54,7 +54,7 @@ def _row(model: Any, dtype: str, batch: int, arguments: argparse.Namespace) -> d
     ids = torch.randint(10, model.config.vocab_size, (batch, arguments.context), generator=torch.manual_seed(0))
     ways = {
         COMPILED: partial(generate_under, model, ids, SkipPlan.none(), arguments),
-        EAGER: partial(_eager, model, ids, arguments.new_tokens),
+        EAGER: partial(generate_eagerly, model, ids, arguments.new_tokens),
     }
     take_turns(ways, 1)  # captures and compiles; not timed
     rounds = take_turns(ways, arguments.rounds)
@@ -64,11 +64,6 @@ def _row(model: Any, dtype: str, batch: int, arguments: argparse.Namespace) -> d
             row[f"{phase}_{way}"] = numbers([run.seconds(phase) for run in runs])
         row[f"{phase}_ratio"] = ratios(rounds[EAGER], rounds[COMPILED], phase)
     return row
-
-
-def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
-    with torch.compiler.set_stance("force_eager"):
-        return generate(model, ids, new_tokens)
 
 
 def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:

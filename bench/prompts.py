@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import Generation, generate, take_turns
+from adaskip_compile.cli.measure import take_turns
 from adaskip_compile.compensation import StreamMap
 from adaskip_compile.loss_budget import deepest, layers_from_the_end, prompt_flops
 from adaskip_compile.phase_graphs import capture_phases
@@ -27,7 +27,7 @@ from adaskip_compile.prompt_skips import PromptSkips
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.specialise.pipelines import row_passes
-from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
+from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 
 EAGER, FULL = "eager", "full"
 
@@ -79,7 +79,7 @@ def _rows(
     ids = torch.randint(10, model.config.vocab_size, (1, context), generator=torch.manual_seed(0))
     ways: dict[str, Any] = {
         FULL: partial(generate_under, model, ids, SkipPlan.none(), arguments),
-        EAGER: partial(_eager, model, ids, arguments.new_tokens),
+        EAGER: partial(generate_eagerly, model, ids, arguments.new_tokens),
         **{name: partial(generate_under, model, ids, plan, arguments) for name, plan in plans.items()},
     }
     take_turns(ways, 1)  # captures and compiles; not timed
@@ -103,11 +103,6 @@ def _ideal(prefill: Any, plan: SkipPlan, context: int) -> float:
     body = plan.prompt.as_pass(prefill.stream.paths)
     full, short = (run_pipeline(prefill.gm, prefill.stream, row_passes(one)).gm for one in (None, body))
     return prompt_flops(full, context) / prompt_flops(short, context)
-
-
-def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
-    with torch.compiler.set_stance("force_eager"):
-        return generate(model, ids, new_tokens)
 
 
 def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:

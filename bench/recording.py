@@ -42,6 +42,12 @@ def generate_under(model: Any, ids: torch.Tensor, plan: SkipPlan, arguments: arg
     return generate(model, ids, arguments.new_tokens)
 
 
+def generate_eagerly(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
+    """Generate ``new_tokens`` after ``ids`` with the model as it comes, whatever it was compiled to."""
+    with torch.compiler.set_stance("force_eager"):
+        return generate(model, ids, new_tokens)
+
+
 def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the machine, the versions and the arguments of a run."""
     return {

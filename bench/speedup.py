@@ -19,9 +19,9 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import Generation, generate, take_turns
+from adaskip_compile.cli.measure import Generation, take_turns
 from adaskip_compile.plans import SkipPlan
-from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
+from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 
 EAGER = "eager"
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     model, _ = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
     ids = torch.randint(10, model.config.vocab_size, (1, arguments.context), generator=torch.manual_seed(0))
-    ways = {EAGER: partial(_eager, model, ids, arguments.new_tokens)}
+    ways = {EAGER: partial(generate_eagerly, model, ids, arguments.new_tokens)}
     attentions = [item.path for item in adaskip_compile.analyze(model).sublayers if item.kind == "attention"]
     for count in (0, *arguments.skips):
         ways[str(count)] = partial(generate_under, model, ids, _plan(attentions, count), arguments)
@@ -53,11 +53,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(attentions: Sequence[str], count: int) -> SkipPlan:
     return SkipPlan.from_scales(dict.fromkeys(attentions[3 : 3 + count], 1.0)) if count else SkipPlan.none()
-
-
-def _eager(model: Any, ids: torch.Tensor, new_tokens: int) -> Generation:
-    with torch.compiler.set_stance("force_eager"):
-        return generate(model, ids, new_tokens)
 
 
 def _row(way: str, rounds: dict[str, list[Generation]]) -> dict[str, Any]:

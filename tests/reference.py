@@ -91,8 +91,15 @@ def omit_sublayers(model: nn.Module, scales: Mapping[str, float]) -> Iterator[No
     unknown = scales.keys() - {f"{path}.{part}" for path in layers for part in ("self_attn", "mlp")}
     if unknown:
         raise KeyError(f"the model has no sublayers {sorted(unknown)}")
+    with _layer_forwards(layers, lambda path, layer: _forward(path, layer, scales)):
+        yield
+
+
+@contextmanager
+def _layer_forwards(layers: Mapping[str, Any], forward_of: Callable[[str, Any], Callable[..., Any]]) -> Iterator[None]:
+    """Have each layer run what ``forward_of`` gives for its path and itself."""
     for path, layer in layers.items():
-        layer.forward = _forward(path, layer, scales)
+        layer.forward = forward_of(path, layer)
     try:
         yield
     finally:
@@ -173,14 +180,8 @@ def body_backend(body: Body) -> Callable[[fx.GraphModule, list[Any]], Callable[.
 @contextmanager
 def replace_body(model: nn.Module, body: Body) -> Iterator[None]:
     """Make an eager model replace sublayers as ``body`` says, by layer forwards written by hand; K and V are kept."""
-    layers = dict(decoder_layers(model))
-    for path, layer in layers.items():
-        layer.forward = _body_forward(path, layer, body)
-    try:
+    with _layer_forwards(dict(decoder_layers(model)), lambda path, layer: _body_forward(path, layer, body)):
         yield
-    finally:
-        for layer in layers.values():
-            del layer.forward
 
 
 def _body_forward(path: str, layer: Any, body: Body) -> Callable[..., torch.Tensor]:

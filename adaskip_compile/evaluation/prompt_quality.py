@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from adaskip_compile.capture import constant_floats, make_room_for_graphs
+from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.evaluation.needles import Needle
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.options import Options
@@ -25,7 +26,6 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiling import evaluating
 from adaskip_compile.session_backend import SessionBackend
 from adaskip_compile.sessions import Session
-from adaskip_passes.residual_stream import ResidualStream
 
 # Tokens a call after the prompt: too few to be taken for a prompt.
 _BLOCK = 64
@@ -80,9 +80,9 @@ class PromptJudge:
         self._forward = constant_floats(torch.compile(forward, backend=SessionBackend(self.session), dynamic=True))
 
     @property
-    def stream(self) -> ResidualStream:
-        """The residual stream of the prompt's graph, once something was measured."""
-        return next(graph.stream for graph in self.session.graphs if graph.stream.phase == "prefill")
+    def prompt_graph(self) -> Dispatcher:
+        """The graph of a prompt with an empty cache, once something was measured."""
+        return next(graph for graph in self.session.graphs if graph.stream.phase == "prefill")
 
     def measure(self, plan: SkipPlan) -> PromptScores:
         """Return the scores under ``plan``."""

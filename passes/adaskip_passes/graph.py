@@ -55,12 +55,17 @@ def call(
     if like is not None:
         node.meta["example_value"] = like
         return node
-    # Before 2.12 torch cannot tell the shape of a composite op of unknown sizes without its Python dispatcher.
-    with torch.no_grad(), fake_mode(graph), enable_python_dispatcher():
-        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), fake_value)
-        function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        node.meta["example_value"] = function(*fake_args, **fake_kwargs)
+    node.meta["example_value"] = computed_value(node)
     return node
+
+
+def computed_value(node: fx.Node) -> Any:
+    """Return what ``node`` yields of the fake values of what it reads."""
+    # Before 2.12 torch cannot tell the shape of a composite op of unknown sizes without its Python dispatcher.
+    with torch.no_grad(), fake_mode(node.graph), enable_python_dispatcher():
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_value)
+        function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        return function(*args, **kwargs)
 
 
 # The arguments of functions that several passes read, in order.

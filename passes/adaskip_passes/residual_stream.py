@@ -51,6 +51,11 @@ class Sublayer:
     shared_with: tuple[str, ...] = ()
 
     @property
+    def recurrent(self) -> bool:
+        """Whether its state is carried from token to token, and cannot be kept without running it: no keys and values."""
+        return self.stateful and self.kind != "attention"
+
+    @property
     def all_nodes(self) -> Iterator[fx.Node]:
         """Every node that this names, some of them several times."""
         yield from (self.stream_in, self.stream_out, self.branch, *self.nodes, *self.writes, *self.cache_inputs)

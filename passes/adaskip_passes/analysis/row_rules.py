@@ -215,8 +215,6 @@ def _transpose(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 def _permute(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     _, *order = _arguments(node)
     order = list(order[0]) if len(order) == 1 else order
-    if not isinstance(order, (tuple, list)):
-        raise _UnknownError
     yield _arguments(node)[0], rows.along(order[rows.dim] % _tensor(_arguments(node)[0]).dim())
 
 

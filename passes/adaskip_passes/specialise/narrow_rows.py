@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from adaskip_passes.analysis.row_rules import SHAPED, Demand, Rows, operand_rows, result, shape_argument, sliced_rows
 from adaskip_passes.banded_attention import BANDED_ATTENTION
@@ -28,7 +27,7 @@ from adaskip_passes.effects import find_effects, op_name
 from adaskip_passes.graph import (
     ATTENTION_ARGUMENTS,
     call,
-    fake_mode,
+    computed_value,
     fake_tensor,
     fake_value,
     named_arguments,
@@ -247,7 +246,7 @@ class _Narrowing:
         if _hides_by_position(node):
             self._mask(new, node, rows)
         new.meta = dict(node.meta)
-        new.meta["example_value"] = _narrowed_value(new, node)
+        new.meta["example_value"] = computed_value(new)
         self._own(new, node)
         return new
 
@@ -362,11 +361,3 @@ def _with_rows(node: fx.Node, dim: int, count: int) -> torch.Tensor:
     shape = [count if at == dim else size for at, size in enumerate(value.shape)]
     with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
         return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device=value.device)
-
-
-def _narrowed_value(new: fx.Node, node: fx.Node) -> Any:
-    """Return the fake value of the narrowed copy ``new`` of ``node``, computed from those of its operands."""
-    with torch.no_grad(), fake_mode(new.graph), enable_python_dispatcher():
-        args, kwargs = fx.node.map_arg((new.args, new.kwargs), fake_value)
-        function: Any = getattr(torch.Tensor, new.target) if isinstance(new.target, str) else new.target
-        return function(*args, **kwargs)
