@@ -13,6 +13,7 @@ from adaskip_compile import SkipPlan
 from adaskip_compile.compensation import BranchStatistics, StreamMap, fit_map
 from adaskip_compile.executor import Executor
 from adaskip_compile.sessions import sessions_of
+from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError, PlanError, ProfileError
 from adaskip_passes.stream_maps import FORMS, part_shapes
 from tests.generation import CACHES, make_cache
@@ -190,7 +191,6 @@ def low_rank_plan(*paths: str) -> SkipPlan:
     return replace(SkipPlan.from_scales(dict.fromkeys(paths, 0.97)), maps=maps)
 
 
-@pytest.mark.newest("what older ones compile is checked for what it assumed")
 def test_maps_of_one_form_are_one_compiled_region():
     torch._dynamo.reset()  # what it has seen of other models decides which sizes are symbols
     model = tiny("llama", num_hidden_layers=3)
@@ -214,6 +214,8 @@ def test_maps_of_one_form_are_one_compiled_region():
             assert graph.lowering.compiled == 5
             [added] = graph.lowering._artifacts.keys() - keys
             run = list(graph.variants.values())[-1].run
+            if isinstance(run, AssumptionCheck):  # whether sizes are assumed depends on what else was compiled before
+                run = run._compiled
             assert isinstance(run, Executor)
             steps = [step.function for step in run._steps]
             assert steps.count(graph.lowering._artifacts[added]) == len(plan.maps)
