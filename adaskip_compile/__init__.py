@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adaskip_compile.exporting import ExportedGraphs, export
     from adaskip_compile.fitting import fit
     from adaskip_compile.joint_order import order_by_loss
+    from adaskip_compile.loss_budget import plan_within_loss
     from adaskip_compile.options import Options
     from adaskip_compile.planning import plan
     from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
@@ -74,6 +75,7 @@ __all__ = [
     "fit",
     "order_by_loss",
     "plan",
+    "plan_within_loss",
     "profile",
     "report",
     "restore",
@@ -97,6 +99,7 @@ _HOMES = {
     "fit": "fitting",
     "order_by_loss": "joint_order",
     "plan": "planning",
+    "plan_within_loss": "loss_budget",
     "profile": "profiling",
     "report": "reports",
     "restore": "backend",

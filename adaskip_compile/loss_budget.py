@@ -1,16 +1,16 @@
 """Find what the prompt can skip within a stated loss, its keys and values kept.
 
 In the prompt the deepest layers matter through their keys and values alone, so they go first: the search goes by depth,
-of attentions and FFNs in step, and then of each for itself. Every set that is tried has maps fitted for it, and is
-measured as requests meet it, on texts that the maps have not seen, by likelihood and by retrieval: the second falls long
-before the first.
+of attentions and FFNs in step, and then of each for itself. What is lost grows with depth, so depths are bisected. Every
+set that is tried has maps fitted for it, and is measured as requests meet it, on texts that the maps have not seen, by
+likelihood and by retrieval: the second falls long before the first. What the first refuses, the second is not asked of.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,40 +20,50 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.documents import digest, producer
-from adaskip_compile.evaluation.needles import make_needles
-from adaskip_compile.evaluation.prompt_quality import PromptJudge, PromptScores
+from adaskip_compile.evaluation.needles import Needle, make_needles
+from adaskip_compile.evaluation.prompt_quality import PromptJudge
+from adaskip_compile.evaluation.quality import Answers, Quality
 from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.layers import find_layers
 from adaskip_compile.options import Options
 from adaskip_compile.phase_graphs import longest_context
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.plans import SkippedSublayer, SkipPlan
 from adaskip_compile.profiles import is_finite_number
 from adaskip_compile.profiling import show_progress
 from adaskip_compile.prompt_skips import PromptSkips, Trade
 from adaskip_compile.sequence_fitting import SequenceFitter
-from adaskip_compile.texts import held_out_texts, profiling_texts, windows
+from adaskip_compile.texts import held_out_texts, most_held_out, profiling_texts, windows
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.flops import count_flops
 from adaskip_passes.residual_stream import ResidualStream
 
 log = logging.getLogger(__name__)
 
-# Shares of the layers below the last one, deepest first, that are tried.
-_DEPTHS = (1 / 6, 1 / 4, 1 / 3, 5 / 12, 1 / 2)
-# Of what the full model finds, at most so much may be lost.
-MAX_LOST = 0.05
+# Of the layers below the last one, at most so many are tried, and so many first.
+_DEEPEST, _FIRST = 1 / 2, 1 / 3
+# Characters of the longest text that is measured: longer ones the built-in texts do not hold.
+_LONGEST_TEXT = 160_000
+_KINDS = ("attentions", "ffns")
+# Sets that a search tries, about: what its bar counts to until it knows better.
+_TRIES = 8
+# Of the facts that the full model finds, at most so large a share may be lost, one at least, for a few found or not say
+# little; and by so many nats a token their answers may be less likely, which falls more evenly.
+MAX_LOST = MAX_ANSWER_LOSS = 0.05
 
 
 @dataclass(frozen=True)
 class BudgetSizes:
     """How much text a search takes; the defaults take minutes on a small model.
 
+    Where plans are for longer prompts than ``prompt``, half of what maps are fitted on is as long as those, and as much
+    as half again is measured at that length.
+
     Args:
-        prompt: Tokens of each prompt, to fit on and to measure.
+        prompt: Tokens of a prompt, to fit on and to measure.
         continued: Tokens after it whose likelihood is measured.
-        fitted: How many prompts to fit on.
+        fitted: How many such prompts to fit on.
         measured: How many to measure.
-        needles: How many facts to ask for, at each length.
+        needles: How many facts to ask for.
     """
 
     prompt: int = 1024
@@ -81,7 +91,8 @@ def plan_within_loss(
         model: A causal language model of ``transformers``.
         tokenizer: Its tokenizer.
         max_loss: Nats a token by which continuations may be less likely than in full: 0.02 is 2 % of perplexity. Of the
-            facts that the full model finds in a prompt, 5 % may be lost besides.
+            facts that the full model finds in a prompt, 5 % may be lost besides (one at least), and the answers may be
+            less likely by 0.05 nats a token.
         context: The length of prompts that the plan is for, in tokens: the arithmetic is that of so long a prompt, and
             retrieval is measured at it too.
         sizes: How much text to take.
@@ -91,85 +102,119 @@ def plan_within_loss(
         OptionError: ``max_loss`` or ``context`` makes no sense.
         CaptureError: The model is not captured as one graph.
     """
-    if not is_finite_number(max_loss) or max_loss < 0:
-        raise OptionError(f"max_loss={max_loss!r}: takes nats a token, 0 or more; 0.02 is 2 % of perplexity")
+    [plan] = plans_within_losses(model, tokenizer, [max_loss], context=context, sizes=sizes, progress=progress)
+    return plan
+
+
+def plans_within_losses(
+    model: nn.Module,
+    tokenizer: Any,
+    max_losses: Sequence[float],
+    *,
+    context: int = 1024,
+    sizes: BudgetSizes | None = None,
+    progress: bool = True,
+) -> tuple[SkipPlan, ...]:
+    """Return the plan of :func:`plan_within_loss` for each of ``max_losses``: what one search measures serves the others."""
+    for max_loss in max_losses:
+        if not is_finite_number(max_loss) or max_loss < 0:
+            raise OptionError(f"max_loss={max_loss!r}: takes nats a token, 0 or more; 0.02 is 2 % of perplexity")
     if type(context) is not int or context < 128:
         raise OptionError(f"context={context!r}: takes a number of tokens, 128 or more")
     model = unwrapped(model)
     longest = longest_context(model)
     if longest is not None and context > longest:
         raise OptionError(f"context={context}: this model has {longest} positions")
-    search = _Search(model, tokenizer, max_loss, context, sizes or BudgetSizes())
-    tried = list(show_progress(search.trades(), len(_DEPTHS) + 3, progress, "what can go"))
-    frontier = tuple(trade for trade, _ in tried)
-    best = max((one for one in tried if one[0].within), key=lambda one: one[0].speedup, default=(None, PromptSkips(())))
-    prompt = replace(best[1], frontier=frontier, measured=best[0])
-    return replace(SkipPlan.none(), policy="loss_budget", model=identify(model), prompt=prompt)
+    search = _Search(model, tokenizer, context, sizes or BudgetSizes())
+    identity = identify(model)
+    plans = []
+    for max_loss in max_losses:
+        title = f"what the prompt can skip within {100 * max_loss:g} %"
+        tried = list(show_progress(search.trades(max_loss), _TRIES, progress, title))
+        within = (one for one in tried if one[0].within)
+        best = max(within, key=lambda one: one[0].speedup, default=(None, PromptSkips(())))
+        prompt = replace(best[1], frontier=tuple(trade for trade, _ in tried), measured=best[0])
+        plans.append(replace(SkipPlan.none(), policy="loss_budget", model=identity, prompt=prompt))
+    return tuple(plans)
+
+
+@dataclass
+class _Tried:
+    """What was fitted for one set, and measured of it: facts only where likelihood kept a budget."""
+
+    skips: PromptSkips
+    quality: Quality
+    answers: Answers | None = None
 
 
 class _Search:
-    """Tries sets of sublayers, one after the other."""
+    """Tries sets of sublayers, one after the other, each once."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_loss: float, context: int, sizes: BudgetSizes) -> None:
-        self._max_loss, self._context = max_loss, context
-        seen = [text.text for text in profiling_texts(32)]
-        unseen = [text.text for text in held_out_texts(sizes.measured)]
-        fitted = list(windows(tokenizer, seen, sizes.prompt, per_text=-(-sizes.fitted // 32)))[: sizes.fitted]
-        self._fitter = SequenceFitter(model, fitted, max_samples=len(fitted))
-        texts = windows(tokenizer, unseen, sizes.prompt + sizes.continued, per_text=1)
-        needles = [
-            (needle, tokenizer(f" {needle.code}", add_special_tokens=False).input_ids)
-            for length in sorted({sizes.prompt, context})
-            for needle in make_needles(tokenizer, unseen, context=length, count=sizes.needles)
-        ]
-        self._judge = PromptJudge(model, [(ids, len(ids) - sizes.continued) for ids in texts], needles)
-        self._full = self._judge.measure(SkipPlan.none())
-        if not any(self._full.found):
+    def __init__(self, model: nn.Module, tokenizer: Any, context: int, sizes: BudgetSizes) -> None:
+        self._context = context
+        self._tried: dict[tuple[int, int], _Tried] = {}
+        self._fitter = SequenceFitter(model, samples_to_fit(tokenizer, context, sizes), max_samples=sizes.fitted)
+        self._judge = _judge(model, tokenizer, context, sizes)
+        self._full_losses = self._judge.continuations(SkipPlan.none())
+        self._full_answers = self._judge.answers(SkipPlan.none())
+        if not any(self._full_answers.found):
             log.warning("the full model finds no needle of %d: the plan is chosen by likelihood alone", sizes.needles)
         self._layers = layers_from_the_end(self._judge.prompt_graph.stream)
+        most = round(_DEEPEST * len(self._layers))
+        self._fitter.begin_at(deepest(self._layers, most, most))
 
-    def trades(self) -> Iterator[tuple[Trade, PromptSkips]]:
-        """Yield what was tried: first by depth, both kinds in step, then each kind deeper than the other."""
-        most = len(self._layers)
-        depths = sorted({max(1, round(share * most)) for share in _DEPTHS})
-        reached, failed = 0, None
-        for depth in depths:
-            trade, skips = self._try(depth, depth)
-            yield trade, skips
-            if not trade.within:
-                failed = depth
-                break
-            reached = depth
-        step = max(1, round(most / 12))
-        ffns = reached
-        for deeper in range(reached + step, (failed or most // 2 + step) + 1, step):
-            trade, skips = self._try(reached, deeper)
-            yield trade, skips
-            if not trade.within:
-                break
-            ffns = deeper
-        for deeper in range(reached + step, most // 2 + 1, step):
-            trade, skips = self._try(deeper, ffns)
-            yield trade, skips
-            if not trade.within:
-                break
+    def trades(self, max_loss: float) -> Iterator[tuple[Trade, PromptSkips]]:
+        """Yield what was tried: first both kinds in step, then each kind deeper than the other, what gains more first."""
+        most = round(_DEEPEST * len(self._layers))
+        first = round(_FIRST * len(self._layers))
+        reached = yield from self._deepest(max_loss, 0, most, first, _KINDS, {})
+        depths = dict.fromkeys(_KINDS, reached)
+        for kind in sorted(_KINDS, key=lambda kind: self._gain(kind, depths), reverse=True):
+            depths[kind] = yield from self._deepest(max_loss, depths[kind], most, None, (kind,), depths)
 
-    def _try(self, attentions: int, ffns: int) -> tuple[Trade, PromptSkips]:
-        paths = deepest(self._layers, attentions, ffns)
-        skips = self._fitter.fit(paths, progress=False)
-        plan = replace(SkipPlan.none(), prompt=skips)
-        scores = self._judge.measure(plan)
-        return self._judged(scores, attentions, ffns, skips), skips
+    def _deepest(
+        self,
+        max_loss: float,
+        reached: int,
+        most: int,
+        first: int | None,
+        kinds: Sequence[str],
+        others: Mapping[str, int],
+    ) -> Generator[tuple[Trade, PromptSkips], None, int]:
+        """Yield tries of ``kinds`` in step at depths above ``reached``, by bisection; return the deepest within the budget."""
+        over = most + 1
+        while over - reached > 1:
+            depth = min(max(first or (reached + over) // 2, reached + 1), over - 1)
+            first = None
+            trade, skips = self._try(max_loss, **{**others, **dict.fromkeys(kinds, depth)})
+            yield trade, skips
+            reached, over = (depth, over) if trade.within else (reached, depth)
+        return reached
 
-    def _judged(self, scores: PromptScores, attentions: int, ffns: int, skips: PromptSkips) -> Trade:
-        loss, error = scores.loss_against(self._full)
-        found, before = sum(scores.found), sum(self._full.found)
-        answers = statistics.fmean(scores.answers) - statistics.fmean(self._full.answers)
-        within = loss <= self._max_loss and found >= (1 - MAX_LOST) * before
-        count = len(scores.found)
-        return Trade(
-            attentions, ffns, loss, error, found / count, before / count, answers, self._speedup(skips), within
-        )
+    def _gain(self, kind: str, depths: Mapping[str, int]) -> float:
+        deeper = {**depths, kind: depths[kind] + 1}
+        skipped = tuple(SkippedSublayer(path, "", None, 1.0, None) for path in deepest(self._layers, **deeper))
+        return self._speedup(PromptSkips(skipped))
+
+    def _try(self, max_loss: float, attentions: int, ffns: int) -> tuple[Trade, PromptSkips]:
+        if (attentions, ffns) not in self._tried:
+            skips = self._fitter.fit(deepest(self._layers, attentions, ffns), progress=False)
+            losses = self._judge.continuations(replace(SkipPlan.none(), prompt=skips))
+            quality = Quality.of(losses, self._full_losses)
+            self._tried[attentions, ffns] = _Tried(skips, quality)
+        tried = self._tried[attentions, ffns]
+        trade = Trade(attentions, ffns, self._speedup(tried.skips), within=False, quality=tried.quality)
+        return self._with_answers(trade, tried) if tried.quality.loss <= max_loss else trade, tried.skips
+
+    def _with_answers(self, trade: Trade, tried: _Tried) -> Trade:
+        before = sum(self._full_answers.found)
+        enough = before - math.ceil(MAX_LOST * before)
+        if tried.answers is None:
+            tried.answers = self._judge.answers(replace(SkipPlan.none(), prompt=tried.skips), enough)
+        quality = tried.quality.with_answers(tried.answers, self._full_answers)
+        assert quality.answer_loss is not None
+        kept = sum(tried.answers.found) >= enough and quality.answer_loss <= MAX_ANSWER_LOSS
+        return replace(trade, quality=quality, within=kept)
 
     def _speedup(self, skips: PromptSkips) -> float:
         """Return how much less a prompt of ``context`` tokens multiplies, keys and values, edges and maps counted."""
@@ -177,6 +222,66 @@ class _Search:
         body = skips.as_pass(graph.stream.paths)
         full, short = (prompt_flops(graph.narrowed(one).gm, self._context) for one in (None, body))
         return full / short
+
+
+def samples_to_fit(tokenizer: Any, context: int, sizes: BudgetSizes) -> list[torch.Tensor]:
+    """Return prompts to fit on, where ``context`` is longer than ``sizes.prompt`` half of their tokens in prompts so long."""
+    longer = max(1, sizes.fitted * sizes.prompt // (2 * context)) if context > sizes.prompt else 0
+    shorter = sizes.fitted // 2 if longer else sizes.fitted
+    texts = [text.text for text in profiling_texts(32)]
+    found = list(windows(tokenizer, texts, sizes.prompt, per_text=-(-shorter // len(texts))))[:shorter]
+    if longer:
+        # Texts on end: few are so long, and a long prompt holds more than one document anyway.
+        found += windows(tokenizer, ["\n\n".join(reversed(texts))], context, per_text=longer)
+    return found
+
+
+def _judge(model: nn.Module, tokenizer: Any, context: int, sizes: BudgetSizes, *, further: bool = False) -> PromptJudge:
+    """Return what measures plans on held-out texts, or on ``further`` ones."""
+    texts: list[tuple[torch.Tensor, int]] = []
+    needles: list[tuple[Needle, list[int]]] = []
+    for length, share in ((sizes.prompt, 1), (context, 2))[: 2 if context > sizes.prompt else 1]:
+        unseen = _unseen(length, sizes.measured // share, further=further)
+        measured = windows(tokenizer, unseen, length + sizes.continued, per_text=1)
+        texts += [(ids, len(ids) - sizes.continued) for ids in measured]
+        asked = make_needles(tokenizer, unseen, context=length, count=max(1, sizes.needles // share), seed=int(further))
+        needles += [(one, tokenizer(f" {one.code}", add_special_tokens=False).input_ids) for one in asked]
+    return PromptJudge(model, texts, needles)
+
+
+def _unseen(length: int, count: int, *, further: bool) -> list[str]:
+    """Return ``count`` held-out texts for prompts of ``length`` tokens, or fewer where there are fewer.
+
+    ``further`` ones lie between the others, where there are enough for both.
+    """
+    characters = min(6 * length, _LONGEST_TEXT)
+    available = most_held_out(characters)
+    count = max(1, min(count, available // 2 if available >= 4 else available))
+    count += count % 2 if available > 1 else 0  # of both domains as many
+    texts = held_out_texts(min(2 * count, available), characters=characters)
+    pairs = [texts[index : index + 2] for index in range(0, len(texts), 2)]
+    chosen = pairs[int(further) :: 2] or pairs
+    return [text.text for pair in chosen for text in pair][:count]
+
+
+def confirm(
+    model: nn.Module,
+    tokenizer: Any,
+    plans: Sequence[SkipPlan],
+    *,
+    context: int = 1024,
+    sizes: BudgetSizes | None = None,
+) -> list[Quality]:
+    """Return what ``plans`` lose on held-out texts and needles that no search for a plan has seen.
+
+    Args:
+        model: A causal language model of ``transformers``.
+        tokenizer: Its tokenizer.
+        plans: Of any kind, those that leave holes too.
+        context: The length of the longer prompts, in tokens.
+        sizes: How much text to take.
+    """
+    return _judge(unwrapped(model), tokenizer, context, sizes or BudgetSizes(), further=True).compare(plans)
 
 
 def prompt_flops(gm: fx.GraphModule, tokens: int) -> float:

@@ -18,6 +18,7 @@ from torch import nn
 
 from adaskip_compile.compensation import StreamMap
 from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.evaluation.quality import Quality
 from adaskip_compile.identity import ModelIdentity, check_identity
 from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
@@ -335,10 +336,15 @@ def _prompt_skips(entry: Mapping[str, Any] | None, maps: Mapping[str, StreamMap]
         **entry,
         "skipped": _sublayers(entry["skipped"]),
         "maps": held,
-        "measured": None if measured is None else Trade(**measured),
-        "frontier": tuple(Trade(**one) for one in entry["frontier"]),
+        "measured": None if measured is None else _trade(measured),
+        "frontier": tuple(map(_trade, entry["frontier"])),
     }
     return PromptSkips(**fields)
+
+
+def _trade(entry: Mapping[str, Any]) -> Trade:
+    fields: dict[str, Any] = {**entry, "quality": Quality(**entry["quality"])}
+    return Trade(**fields)
 
 
 def _counted(number: int, what: str) -> str:

@@ -7,11 +7,11 @@ then. So the cache has no holes, and whatever comes after the prompt may run in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from adaskip_compile.evaluation.quality import Quality
 from adaskip_passes.errors import PlanError
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 
@@ -30,34 +30,27 @@ class Trade:
     Args:
         attentions: Of how many deepest layers the attentions are skipped.
         ffns: Of how many the FFNs.
-        loss: By how much continuations are less likely than in full, nats a token.
-        loss_error: The standard error of ``loss``.
-        found: The share of facts that are found in prompts.
-        found_full: The share that the full model finds.
-        answer_loss: By how much the answers are less likely than in full, nats a token.
         speedup: How much less a prompt multiplies, its keys and values, its edges and the maps counted.
         within: Whether it keeps the budget.
+        quality: What it was measured to lose; of facts nothing where likelihood alone is over the budget.
     """
 
     attentions: int
     ffns: int
-    loss: float
-    loss_error: float
-    found: float
-    found_full: float
-    answer_loss: float
     speedup: float
     within: bool
+    quality: Quality
 
     def __str__(self) -> str:
+        quality = self.quality
+        answers = "-" if quality.answer_loss is None else f"{quality.answer_loss:+.3f}"
         return (
-            f"{self.attentions:>10} {self.ffns:>5}  {100 * math.expm1(self.loss):>+6.2f} % (+-{100 * self.loss_error:.2f})  "
-            f"{100 * self.found:>4.0f} % of {100 * self.found_full:.0f} %  {self.answer_loss:>+7.3f}  {self.speedup:>6.2f}x"
-            f"  {'within' if self.within else 'over'}"
+            f"{self.attentions:>10} {self.ffns:>5}  {quality.perplexity:>17}  {quality.retrieval:>14}  {answers:>7}  "
+            f"{self.speedup:>7.2f}x  {'within' if self.within else 'over'}"
         )
 
 
-TRADES_HEADING = "attentions  FFNs  perplexity         needles found   answers  speed-up  budget"
+TRADES_HEADING = "attentions  FFNs         perplexity   needles found  answers  speed-up  budget"
 
 
 @dataclass(frozen=True)

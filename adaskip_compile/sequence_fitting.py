@@ -90,6 +90,18 @@ class SequenceFitter:
                 progress=False,
             )
         )
+        # Every sample in the full model, on its way, and before which sublayer it stands.
+        self._begun, self._at = list(self._collector.steps()), 0
+
+    def begin_at(self, paths: Collection[str]) -> None:
+        """Run the samples on to the first of ``paths``, before which nothing will be skipped: no fit does so again."""
+        stream = self._collector.streams[0]
+        first = min(stream.by_path(path).index for path in paths)
+        with torch.no_grad():
+            for steps in self._begun:
+                for _ in range(first - self._at):
+                    steps.run_sublayer()
+        self._at = max(self._at, first)
 
     def fit(
         self,
@@ -115,10 +127,13 @@ class SequenceFitter:
         if type(asked) is not int or not 0 < asked <= width:
             raise OptionError(f"rank={rank!r}: takes a number from 1 to the width of the stream, {width}")
         chosen = [sublayer for sublayer in stream.sublayers if sublayer.path in set(paths)]
-        runs = [_TwoStreams(steps, in_sequence) for steps in self._collector.steps()]
+        if chosen and chosen[0].index < self._at:
+            raise OptionError(f"{chosen[0].path} lies before the sublayer at which this fitter begins")
+        runs = [_TwoStreams(steps.fork(), in_sequence) for steps in self._begun]
         maps: dict[str, StreamMap] = {}
         last = chosen[-1].index if chosen else -1
-        for sublayer in show_progress(stream.sublayers[: last + 1], last + 1, progress, "fitting"):
+        ahead = stream.sublayers[self._at : last + 1]
+        for sublayer in show_progress(ahead, len(ahead), progress, "fitting"):
             with torch.no_grad():
                 for run in runs:
                     run.advance()

@@ -62,6 +62,11 @@ def held_out_texts(count: int = 8, *, characters: int = 10_000) -> tuple[Text, .
     return _texts("held-out", count, characters)
 
 
+def most_held_out(characters: int) -> int:
+    """Return how many texts of ``characters`` characters :func:`held_out_texts` has, 0 where none is so long."""
+    return len(DOMAINS) * min(len(built_in_text(domain, "held-out")) // characters for domain in DOMAINS)
+
+
 def spread(stream: str, count: int, characters: int, *, name: str = "built-in") -> list[str]:
     """Return ``count`` pieces of ``stream``, of ``characters`` each, evenly spread, each beginning at a line or a word.
 

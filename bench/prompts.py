@@ -48,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_parser(str(__doc__), rounds=5)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024], metavar="N", help="tokens of the prompts")
-    parser.add_argument("--sets", type=_pair, nargs="+", default=[(10, 10)], metavar="A,F", help="how deep to skip")
+    parser.add_argument("--sets", type=pair, nargs="+", default=[(10, 10)], metavar="A,F", help="how deep to skip")
     parser.add_argument("--rank", type=int, metavar="N", help="of the maps (default: a quarter of the width)")
     parser.add_argument("--new-tokens", type=int, default=6, metavar="N", help="decoded a round")
     return parser.parse_args(argv)
 
 
-def _pair(text: str) -> tuple[int, int]:
+def pair(text: str) -> tuple[int, int]:
+    """Parse how many attentions and how many FFNs."""
     attentions, ffns = map(int, text.split(","))
     return attentions, ffns
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import adaskip_compile
 from adaskip_compile import checkpoints, cli
 from tests.test_readme import tiny_checkpoint
 
@@ -27,16 +29,21 @@ def test_the_python_blocks_run_one_after_the_other(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "load_checkpoint", tiny_checkpoint)
+    monkeypatch.setattr(adaskip_compile, "compile", functools.partial(adaskip_compile.compile, inner="eager"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     # The runner that an exported folder brings; another dict of modules in place of this one breaks imports.
     monkeypatch.delitem(sys.modules, "generate", raising=False)
     names: dict = {}
     printed = []
     for block in blocks(page, "python"):
+        block = block.replace('"plan.json"}', '"plan.json", "inner": "eager"}')
         exec(compile(block, page.name, "exec"), names)  # noqa: S102 - our own page
         printed.append(capsys.readouterr().out)
     if page.name == "export.md":
         check_export(names, printed)
+    if page.name == "usage.md":
+        requests = adaskip_compile.report(names["model"]).requests
+        assert [len(request.skipped) for request in requests] == [8, 8, 8]  # the first of them before PyTorch's door
 
 
 def check_export(names: dict[str, Any], printed: list[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import adaskip_compile
-from adaskip_compile import checkpoints, cli, texts
+from adaskip_compile import checkpoints, cli
 from tests.models import tiny
 from tests.tiny_checkpoints import byte_tokenizer
 
@@ -27,29 +27,23 @@ def tiny_checkpoint(_: str):
     return tiny("llama", **sizes), tokenizer
 
 
-def test_the_python_blocks_run_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.chdir(tmp_path)
+def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(checkpoints, "load_checkpoint", tiny_checkpoint)
-    monkeypatch.setattr(texts, "profiling_texts", lambda count: [texts.Text("english", "words " * 5)] * count)
     monkeypatch.setattr(adaskip_compile, "compile", functools.partial(adaskip_compile.compile, inner="eager"))
-    example, in_place, on_gpu = blocks("python")
+    [example] = blocks("python")
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own page
     report = adaskip_compile.report(names["model"])
-    assert len(report.requests[-1].skipped) == 8
+    assert report.requests[-1].skipped == {}
     assert str(report) in capsys.readouterr().out
-    names["plan"].save("plan.json")
-    names["model"], _ = tiny_checkpoint("")
-    exec(compile(in_place.replace('"plan.json"}', '"plan.json", "inner": "eager"}'), "README.md", "exec"), names)  # noqa: S102 - our own page
-    exec(compile(on_gpu, "README.md", "exec"), names)  # noqa: S102 - our own page; on any device
-    requests = adaskip_compile.report(names["model"]).requests
-    assert [len(request.skipped) for request in requests] == [8, 8]
 
 
-def test_the_quick_start_is_two_commands():
-    assert blocks("sh") == ["make demo\nmake test\n"]
+def test_two_commands_are_enough_to_try_it():
+    assert "make demo\nmake test\n" in blocks("sh")
+
+
+def test_the_page_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= 120
 
 
 def test_every_command_is_listed_and_no_other():

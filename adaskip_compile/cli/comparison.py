@@ -7,20 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaskip_compile.cli.measure import Generation
+    from adaskip_compile.evaluation.quality import Quality
 
-EAGER, FULL, SKIPPING = "eager, full", "adaskip, full", "adaskip, skipping"
+EAGER, FULL, PAPER = "eager, full", "adaskip, full", "adaskip, the paper's choice"
+
+
+def within(max_loss: float) -> str:
+    """Return the name of the way whose plan keeps a budget of ``max_loss`` nats a token."""
+    return f"adaskip, within {100 * max_loss:g} %"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the demo found.
+    """What the demo found, by way.
 
-    ``generations`` and ``nll`` (nats a token) are by way; ``extra`` has the scale of each FFN, by path,
-    that skipping added after the window.
+    ``plans`` has no entry for the eager way. ``qualities`` has none for those that run in full: they lose nothing.
+    ``extra`` has the scale of each FFN, by path, that the paper's choice added after the window.
     """
 
-    plan: Any
+    plans: dict[str, Any]
     generations: dict[str, list[Generation]]
-    nll: dict[str, float]
+    qualities: dict[str, Quality]
     extra: dict[str, float]
     prompt_tokens: int

@@ -1,22 +1,24 @@
 """Show what skipping does to a real model: speed, memory, quality and text, side by side.
 
-Profiles SmolLM2-135M on built-in text, plans which sublayers to skip, and generates from the same prompt
-in three ways that take turns in one process: eagerly in full, compiled in full, and compiled with the plan.
+Finds what SmolLM2-135M can skip, and generates from the same prompt in ways that take turns in one process: eagerly in
+full; compiled in full, which gives the same text; compiled to skip in the prompt what loses at most so many per cent of
+perplexity; and with the paper's choice, which skips throughout.
 
 examples:
   adaskip demo
-  adaskip demo --skip 16 --json results.json
+  adaskip demo --max-losses 0.01 --skip 16 --json results.json
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli import plan as planning
-from adaskip_compile.cli.comparison import EAGER, FULL, SKIPPING, Comparison
+from adaskip_compile.cli.comparison import EAGER, FULL, PAPER, Comparison, within
 from adaskip_compile.cli.output import Output
 from adaskip_compile.cli.profile import choose_samples
 from adaskip_passes.errors import OptionError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaskip_compile.cli.measure import Generation
+    from adaskip_compile.loss_budget import BudgetSizes
 
 _QUESTION = "Summarise the following page in a few sentences.\n\n"
 _FIRST_WORDS = 40
@@ -35,13 +38,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help=argparse.SUPPRESS)
     common.add_loading_arguments(parser)
     planning.add_policy_arguments(parser)
-    parser.add_argument("--skip", type=int, default=8, metavar="N", help="sublayers to skip (default: %(default)s)")
+    parser.add_argument(
+        "--max-losses",
+        type=float,
+        nargs="+",
+        default=[0.02, 0.05],
+        metavar="NATS",
+        help="what the text after a prompt may lose a token (default: 0.02 0.05: 2 %% and 5 %% of perplexity)",
+    )
+    parser.add_argument(
+        "--skip",
+        type=int,
+        default=8,
+        metavar="N",
+        help="sublayers that the paper's choice skips (default: %(default)s)",
+    )
     parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="(default: %(default)s)")
     common.add_counts(
         parser,
-        ("samples", 20, "windows of text to profile on"),
-        ("length", 1024, "tokens in each, and in each window that measures quality"),
-        ("held-out", 4, "windows of other text to measure quality on"),
+        ("samples", 24, "windows of text to profile and to fit on"),
+        ("length", 1024, "tokens in each, and in each prompt that measures quality"),
+        ("held-out", 8, "prompts of other text to measure quality on"),
+        ("needles", 12, "facts to ask for in a prompt"),
         ("prompt-tokens", 2000, "tokens of text in the prompt"),
         ("new-tokens", 64, "tokens to generate"),
         ("rounds", 3, "times that each way is run and timed"),
@@ -51,28 +69,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     from adaskip_compile.cli import demo_tables
+    from adaskip_compile.loss_budget import confirm, plans_within_losses
 
     if arguments.new_tokens < arguments.window + 3:
         raise OptionError(
             f"--new-tokens must be at least {arguments.window + 3}, to see past a window of {arguments.window}"
         )
-    output.say(f"1/4 Loading {arguments.model}")
+    output.say(f"1/5 Loading {arguments.model}")
     model, tokenizer = common.load_model(arguments)
-    output.say(f"2/4 Profiling on {arguments.samples} samples of {arguments.length} tokens")
-    plan = _learn(model, tokenizer, arguments, output.watched)
+    sizes = _sizes(arguments)
+    output.say(f"2/5 Finding what can be skipped, on {arguments.samples} samples of {arguments.length} tokens")
+    plans = {PAPER: _paper(model, tokenizer, arguments, output.watched)}
+    found = plans_within_losses(
+        model, tokenizer, arguments.max_losses, context=arguments.length, sizes=sizes, progress=output.watched
+    )
+    plans = {**{within(loss): plan for loss, plan in zip(arguments.max_losses, found, strict=True)}, **plans}
+    output.say("3/5 Measuring what that loses, on further text")
+    qualities = dict(
+        zip(plans, confirm(model, tokenizer, [*plans.values()], context=arguments.length, sizes=sizes), strict=True)
+    )
     ids = _prompt(tokenizer, arguments.prompt_tokens).to(model.device)
-    output.say(f"3/4 Generating {arguments.new_tokens} tokens from {ids.shape[1]}, first to compile")
-    generations, extra = _race(model, plan, ids, arguments, output)
-    output.say("4/4 Measuring quality on held-out text\n")
-    nll = _quality(model, tokenizer, plan, arguments)
-    found = Comparison(plan, generations, nll, extra, ids.shape[1])
+    output.say(f"4/5 Generating {arguments.new_tokens} tokens from {ids.shape[1]}, first to compile")
+    generations, extra = _race(model, plans, ids, arguments, output)
+    output.say("5/5 Done\n")
+    comparison = Comparison(plans, generations, qualities, extra, ids.shape[1])
     words = {way: tokenizer.decode(runs[-1].tokens[:_FIRST_WORDS]) for way, runs in generations.items()}
-    demo_tables.show(output, found, words)
-    output.results(demo_tables.as_json(found, words) | {"model": arguments.model})
+    demo_tables.show(output, comparison, words)
+    output.results(demo_tables.as_json(comparison, words) | {"model": arguments.model})
     return 0
 
 
-def _learn(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: bool) -> Any:
+def _sizes(arguments: argparse.Namespace) -> BudgetSizes:
+    from adaskip_compile.loss_budget import BudgetSizes
+
+    return BudgetSizes(
+        prompt=arguments.length,
+        fitted=arguments.samples,
+        measured=arguments.held_out,
+        needles=arguments.needles,
+    )
+
+
+def _paper(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: bool) -> Any:
     import adaskip_compile
     from adaskip_compile.evaluation.candidates import complete_profile
 
@@ -80,13 +118,13 @@ def _learn(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: b
     profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=watched)
     needed = {"policies": [arguments.policy], "compensations": [arguments.compensation]}
     profile = complete_profile(model, profile, samples, **needed, most=arguments.skip, progress=watched)
-    return planning.make_plan(profile, arguments)
+    return planning.make_plan(profile, argparse.Namespace(**{**vars(arguments), "max_loss": None}))
 
 
 def _race(
-    model: Any, plan: Any, ids: torch.Tensor, arguments: argparse.Namespace, output: Output
+    model: Any, plans: dict[str, Any], ids: torch.Tensor, arguments: argparse.Namespace, output: Output
 ) -> tuple[dict[str, list[Generation]], dict[str, float]]:
-    """Return the timed generations of each way, and the FFNs that skipping ones added with their scales."""
+    """Return the timed generations of each way, and the FFNs that the last of ``plans`` added with their scales."""
     import torch
 
     import adaskip_compile
@@ -97,11 +135,14 @@ def _race(
         with torch.compiler.set_stance("force_eager"):
             return generate(model, ids, arguments.new_tokens)
 
-    def compiled(chosen: Any) -> Generation:
-        adaskip_compile.compile(model, chosen, inner=arguments.inner)
-        return generate(model, ids, arguments.new_tokens)
+    def compiled(chosen: Any) -> Callable[[], Generation]:
+        def run() -> Generation:
+            adaskip_compile.compile(model, chosen, inner=arguments.inner)
+            return generate(model, ids, arguments.new_tokens)
 
-    ways = {EAGER: eager, FULL: lambda: compiled(SkipPlan.none()), SKIPPING: lambda: compiled(plan)}
+        return run
+
+    ways = {EAGER: eager, FULL: compiled(SkipPlan.none()), **{way: compiled(plan) for way, plan in plans.items()}}
     began = time.perf_counter()
     take_turns(ways, 1)
     output.say(
@@ -109,21 +150,6 @@ def _race(
     )
     generations = take_turns(ways, arguments.rounds)
     return generations, dict(adaskip_compile.report(model).requests[-1].extra)
-
-
-def _quality(model: Any, tokenizer: Any, plan: Any, arguments: argparse.Namespace) -> dict[str, float]:
-    import adaskip_compile
-    from adaskip_compile.evaluation.likelihood import mean_nll
-    from adaskip_compile.plans import SkipPlan
-    from adaskip_compile.texts import held_out_texts, windows
-
-    texts = held_out_texts(arguments.held_out, characters=5 * arguments.length)
-    samples = list(windows(tokenizer, (text.text for text in texts), arguments.length, per_text=1))
-    nll = {}
-    for way, chosen in ((FULL, SkipPlan.none()), (SKIPPING, plan)):
-        adaskip_compile.compile(model, chosen, inner=arguments.inner)
-        nll[way] = mean_nll(model, samples)
-    return nll
 
 
 def _prompt(tokenizer: Any, length: int) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Generate text with a model, skipping what a plan or a profile says.
 
-With --plan, that plan is used. With --profile, one is made from it. With neither, the compiler learns
-by itself: it runs everything and measures, until it has seen enough to specialise.
+With --plan, that plan is used. With --profile, one is made from it. With --max-loss, a plan for the prompt is found that
+loses no more, which takes minutes, once. With none of them everything runs, compiled.
 
 examples:
   adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
+  adaskip run smollm2 --max-loss 0.02 --prompt-file question.txt
   adaskip run smollm2 --profile profile.json --prompt-file question.txt --max-new-tokens 200
 """
 
@@ -28,11 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guide = parser.add_mutually_exclusive_group()
     guide.add_argument("--plan", metavar="PATH", help="a file that 'adaskip plan' wrote for this model")
     guide.add_argument("--profile", metavar="PATH", help="a file that 'adaskip profile' wrote for this model")
+    guide.add_argument(
+        "--max-loss", type=float, metavar="NATS", help="what the text may lose a token: 0.02 is 2 %% of perplexity"
+    )
     parser.add_argument(
         "--max-new-tokens", type=common.positive, default=64, metavar="N", help="(default: %(default)s)"
     )
-    parser.add_argument("--skip", type=int, metavar="N", help="sublayers to skip when there is no plan (default: 8)")
-    parser.add_argument("--policy", choices=tuple(POLICIES), help="how to choose them (default: adaskip)")
+    parser.add_argument("--skip", type=int, metavar="N", help="with --profile, sublayers to skip (default: 8)")
+    parser.add_argument(
+        "--policy", choices=tuple(POLICIES), help="with --profile, how to choose them (default: adaskip)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="what the policy 'random' draws with (default: 0)")
     parser.add_argument("--inner", choices=("inductor", "eager"), help="the backend that compiles each region")
 
@@ -50,7 +56,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs.input_ids.numel():
         raise OptionError(f"{source}: the tokenizer of this model makes no token of it; give more text")
-    adaskip_compile.compile(model, **_options(arguments))
+    options = _options(arguments)
+    if arguments.max_loss is not None:
+        options |= {"tokenizer": tokenizer, "max_loss": arguments.max_loss, "progress": output.watched}
+    adaskip_compile.compile(model, **options)
     generated = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     text = tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     report = adaskip_compile.report(model)

@@ -7,10 +7,7 @@ tokens, which run in full. A dozen facts found or not say little, so the likelih
 from __future__ import annotations
 
 import inspect
-import math
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch.nn import functional
 from adaskip_compile.capture import constant_floats, make_room_for_graphs
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.evaluation.needles import Needle
+from adaskip_compile.evaluation.quality import Answers, Quality
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
@@ -29,28 +27,6 @@ from adaskip_compile.sessions import Session
 
 # Tokens a call after the prompt: too few to be taken for a prompt.
 _BLOCK = 64
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """What was measured under one plan, one number a text or needle.
-
-    ``continuation`` and ``answers`` are mean negative log-likelihoods in nats a token, of the text after a prompt and of
-    the code that a needle asks for; ``found`` is 1 where every token of the code is the most likely one, else 0.
-    """
-
-    continuation: tuple[float, ...]
-    answers: tuple[float, ...]
-    found: tuple[float, ...]
-
-    def loss_against(self, full: PromptScores) -> tuple[float, float]:
-        """Return by how much the continuations are less likely than in ``full``, nats a token, and its standard error."""
-        return _mean_and_error([one - other for one, other in zip(self.continuation, full.continuation, strict=True)])
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return statistics.fmean(values), error
 
 
 class PromptJudge:
@@ -84,17 +60,31 @@ class PromptJudge:
         """The graph of a prompt with an empty cache, once something was measured."""
         return next(graph for graph in self.session.graphs if graph.stream.phase == "prefill")
 
-    def measure(self, plan: SkipPlan) -> PromptScores:
-        """Return the scores under ``plan``."""
+    def compare(self, plans: Sequence[SkipPlan]) -> list[Quality]:
+        """Return what each of ``plans`` loses against the full model."""
+        full, answers = self.continuations(SkipPlan.none()), self.answers(SkipPlan.none())
+        found = ((self.continuations(plan), self.answers(plan)) for plan in plans)
+        return [Quality.of(losses, full).with_answers(got, answers) for losses, got in found]
+
+    def continuations(self, plan: SkipPlan) -> tuple[float, ...]:
+        """Return the mean negative log-likelihood of each continuation under ``plan``, in nats a token."""
         self.session.use(plan)
         with evaluating(self._model):
-            texts = [self._likelihoods(*one) for one in self._texts]
-            needles = [self._likelihoods(*one) for one in self._needles]
-        return PromptScores(
-            tuple(float(losses.mean()) for losses, _ in texts),
-            tuple(float(losses.mean()) for losses, _ in needles),
-            tuple(float(best.all()) for _, best in needles),
-        )
+            return tuple(float(self._likelihoods(*one)[0].mean()) for one in self._texts)
+
+    def answers(self, plan: SkipPlan, enough: float = 0) -> Answers:
+        """Return how needles are answered under ``plan``: of the first ones, once fewer than ``enough`` can be found."""
+        self.session.use(plan)
+        losses: list[float] = []
+        found: list[float] = []
+        with evaluating(self._model):
+            for asked, needle in enumerate(self._needles):
+                if sum(found) + len(self._needles) - asked < enough:
+                    break
+                nll, best = self._likelihoods(*needle)
+                losses.append(float(nll.mean()))
+                found.append(float(best.all()))
+        return Answers(tuple(losses), tuple(found))
 
     def _likelihoods(self, prompt: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return of each token of ``rest`` its negative log-likelihood, and whether it is the most likely one."""

@@ -11,8 +11,12 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan, loss_budget
+from adaskip_compile.evaluation.needles import Needle
+from adaskip_compile.evaluation.prompt_quality import PromptJudge
+from adaskip_compile.evaluation.quality import Quality
 from adaskip_compile.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
 from adaskip_compile.phase_graphs import capture_phases
+from adaskip_compile.prompt_skips import PromptSkips, Trade
 from adaskip_compile.sequence_fitting import SequenceFitter, fit_prompt_skips
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from tests.models import tiny, tokens
@@ -80,6 +84,19 @@ class TestFitting:
             missed[in_sequence] = float((got - full).square().mean())
         assert missed[True] < missed[False]
 
+    def test_what_is_run_once_changes_nothing(self) -> None:
+        model = tiny("llama", num_hidden_layers=4)
+        paths = [f"model.layers.{layer}.{part}" for layer in (2, 3) for part in ("self_attn", "mlp")]
+        begun, anew = SequenceFitter(model, self.samples), SequenceFitter(model, self.samples)
+        begun.begin_at(["model.layers.2.mlp", "model.layers.1.mlp"])
+        wanted = anew.fit(paths, rank=16, progress=False)
+        for _ in range(2):  # the first fit leaves the samples where they stand
+            got = begun.fit(paths, rank=16, progress=False)
+            for path in paths:
+                torch.testing.assert_close(got.maps[path].tensors, wanted.maps[path].tensors, rtol=0, atol=0)
+        with pytest.raises(OptionError, match=r"model\.layers\.1\.self_attn lies before the sublayer at which"):
+            begun.fit(["model.layers.1.self_attn"], progress=False)
+
     def test_senseless(self) -> None:
         model = tiny("llama")
         path = "model.layers.0.mlp"
@@ -108,12 +125,43 @@ def test_a_tokenizer_beside_a_plan_is_refused() -> None:
         adaskip_compile.compile(tiny("llama"), SkipPlan.none(), tokenizer=object())
 
 
+def test_depths_are_bisected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 layers below the last: 5 deepest of both keep the budget, 6 FFNs, and no more attentions."""
+    search = loss_budget._Search.__new__(loss_budget._Search)
+    search._layers = tuple(((f"{layer}.attn",), (f"{layer}.ffn",)) for layer in range(12))
+    tries: list[tuple[int, int]] = []
+
+    def attempt(_: Any, max_loss: float, attentions: int, ffns: int) -> tuple[Trade, PromptSkips]:
+        tries.append((attentions, ffns))
+        quality = Quality(0.01 * attentions + 0.01 * max(0, ffns - 1), 0.0)
+        return Trade(attentions, ffns, 1.0 + attentions + ffns, quality.loss <= max_loss, quality), PromptSkips(())
+
+    monkeypatch.setattr(loss_budget._Search, "_try", attempt)
+    monkeypatch.setattr(loss_budget._Search, "_gain", lambda _, kind, depths: kind == "ffns")
+    within = [(trade.attentions, trade.ffns) for trade, _ in search.trades(0.1) if trade.within]
+    assert max(within) == (5, 6)
+    assert tries == [(4, 4), (5, 5), (6, 6), (5, 6), (6, 6)]
+
+
+def test_no_more_facts_are_asked_for_than_decide() -> None:
+    needle = Needle(tokens(1, 80)[0], "", 0.5)
+    judge = PromptJudge(tiny("llama"), [], [(needle, [1, 2])] * 6)
+    assert judge.answers(SkipPlan.none(), 1).found == (0.0,) * 6
+    assert judge.answers(SkipPlan.none(), 3).found == (0.0,) * 4
+
+
+def test_further_texts_are_others() -> None:
+    seen, further = (loss_budget._unseen(200, 6, further=further) for further in (False, True))
+    assert len(seen) == len(further) == 6
+    assert not {*seen} & {*further}
+
+
 @pytest.mark.pretrained
 @pytest.mark.slow
 def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = smollm2
     monkeypatch.setattr(loss_budget, "BudgetSizes", lambda: SMALL)
-    monkeypatch.setattr(loss_budget, "_DEPTHS", (1 / 6,))
+    monkeypatch.setattr(loss_budget, "_DEEPEST", 1 / 6)
     options: dict[str, Any] = {"inner": "eager", "cache_dir": tmp_path, "progress": False, "context": 192}
     adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.1, **options)
     [file] = (tmp_path / "plans").glob("*.json")
@@ -121,7 +169,7 @@ def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: py
     assert plan.prompt is not None
     assert plan.prompt.frontier
     within = [trade for trade in plan.prompt.frontier if trade.within]
-    assert all(trade.loss <= 0.1 for trade in within)
+    assert all(trade.quality.loss <= 0.1 for trade in within)
     if within:
         assert plan.prompt.measured is not None
         assert plan.prompt.measured == max(within, key=lambda trade: trade.speedup)

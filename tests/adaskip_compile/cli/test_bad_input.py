@@ -19,7 +19,7 @@ from tests.tiny_checkpoints import save_tiny
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = ("demo", "profile", "plan", "inspect", "run", "sweep", "export")
-SMALL_DEMO = "--inner eager --samples 2 --length 32 --held-out 2 --prompt-tokens 40 --new-tokens 9 --rounds 1 --skip 2 --window 3"
+SMALL_DEMO = "--inner eager --samples 2 --length 320 --held-out 2 --needles 2 --prompt-tokens 40 --new-tokens 9 --rounds 1 --skip 2 --window 3"
 
 SMALL_SWEEP = "--inner eager --windows 1 --length 32 --context 32 --new-tokens 4 --window 1 --rounds 1"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adaskip_compile import Profile, SkipPlan
+from adaskip_compile import Profile, SkipPlan, loss_budget
 from adaskip_compile.cli import main
+from adaskip_compile.loss_budget import BudgetSizes
 from tests.tiny_checkpoints import save_tiny
 
 ATTENTION = "model.layers.{}.self_attn"
@@ -223,23 +224,55 @@ def test_run_reads_a_prompt_from_a_file(model: str, profile: str, tmp_path: Path
     assert len(found["report"]["sessions"][0]["requests"][0]["skipped"]) == 2
 
 
-def test_demo_compares_the_three_ways(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_plan_of_a_model_keeps_a_budget(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(loss_budget, "BudgetSizes", lambda: BudgetSizes(320, 32, 2, 2, 2))
+    out = str(tmp_path / "plan.json")
+    assert main(["plan", model, "--max-loss", "9", "--context", "320", "--out", out, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert "attentions  FFNs" in printed.err
+    found = json.loads(printed.out)
+    plan = SkipPlan.load(out)
+    assert plan.prompt is not None
+    assert plan.prompt.measured in plan.prompt.frontier
+    assert [one["path"] for one in found["prompt"]["skipped"]] == list(plan.prompt.paths) != []
+
+
+def test_a_count_of_sublayers_asks_for_a_profile(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", model, "--skip", "2", "--out", str(tmp_path / "plan.json")]) == 2
+    assert model in capsys.readouterr().err
+
+
+def test_demo_compares_the_ways(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "demo.json"
-    small = {"samples": 2, "length": 32, "held-out": 2, "prompt-tokens": 40, "new-tokens": 9, "rounds": 2}
-    small |= {"skip": 2, "window": 3}
+    small = {
+        "samples": 2,
+        "length": 320,
+        "held-out": 2,
+        "needles": 2,
+        "prompt-tokens": 128,
+        "new-tokens": 9,
+        "rounds": 2,
+    }
+    small |= {"skip": 2, "window": 3, "max-losses": 9}
     flags = [item for name, value in small.items() for item in (f"--{name}", str(value))]
     assert main(["demo", "--model", model, "--inner", "eager", "--json", str(out), *flags]) == 0
     found = json.loads(out.read_text())
-    eager, full, skipping = (found["ways"][way] for way in ("eager, full", "adaskip, full", "adaskip, skipping"))
+    names = ("eager, full", "adaskip, full", "adaskip, within 900 %", "adaskip, the paper's choice")
+    assert tuple(found["ways"]) == names  # in this order
+    eager, full, budgeted, paper = found["ways"].values()
     assert eager["tokens"] == full["tokens"]
-    assert len(skipping["tokens"]) == 9
-    attention = [path for path in found["plan"]["skipped"] if path.endswith("self_attn")]
-    assert skipping["cache_bytes"] * 4 == full["cache_bytes"] * (4 - len(attention))
-    assert full["nll"] > 0
-    assert skipping["nll"] != full["nll"]
-    assert found["prompt_tokens"] == 40
+    assert len(budgeted["tokens"]) == len(paper["tokens"]) == 9
+    attention = [path for path in paper["plan"]["skipped"] if path.endswith("self_attn")]
+    assert paper["cache_bytes"] * 4 == full["cache_bytes"] * (4 - len(attention))
+    assert budgeted["cache_bytes"] == full["cache_bytes"]
+    assert budgeted["plan"]["prompt"]["skipped"]
+    assert budgeted["quality"]["loss"] != 0 != paper["quality"]["loss"]
+    assert full["quality"] is None
+    assert found["prompt_tokens"] == 128
     text = capsys.readouterr().out
-    for words in ("first token", "skipping against full", "KV cache", "mean NLL", *found["plan"]["skipped"]):
+    for words in ("first token", "against eager", "KV cache", "perplexity", "facts found", *names):
         assert words in text
 
 
