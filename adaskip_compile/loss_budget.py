@@ -39,8 +39,8 @@ from adaskip_passes.residual_stream import ResidualStream
 
 log = logging.getLogger(__name__)
 
-# Of the layers below the last one, at most so many are tried, and so many first.
-_DEEPEST, _FIRST = 1 / 2, 1 / 3
+# Of the layers below the last one, at most so many are tried, so many first, and depths are told apart to so many.
+_DEEPEST, _FIRST, _RESOLUTION = 1 / 2, 1 / 3, 1 / 16
 # Characters of the longest text that is measured: longer ones the built-in texts do not hold.
 _LONGEST_TEXT = 160_000
 _KINDS = ("attentions", "ffns")
@@ -183,7 +183,8 @@ class _Search:
     ) -> Generator[tuple[Trade, PromptSkips], None, int]:
         """Yield tries of ``kinds`` in step at depths above ``reached``, by bisection; return the deepest within the budget."""
         over = most + 1
-        while over - reached > 1:
+        step = max(1, round(_RESOLUTION * len(self._layers)))
+        while over - reached > step:
             depth = min(max(first or (reached + over) // 2, reached + 1), over - 1)
             first = None
             trade, skips = self._try(max_loss, **{**others, **dict.fromkeys(kinds, depth)})

@@ -48,15 +48,16 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the model and tokenizer that the arguments name."""
+def load_model(arguments: argparse.Namespace, name: str | None = None) -> tuple[Any, Any]:
+    """Return the model and tokenizer called ``name``, by default what ``arguments.model`` says."""
     import torch
 
     from adaskip_compile.checkpoints import load_checkpoint
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    return load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype), device=_device(arguments.device))
+    named = arguments.model if name is None else name
+    return load_checkpoint(named, dtype=getattr(torch, arguments.dtype), device=_device(arguments.device))
 
 
 def read_texts(files: Sequence[str]) -> list[str]:

@@ -57,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_counts(
         parser,
         ("samples", 24, "windows of text to profile and to fit on"),
-        ("length", 1024, "tokens in each, and in each prompt that measures quality"),
+        ("length", 512, "tokens in each, and in each prompt that measures quality"),
         ("held-out", 8, "prompts of other text to measure quality on"),
-        ("needles", 12, "facts to ask for in a prompt"),
+        ("needles", 10, "facts to ask for in a prompt"),
         ("prompt-tokens", 2000, "tokens of text in the prompt"),
         ("new-tokens", 64, "tokens to generate"),
         ("rounds", 3, "times that each way is run and timed"),

@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _within_loss(arguments: argparse.Namespace, output: Output) -> Any:
     from adaskip_compile.loss_budget import plan_within_loss
 
-    model, tokenizer = common.load_model(arguments)
+    model, tokenizer = common.load_model(arguments, arguments.source)
     asked = {name: getattr(arguments, name) for name in ("max_loss", "context")}
     chosen = {name: value for name, value in asked.items() if value is not None}
     return plan_within_loss(model, tokenizer, progress=output.watched, **chosen)
