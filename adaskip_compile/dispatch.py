@@ -41,7 +41,7 @@ from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.specialise.narrow_rows import stopped_at
 from adaskip_passes.specialise.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
-from adaskip_passes.state import find_counters
+from adaskip_passes.state import find_counters, output_values
 
 if TYPE_CHECKING:
     from adaskip_compile.sessions import Session
@@ -366,6 +366,11 @@ class Dispatcher:
                 self.session.note(
                     f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"
                 )
+            if body is not None and _gives_every_row(result):
+                self.session.note(
+                    "logits of all tokens of a prompt were asked for: those of its body are of a model that skips, and so is a "
+                    "loss that is made of them (labels=); with logits_to_keep=1 nothing of that is computed"
+                )
             self._narrowed[body] = result
         return self._narrowed[body]
 
@@ -429,3 +434,14 @@ def _token_input(inputs: Sequence[fx.Node], stream: ResidualStream) -> int | Non
         ):
             return index
     return None
+
+
+def _gives_every_row(found: PipelineResult) -> bool:
+    """Tell whether the graph returns something of every row of the stream, cache aside: logits, or the stream itself."""
+    stream = fake_tensor(found.stream.sublayers[0].stream_in)
+    shapes = [
+        value.shape for node in output_values(found.gm) if node is not None and (value := fake_tensor(node)) is not None
+    ]
+    return stream is not None and any(
+        len(shape) == stream.dim() and str(shape[1]) == str(stream.shape[1]) for shape in shapes
+    )

@@ -192,6 +192,21 @@ def test_nothing_is_captured_anew_and_decoding_runs_in_full(llama: Any) -> None:
     assert "5 skipped for 35 of 40 tokens, keys and values kept" in str(report)
 
 
+def test_whoever_reads_all_logits_is_told_once(llama: Any) -> None:
+    compiled(llama)
+
+    def told() -> int:
+        notes = adaskip_compile.report(llama).sessions[0].notes
+        return sum("logits of all tokens of a prompt were asked for" in note for note in notes)
+
+    with torch.no_grad():
+        llama(tokens(1, 40), logits_to_keep=1)
+        assert told() == 0
+        for seed in (0, 1):
+            llama(tokens(1, 40, seed=seed), labels=tokens(1, 40))
+    assert told() == 1
+
+
 def test_recurrent_sublayers_are_refused() -> None:
     model = tiny("mamba")
     path = adaskip_compile.analyze(model, input_ids=tokens(1, 40)).paths[0]
