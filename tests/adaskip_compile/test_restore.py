@@ -15,6 +15,7 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.sessions import sessions_of
+from tests.doors import compiled_by
 from tests.generation import generate, greedy_loop, make_cache
 from tests.models import plain, tiny, tokens
 from tests.reference import omit_sublayers
@@ -29,16 +30,8 @@ def llama():
     return tiny("llama")
 
 
-def compiled_by(door: str, model: Any, **options: Any) -> Any:
-    options = {"inner": "eager", **options}
-    plan = SkipPlan.from_scales(SCALES)
-    if door == "compile":
-        return adaskip_compile.compile(model, plan, **options)
-    if door == "torch.compile":
-        settings: Any = {"plan": plan, **options}
-        return torch.compile(model, backend="adaskip", options=settings)
-    model.compile(backend="adaskip", options={"plan": plan, **options})
-    return model
+def compiled_here(door: str, model: Any, **options: Any) -> Any:
+    return compiled_by(door, model, SkipPlan.from_scales(SCALES), **{"inner": "eager", **options})
 
 
 def answer(call: Callable[..., Any], model: nn.Module) -> list[int]:
@@ -57,7 +50,7 @@ def test_the_model_is_as_it_was_and_the_session_is_gone(llama, door: str, kept: 
     with omit_sublayers(llama, SCALES):
         skipping = logits(llama)
     full = logits(llama)
-    call = compiled_by(door, llama, keep_captures=kept)
+    call = compiled_here(door, llama, keep_captures=kept)
     answer(call, llama)
     torch.testing.assert_close(logits(call), skipping)
     [session] = sessions_of(llama)
@@ -79,7 +72,7 @@ def test_it_is_compiled_again(llama, door: str):
     with omit_sublayers(llama, SCALES):
         skipping, chosen = logits(llama), answer(llama, llama)
     for _ in range(2):
-        call = compiled_by(door, llama)
+        call = compiled_here(door, llama)
         torch.testing.assert_close(logits(call), skipping)
         assert answer(call, llama) == chosen
         assert len(adaskip_compile.report(llama).requests) == 2
@@ -93,9 +86,9 @@ def test_it_is_compiled_again(llama, door: str):
 
 
 def test_other_models_of_the_class_capture_nothing_anew(llama):
-    other = compiled_by("model.compile", tiny("llama", seed=1))
+    other = compiled_here("model.compile", tiny("llama", seed=1))
     wanted = logits(other)
-    logits(compiled_by("model.compile", llama))
+    logits(compiled_here("model.compile", llama))
     adaskip_compile.restore(llama)
     assert torch.equal(logits(other), wanted)
     [session] = adaskip_compile.report(other).sessions
@@ -104,7 +97,7 @@ def test_other_models_of_the_class_capture_nothing_anew(llama):
 
 def test_graphs_that_ran_unskipped_are_let_go(llama):
     wanted = logits(llama)
-    compiled_by("model.compile", llama)
+    compiled_here("model.compile", llama)
     llama(IDS)  # needs gradients
     [session] = sessions_of(llama)
     assert session.unskipped
@@ -121,7 +114,7 @@ def test_a_model_that_was_never_compiled_is_returned():
 
 
 def test_the_caches_of_requests_are_not_held(llama):
-    call = compiled_by("compile", llama)
+    call = compiled_here("compile", llama)
     cache = make_cache("dynamic", llama)
     with torch.no_grad():
         call(IDS, **cache_argument(llama, cache))

@@ -17,22 +17,13 @@ import adaskip_compile
 import adaskip_compile.backend
 from adaskip_compile import SkipPlan, sessions
 from adaskip_compile.options import Options
+from tests.doors import compiled_by
 from tests.generation import greedy_loop, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers
 
 DOORS = ("compile", "model.compile", "torch.compile")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-
-
-def compiled_by(door: str, model: Any, plan: SkipPlan, **options: Any) -> Callable[..., Any]:
-    if door == "compile":
-        return adaskip_compile.compile(model, plan, **options)
-    if door == "torch.compile":
-        settings: Any = {"plan": plan, **options}
-        return torch.compile(model, backend="adaskip", options=settings)
-    model.compile(backend="adaskip", options={"plan": plan, **options})
-    return model
 
 
 def scales_of(number: int) -> dict[str, float]:
