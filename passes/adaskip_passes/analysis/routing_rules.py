@@ -43,6 +43,8 @@ def find_layout(layouts: Layouts, node: fx.Node) -> Layout:
     Raises:
         UnprovenError: Nothing proves that it keeps tokens apart.
     """
+    if not node.args:
+        raise UnprovenError(node)
     written = list(written_inputs(node))
     rule = _WRITES.get(op_name(node)) if written else _RULES.get(op_name(node))
     found = (rule or row_by_row)(layouts, node)
@@ -55,7 +57,7 @@ def find_layout(layouts: Layouts, node: fx.Node) -> Layout:
 
 
 def _sort(layouts: Layouts, node: fx.Node) -> Layout:
-    given = named_arguments(node, ("input", "dim"))
+    given = named_arguments(node, ("input", "dim", "descending"))
     places = layouts.of(given["input"])
     if isinstance(places, Places) and op_name(node) == "argsort":
         return _inverse(node, places)
@@ -91,7 +93,7 @@ def _item(layouts: Layouts, node: fx.Node) -> Layout:
 
 def _index_select(layouts: Layouts, node: fx.Node) -> Layout:
     given = named_arguments(node, ("input", "dim", "index"))
-    if given["dim"] != 0:
+    if given.get("dim") != 0 or given.keys() != {"input", "dim", "index"}:
         raise UnprovenError(node)
     return _taken(layouts, node, given["input"], given["index"])
 
@@ -135,10 +137,10 @@ def _invert(layouts: Layouts, node: fx.Node) -> Layout:
 def _index_add(layouts: Layouts, node: fx.Node) -> Layout:
     """Add each row to one of its own token."""
     given = named_arguments(node, ("input", "dim", "index", "source"))
+    if given.keys() - {"alpha"} != {"input", "dim", "index", "source"} or given["dim"] != 0:
+        raise UnprovenError(node)
     target, added = (tokens_of(layouts, node, given[name]) for name in ("input", "source"))
     places = layouts.of(given["index"])
-    if given["dim"] != 0 or given.keys() - {"alpha"} != {"input", "dim", "index", "source"}:
-        raise UnprovenError(node)
     known = target.first and added.first and target.order is None and target.ids is None
     if not known or not isinstance(places, Places) or target.per * places.divisor != places.per:
         raise UnprovenError(node)
@@ -181,7 +183,14 @@ def _grouped_mm(layouts: Layouts, node: fx.Node) -> Layout:
     sort_of_ids = isinstance(order, Sorted) and isinstance(ends, Counts) and ends.summed and order.keys.ids is ends.ids
     others = [value for name, value in given.items() if name not in ("input", "offs")]
     weight = fake_tensor(given.get("weight"))
-    if not sort_of_ids or not rows.first or weight is None or weight.dim() != 3 or tensor_of(node).dim() != 2:
+    if (
+        len(node.args) > 3
+        or not sort_of_ids
+        or not rows.first
+        or weight is None
+        or weight.dim() != 3
+        or tensor_of(node).dim() != 2
+    ):
         raise UnprovenError(node)
     if any(layouts.of(one) is not None for one in others):
         raise UnprovenError(node)

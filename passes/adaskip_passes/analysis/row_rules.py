@@ -84,11 +84,12 @@ def functional_name(node: fx.Node) -> str:
     ``div`` for ``x.div_(y)`` and ``truediv`` for ``x /= y``.
     """
     name = op_name(node)
-    if name in _RULES or name in _ELEMENTWISE or name.startswith("__") or not any(written_inputs(node)):
+    if name in _RULES or name in _ELEMENTWISE or not any(written_inputs(node)):
         return name
-    if getattr(node.target, "__module__", None) == "_operator":
-        return name.removeprefix("i")
-    return name.removesuffix("_")
+    operation = getattr(node.target, "__module__", None) == "_operator"
+    functional = name.removeprefix("i") if operation else name.removesuffix("_")
+    # Others, like ``x.squeeze_(0)``, change the shape.
+    return functional if functional in _ELEMENTWISE or functional == "scatter" else name
 
 
 class _UnknownError(Exception):
@@ -199,7 +200,7 @@ def _attention(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _over_a_dimension(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    if any(isinstance(one, fx.Node) for one in (*_arguments(node)[1:2], node.kwargs.get("other"))):
+    if any(fake_tensor(one) is not None for one in (*_arguments(node)[1:2], node.kwargs.get("other"))):
         # The larger or smaller of two operands, of ``max`` and ``min``.
         yield from _elementwise(node, rows)
         return
@@ -220,17 +221,19 @@ def _over_a_dimension(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _topk(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    yield from _along_a_dimension(node, rows, named_arguments(node, ("input", "k", "dim")).get("dim", -1))
+    given: dict[str, Any] = named_arguments(node, ("input", "k", "dim"))
+    yield from _along_a_dimension(given["input"], rows, given.get("dim", -1))
 
 
 def _sort(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    yield from _along_a_dimension(node, rows, named_arguments(node, ("input", "dim")).get("dim", -1))
+    given: dict[str, Any] = named_arguments(node, ("input", "dim"))
+    yield from _along_a_dimension(given["input"], rows, given.get("dim", -1))
 
 
-def _along_a_dimension(node: fx.Node, rows: Rows, dim: Any) -> Iterator[Demand]:
-    if not isinstance(dim, int) or rows.dim == dim % _tensor(_arguments(node)[0]).dim():
+def _along_a_dimension(x: fx.Node, rows: Rows, dim: Any) -> Iterator[Demand]:
+    if not isinstance(dim, int) or rows.dim == dim % _tensor(x).dim():
         raise _UnknownError
-    yield _arguments(node)[0], rows
+    yield x, rows
 
 
 def _gather(node: fx.Node, rows: Rows) -> Iterator[Demand]:
@@ -249,8 +252,8 @@ def _gather(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _norm(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    shape = named_arguments(node, ("input", "normalized_shape")).get("normalized_shape", ())
-    if rows.dim >= _tensor(_arguments(node)[0]).dim() - len(shape):
+    shape: Any = named_arguments(node, ("input", "normalized_shape")).get("normalized_shape", ())
+    if not isinstance(shape, (tuple, list)) or rows.dim >= _tensor(_arguments(node)[0]).dim() - len(shape):
         raise _UnknownError
     yield _arguments(node)[0], rows
 

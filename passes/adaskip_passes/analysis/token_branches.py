@@ -161,7 +161,7 @@ class TokenBranches:
     def _check_scopes(self, nodes: tuple[fx.Node, ...], result: fx.Node) -> None:
         """Raise at a check, at random numbers, and where a scope opens or closes on the way: a copy would be outside of it."""
         position = self._dependence.position
-        for node in self._effects.checks:
+        for node in sorted(self._effects.checks, key=position.__getitem__):
             between = op_name(node) in SCOPES and position[nodes[0]] < position[node] < position[result]
             if between or node in nodes:
                 raise UnprovenError(node)
