@@ -33,7 +33,7 @@ from adaskip_passes.analysis.token_rules import CASTS, EXACT, SHAPE_RULES, Rule,
 from adaskip_passes.effects import op_name, written_inputs
 from adaskip_passes.graph import fake_tensor, fake_value, named_arguments
 
-# Their second result are positions in a dimension: whole numbers from 0.
+# Their second result is positions in a dimension: whole numbers from 0.
 _CHOICES = frozenset("topk max min sort".split())
 
 

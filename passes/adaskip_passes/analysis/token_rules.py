@@ -27,7 +27,7 @@ _BLANK = frozenset("empty empty_like new_empty".split())
 FILLS = _BLANK | frozenset("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full".split())
 # Which argument says the number.
 _PLACE_OF_NUMBER = {"full": 1, "full_like": 1, "new_full": 2}
-# Their result are positions in a dimension: whole numbers from 0.
+# Their result is positions in a dimension: whole numbers from 0.
 _CHOICE = frozenset("argmax argsort".split())
 CASTS = frozenset("to float double int long contiguous clone detach".split())
 # They hold the number of any expert exactly.
