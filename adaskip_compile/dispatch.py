@@ -38,7 +38,7 @@ from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.graph import fake_tensor
 from adaskip_passes.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.specialise.narrow_rows import stopped_at
+from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.state import find_counters, output_values

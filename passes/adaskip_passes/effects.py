@@ -36,8 +36,8 @@ _CHECKS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_check", "_c
 # They open and close what the nodes between them run under.
 OPENING = frozenset({"_vmap_increment_nesting", "_enter_autocast", "_enter_inference_mode"})
 CLOSING = frozenset({"_vmap_decrement_nesting", "_exit_autocast", "_exit_inference_mode"})
-_SCOPES = OPENING | CLOSING | {"lazy_load_decompositions", "_set_grad_enabled"}
-_ACTS = _CHECKS | _SCOPES
+SCOPES = OPENING | CLOSING | {"lazy_load_decompositions", "_set_grad_enabled"}
+_ACTS = _CHECKS | SCOPES
 # PyTorch calls it impure, so that no wait is lost. It waits for its own value: where that goes, the collective goes too.
 _WAITS = frozenset({"wait_tensor"})
 

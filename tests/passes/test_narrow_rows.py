@@ -12,16 +12,18 @@ from torch.nn import functional
 from adaskip_passes.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import fake_tensor
+from adaskip_passes.flops import count_flops
+from adaskip_passes.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.insert_probes import InsertProbes
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline import PipelineResult, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
-from adaskip_passes.specialise.narrow_rows import NarrowRows, stopped_at
+from adaskip_passes.specialise.narrow_rows import NarrowRows
+from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.straighten_stream import straighten_stream
 from tests.captures import first_graph, run, shared_captures, stream_of
-from tests.models import FAMILIES, capture, tiny
+from tests.models import FAMILIES, capture, capture_all, tiny
 
 W = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 HEADS = (2, 3)
@@ -43,6 +45,15 @@ FUNCTIONS: dict[str, tuple[Any, str | None]] = {
         lambda x: torch.where(x > 0, x, 0.5) * x.softmax(-1).topk(2, dim=-1).values.sum(-1, True),
         None,
     ),
+    "the larger and the smaller of two": (
+        lambda x: torch.max(torch.min(x, W[0, 0]), 2 * x).max(dim=-1, keepdim=True).values,
+        None,
+    ),
+    "products that are rows": (lambda x: (x.unsqueeze(-2) @ (2 * x).unsqueeze(-1)).squeeze(-1), None),
+    "order in a row": (lambda x: x.sort(-1, descending=True).values + x.argsort(-1), None),
+    "read by position": (lambda x: x.gather(-1, x.argsort(-1)[..., :2]), None),
+    "written by position": (lambda x: torch.zeros_like(x).scatter(-1, x.argsort(-1), 2 * x), "zeros_like"),
+    "random numbers": (lambda x: functional.dropout(2 * x, 1.0, True), "dropout"),
     "broadcast": (lambda x: x + torch.arange(x.shape[1])[:, None] * 2.0, None),
     "expand": (lambda x: x[:, :, None].expand(-1, -1, 2, -1).flatten(2), None),
     "causal attention": (lambda x: functional.scaled_dot_product_attention(x, 2 * x, 3 * x, is_causal=True), None),
@@ -55,6 +66,8 @@ FUNCTIONS: dict[str, tuple[Any, str | None]] = {
     ),
     "attention by hand": (lambda x: (x @ (2 * x).transpose(1, 2)).softmax(-1) @ (3 * x), None),
     "rows that mix": (lambda x: functional.linear(x, W).cumsum(1), "cumsum"),
+    "order of rows": (lambda x: (2 * x).sort(1).values, "sort"),
+    "products of columns": (lambda x: (2 * x).transpose(1, 2) @ x[0, :, 0], "matmul"),
     "softmax over rows": (lambda x: (2 * x).softmax(1), "softmax"),
     "mean over rows": (lambda x: x * (2 * x).mean(1, keepdim=True), None),
     "flattened batch": (lambda x: functional.linear(x.view(-1, 6), W).view(*x.shape), "view"),
@@ -143,7 +156,8 @@ def test_more_rows_than_every_call_has_are_not_taken() -> None:
     assert rows_computed(narrowed(gm, longest=2), 9) == ["linear"]
 
 
-NARROWED = [family for family in FAMILIES if family not in ("mixtral", "qwen3_moe", "mamba")]
+NARROWED = [family for family in FAMILIES if family != "mamba"]
+MIXTURES = ["mixtral", "qwen3_moe", "olmoe"]
 
 
 @pytest.mark.parametrize("family", NARROWED)
@@ -163,6 +177,33 @@ def test_the_last_layer_runs_for_the_last_row(family: str) -> None:
     # OPT flattens its rows.
     assert [value.shape[-2] for value in last if value is not None] == [1, 1]
     assert stopped_at(result.gm, result.stream, 1) == ()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_run_for_the_edges_of_a_prompt(family: str, batch: int) -> None:
+    """Of a body that skips a mixture of experts, and of the last layer, no more is computed than the rows that are read."""
+    with torch._dynamo.config.patch(specialize_float=True):
+        captured = capture_all(tiny(family), batch=batch, length=20)[0]
+    straighten_stream(captured.gm)
+    stream = find_residual_stream(captured.gm)
+    first, last = (path for path in stream.paths if path.endswith("mlp"))
+    scales = torch.full((len(stream.paths),), 0.9)
+    skip = SkipBodyRows((first,), head=1, tail=2)
+    whole = run_pipeline(captured.gm, stream, (skip,))
+    result = run_pipeline(captured.gm, stream, (skip, NarrowRows(2), EliminateDeadCode()))
+    got, wanted = (run(one.gm.forward, captured, scales).outputs for one in (result, whole))
+    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+    assert stopped_at(result.gm, result.stream, 3) == ()
+    for path, rows in ((first, 3), (last, 1)):
+        assert flops(result, path) * 20 == flops(whole, path) * rows > 0
+
+
+def flops(result: PipelineResult, path: str) -> int:
+    """Return the floating-point operations of a sublayer in the call that was captured."""
+    open_sizes = [fake_value(node) for node in result.gm.graph.find_nodes(op="placeholder")]
+    sizes = {size.node.expr: size_hint(size) for size in open_sizes if isinstance(size, torch.SymInt)}
+    return sum(int(count_flops(node).subs(sizes)) for node in result.stream.by_path(path).nodes)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -16,15 +16,15 @@ import torch
 from torch import fx
 
 from adaskip_passes.banded_attention import BANDED_ATTENTION
-from adaskip_passes.effects import op_name
+from adaskip_passes.effects import op_name, written_inputs
 from adaskip_passes.graph import ATTENTION_ARGUMENTS, fake_tensor, fake_value, named_arguments, size_expression
 
 _ELEMENTWISE = frozenset(
-    "abs add addcmul and_ bfloat16 ceil clamp clamp_max clamp_min clip clone contiguous cos detach div double dropout elu "
-    "eq erf exp expm1 float floor floordiv ge gelu gt half hardsigmoid hardswish hardtanh le leaky_relu lerp log log1p "
-    "logical_and logical_not logical_or logsigmoid lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg "
-    "or_ pow prelu reciprocal relu relu6 round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub subtract "
-    "tanh to true_divide truediv type type_as where xor".split()
+    "abs add addcmul and_ bfloat16 bool ceil clamp clamp_max clamp_min clip clone contiguous cos detach div double "
+    "elu eq erf exp expm1 float floor floordiv ge gelu gt half hardsigmoid hardswish hardtanh int invert le "
+    "leaky_relu lerp log log1p logical_and logical_not logical_or logsigmoid long lt masked_fill maximum minimum mish "
+    "mul multiply nan_to_num ne neg or_ pow prelu reciprocal relu relu6 round rsqrt rsub selu sigmoid sign silu sin "
+    "softplus sqrt square sub subtract tanh to true_divide truediv type type_as where xor".split()
 )
 # They make one number of a dimension, or of each number what the others of its dimension say.
 _OVER_A_DIMENSION = frozenset("amax amin argmax log_softmax logsumexp max mean min prod softmax std sum var".split())
@@ -63,7 +63,7 @@ def operand_rows(node: fx.Node, rows: Rows) -> tuple[Demand, ...] | None:
     """
     if node.op not in ("call_function", "call_method"):
         return None
-    name = op_name(node)
+    name = functional_name(node)
     rule = _RULES.get(name) or (_elementwise if name in _ELEMENTWISE else None)
     if node.target is BANDED_ATTENTION:
         rule = _attention
@@ -76,6 +76,20 @@ def operand_rows(node: fx.Node, rows: Rows) -> tuple[Demand, ...] | None:
     operands = [one for one, _ in found]
     read = [one for one in _operands(node) if one in operands]
     return found if len(read) == len(set(operands)) == len(operands) else None
+
+
+def functional_name(node: fx.Node) -> str:
+    """Return the name of what ``node`` computes, which for one that writes its first operand is that of its functional form.
+
+    ``div`` for ``x.div_(y)`` and ``truediv`` for ``x /= y``.
+    """
+    name = op_name(node)
+    if name in _RULES or name in _ELEMENTWISE or not any(written_inputs(node)):
+        return name
+    operation = getattr(node.target, "__module__", None) == "_operator"
+    functional = name.removeprefix("i") if operation else name.removesuffix("_")
+    # Others, like ``x.squeeze_(0)``, change the shape.
+    return functional if functional in _ELEMENTWISE or functional == "scatter" else name
 
 
 class _UnknownError(Exception):
@@ -128,6 +142,13 @@ def _elementwise(node: fx.Node, rows: Rows) -> Iterator[Demand]:
             raise _UnknownError
 
 
+def _dropout(node: fx.Node, rows: Rows) -> Iterator[Demand]:
+    given = named_arguments(node, ("input", "p", "training"))
+    if given.get("training", given.get("train", True)) and given.get("p", 0.5):
+        raise _UnknownError  # random numbers of fewer rows are others
+    yield from _elementwise(node, rows)
+
+
 def _linear(node: fx.Node, rows: Rows) -> Iterator[Demand]:
     x: Any = named_arguments(node, ("input", "weight", "bias")).get("input")
     if rows.dim >= _tensor(x).dim() - 1:
@@ -143,9 +164,13 @@ def _addmm(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _product(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    left = _tensor(_arguments(node)[0])
-    if rows.dim != result(node).dim() - 2 or left.dim() < 2:
+    left, right = (_tensor(one) for one in _arguments(node)[:2])
+    matrices = result(node).dim() - 2
+    if rows.dim > matrices or left.dim() < 2 or right.dim() < 2:
         raise _UnknownError
+    if rows.dim < matrices:  # each row is a product of its own
+        yield from _elementwise(node, rows)
+        return
     yield _arguments(node)[0], rows.along(left.dim() - 2)
 
 
@@ -175,6 +200,10 @@ def _attention(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _over_a_dimension(node: fx.Node, rows: Rows) -> Iterator[Demand]:
+    if any(fake_tensor(one) is not None for one in (*_arguments(node)[1:2], node.kwargs.get("other"))):
+        # The larger or smaller of two operands, of ``max`` and ``min``.
+        yield from _elementwise(node, rows)
+        return
     x, out = _tensor(_arguments(node)[0]), result(node)
     given: dict[str, Any] = dict(zip(("dim", "keepdim"), _arguments(node)[1:], strict=False)) | node.kwargs
     named: Any = given.get("dim")
@@ -192,16 +221,39 @@ def _over_a_dimension(node: fx.Node, rows: Rows) -> Iterator[Demand]:
 
 
 def _topk(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    x = _tensor(_arguments(node)[0])
-    given: dict[str, Any] = dict(zip(("k", "dim"), node.args[1:], strict=False)) | node.kwargs
-    if rows.dim == given.get("dim", -1) % x.dim():
+    given: dict[str, Any] = named_arguments(node, ("input", "k", "dim"))
+    yield from _along_a_dimension(given["input"], rows, given.get("dim", -1))
+
+
+def _sort(node: fx.Node, rows: Rows) -> Iterator[Demand]:
+    given: dict[str, Any] = named_arguments(node, ("input", "dim"))
+    yield from _along_a_dimension(given["input"], rows, given.get("dim", -1))
+
+
+def _along_a_dimension(x: fx.Node, rows: Rows, dim: Any) -> Iterator[Demand]:
+    if not isinstance(dim, int) or rows.dim == dim % _tensor(x).dim():
         raise _UnknownError
-    yield _arguments(node)[0], rows
+    yield x, rows
+
+
+def _gather(node: fx.Node, rows: Rows) -> Iterator[Demand]:
+    """Read or write along a dimension at positions that each row has of its own."""
+    given: dict[str, Any] = named_arguments(node, ("input", "dim", "index", "src"))
+    x, index = _tensor(given["input"]), _tensor(given["index"])
+    if rows.dim == given["dim"] % x.dim():
+        raise _UnknownError
+    for one in _operands(node):
+        value = _tensor(one)
+        # A row that one of them has not is read or written by nobody.
+        if value.dim() and (value.dim() != x.dim() or not _same(value.shape[rows.dim], index.shape[rows.dim])):
+            raise _UnknownError
+        if value.dim():
+            yield one, rows
 
 
 def _norm(node: fx.Node, rows: Rows) -> Iterator[Demand]:
-    shape = named_arguments(node, ("input", "normalized_shape")).get("normalized_shape", ())
-    if rows.dim >= _tensor(_arguments(node)[0]).dim() - len(shape):
+    shape: Any = named_arguments(node, ("input", "normalized_shape")).get("normalized_shape", ())
+    if not isinstance(shape, (tuple, list)) or rows.dim >= _tensor(_arguments(node)[0]).dim() - len(shape):
         raise _UnknownError
     yield _arguments(node)[0], rows
 
@@ -412,6 +464,7 @@ def _number(end: Any) -> int | None:
 
 
 _RULES: dict[str, Callable[[fx.Node, Rows], Iterator[Demand]]] = {
+    "dropout": _dropout,
     "linear": _linear,
     "addmm": _addmm,
     **dict.fromkeys(_PRODUCTS, _product),
@@ -419,6 +472,8 @@ _RULES: dict[str, Callable[[fx.Node, Rows], Iterator[Demand]]] = {
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(_OVER_A_DIMENSION, _over_a_dimension),
     "topk": _topk,
+    **dict.fromkeys(("sort", "argsort"), _sort),
+    **dict.fromkeys(("gather", "scatter"), _gather),
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     "permute": _permute,

@@ -9,6 +9,9 @@ operations work row by row (:mod:`adaskip_passes.analysis.row_rules`)::
 
 Attention needs keys and values of all rows, and of a query, its scores and its output those that are asked for. So where
 a caller asks for the logits of the last token, the last layer runs for that token alone but for its keys and values.
+
+Where rows change places within a sublayer, as in a mixture of experts, all of it is computed again from the rows of the
+stream, if it is proven to keep tokens apart (:mod:`adaskip_passes.analysis.token_branches`).
 """
 
 from __future__ import annotations
@@ -21,20 +24,20 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.row_rules import SHAPED, Demand, Rows, operand_rows, result, shape_argument, sliced_rows
+from adaskip_passes.analysis.row_rules import SHAPED, Rows, operand_rows, result, shape_argument, sliced_rows
 from adaskip_passes.banded_attention import BANDED_ATTENTION
-from adaskip_passes.effects import find_effects, op_name
+from adaskip_passes.effects import op_name
 from adaskip_passes.graph import (
     ATTENTION_ARGUMENTS,
     call,
     computed_value,
     fake_tensor,
-    fake_value,
     named_arguments,
     size_expression,
 )
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.specialise.needed_rows import ALL, NeededRows, count_of_queries, hides_by_position, needed_rows
 
 
 @dataclass(frozen=True)
@@ -50,140 +53,19 @@ class NarrowRows:
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Rewrite ``gm`` in place."""
-        needed, _ = needed_rows(gm, self.longest)
-        if not any(isinstance(rows, Rows) for rows in needed.values()):
+        found = needed_rows(gm, stream, self.longest)
+        if not any(isinstance(rows, Rows) for rows in found.rows.values()):
             return PassResult(stream, False, 0)
-        narrowing = _Narrowing(gm, stream, needed)
+        narrowing = _Narrowing(gm, stream, found)
         narrowing.run()
         return PassResult(narrowing.stream(stream), True, narrowing.narrowed)
-
-
-# What stands for all rows of a value.
-ALL = None
-
-
-def needed_rows(gm: fx.GraphModule, longest: int) -> tuple[dict[fx.Node, Rows | None], list[fx.Node]]:
-    """Return which rows of each value that is read are needed, and the operations that stop at what is unknown of them.
-
-    :data:`ALL` stands for more than the few first and last ones that slices of up to ``longest`` ask for.
-    """
-    effects = find_effects(gm)
-    stops: list[fx.Node] = []
-    written = {write.root for write in effects.writes}
-    writers = {write.node for write in effects.writes}
-    needed: dict[fx.Node, Rows | None] = {}
-
-    def need(node: fx.Node, rows: Rows | None) -> None:
-        rows = _joined(needed.get(node, rows), rows)
-        needed[node] = ALL if effects.roots[node] in written or _are_all(node, rows) else rows
-
-    for node in reversed(gm.graph.nodes):
-        acts = node.op == "output" or node in writers or node in effects.checks
-        if node not in needed and not acts:
-            continue
-        rows = ALL if acts else needed[node]
-        sliced = sliced_rows(node)
-        if rows is ALL and sliced is not None and sliced.count <= longest and not acts:
-            need(node.args[0], sliced)  # type: ignore[arg-type]
-            continue
-        demands = None if rows is ALL else _demands(node, rows, longest)
-        if demands is not None and any(effects.roots[operand] in written for operand, _ in demands):
-            demands = None
-        if demands is None and rows is not ALL:
-            needed[node] = ALL
-            if node.op in ("call_function", "call_method"):
-                stops.append(node)
-        wanted = dict(demands or ())
-        for operand in node.all_input_nodes:
-            part = wanted.get(operand, ALL)
-            if part is ALL or part.count:
-                need(operand, part)
-    for node in [node for node, rows in needed.items() if rows is not ALL and _is_item_of_whole(node, needed)]:
-        needed[node] = ALL
-    return needed, stops
-
-
-def _is_item_of_whole(node: fx.Node, needed: Mapping[fx.Node, Rows | None]) -> bool:
-    """Tell whether ``node`` is one of several results of which others are read whole: it is not computed in part."""
-    source = node.args[0] if node.args else None
-    several = isinstance(source, fx.Node) and isinstance(fake_value(source), (tuple, list))
-    return several and needed.get(source) is ALL  # type: ignore[arg-type]
-
-
-def stopped_at(gm: fx.GraphModule, stream: ResidualStream, longest: int) -> tuple[tuple[str, str], ...]:
-    """Return (path, operation) of each sublayer a few of whose rows are read, but for an operation that is not known."""
-    _, stops = needed_rows(gm, longest)
-    owners = {node: sublayer.path for sublayer in stream.sublayers for node in sublayer.nodes}
-    found = {owners[node]: op_name(node) for node in stops if node in owners and _is_work(node)}
-    return tuple(found.items())
-
-
-def _is_work(node: fx.Node) -> bool:
-    """Tell whether ``node`` computes floats: neither positions nor a selection of rows that were selected before."""
-    value = fake_tensor(node)
-    return value is not None and value.is_floating_point() and sliced_rows(node) is None
-
-
-def _demands(node: fx.Node, rows: Rows, longest: int) -> tuple[Demand, ...] | None:
-    """Return what ``node`` needs of its operands for ``rows``, None where it cannot be computed in part."""
-    found = operand_rows(node, rows)
-    if found is None or any(max(part.head, part.tail) > longest for _, part in found):
-        return None
-    return found if _can_be_narrowed(node) else None
-
-
-def _are_all(node: fx.Node, rows: Rows | None) -> bool:
-    """Tell whether a value has no other rows than those."""
-    value = fake_value(node)
-    if rows is ALL or not isinstance(value, torch.Tensor):
-        return rows is ALL
-    size = size_expression(value.shape[rows.dim])
-    return bool(size.is_Integer and int(size) <= rows.count)
-
-
-def _joined(one: Rows | None, other: Rows | None) -> Rows | None:
-    if one is ALL or other is ALL or one.dim != other.dim:
-        return ALL
-    return Rows(one.dim, max(one.head, other.head), max(one.tail, other.tail))
-
-
-def _can_be_narrowed(node: fx.Node) -> bool:
-    """Tell whether a mask can be made for those queries of an attention that are left."""
-    if not _hides_by_position(node):
-        return True
-    given = named_arguments(node, ATTENTION_ARGUMENTS)
-    return _counted(node, given) is not None
-
-
-def _hides_by_position(node: fx.Node) -> bool:
-    if node.target is BANDED_ATTENTION:
-        return True
-    given = named_arguments(node, ATTENTION_ARGUMENTS)
-    return op_name(node) == "scaled_dot_product_attention" and bool(given.get("is_causal"))
-
-
-def _counted(node: fx.Node, given: Mapping[str, Any]) -> fx.Node | int | None:
-    """Return the number of queries of an attention, or a node before it that gives it, None where there is none."""
-    query, key = fake_tensor(given["query"]), fake_tensor(given["key"])
-    assert query is not None
-    assert key is not None
-    queries = query.shape[-2]
-    if isinstance(queries, int):
-        return queries
-    if size_expression(key.shape[-2]) == size_expression(queries):
-        return given["key"]
-    for one in node.graph.find_nodes(op="placeholder"):
-        value = fake_value(one)
-        if isinstance(value, torch.SymInt) and value.node.expr == size_expression(queries):
-            return one
-    return None
 
 
 class _Narrowing:
     """One run of the pass: the narrowed values, and the selections that were made on the way."""
 
-    def __init__(self, gm: fx.GraphModule, stream: ResidualStream, needed: Mapping[fx.Node, Rows | None]) -> None:
-        self.graph, self.needed = gm.graph, needed
+    def __init__(self, gm: fx.GraphModule, stream: ResidualStream, found: NeededRows) -> None:
+        self.graph, self.needed, self.branches = gm.graph, found.rows, found.branches
         self.narrowed = 0
         self.images: dict[fx.Node, fx.Node] = {}
         self.owner = {node: sublayer.index for sublayer in stream.sublayers for node in sublayer.nodes}
@@ -230,6 +112,8 @@ class _Narrowing:
 
     def _narrow(self, node: fx.Node, rows: Rows) -> fx.Node:
         """Return ``rows`` of ``node``, computed from those rows of its operands."""
+        if node in self.branches:
+            return self._insert(node, rows)
         demands = operand_rows(node, rows)
         assert demands is not None
         sliced = sliced_rows(node)
@@ -243,12 +127,23 @@ class _Narrowing:
             given = {operand: self._rows_of(operand, wanted) for operand, wanted in demands if wanted.count}
             args, kwargs = self._arguments(node, rows, given)
             new = self.graph.create_node(node.op, node.target, args, kwargs)
-        if _hides_by_position(node):
+        if hides_by_position(node):
             self._mask(new, node, rows)
         new.meta = dict(node.meta)
         new.meta["example_value"] = computed_value(new)
         self._own(new, node)
         return new
+
+    def _insert(self, node: fx.Node, rows: Rows) -> fx.Node:
+        """Return ``rows`` of ``node``, computed by a branch of their own."""
+        narrow = self.branches[node]
+        source = self._rows_of(narrow.source, rows.along(narrow.dim))
+        with self.graph.inserting_before(node):
+            copies = narrow.insert(self.graph, source)
+        self.narrowed += len(copies)
+        for old, new in copies.items():
+            self._own(new, old)
+        return copies[node]
 
     def _arguments(self, node: fx.Node, rows: Rows, given: Mapping[fx.Node, fx.Node]) -> tuple[Any, Any]:
         if op_name(node) in ("cat", "concat") and rows.dim == _dim_of_cat(node):
@@ -305,7 +200,7 @@ class _Narrowing:
     def _visible(self, new: fx.Node, node: fx.Node, rows: Rows, first: Any, window: Any) -> fx.Node:
         """Return the mask ``bool[rows, keys]`` of which keys lie ``first`` to before ``first + window`` tokens behind a query."""
         given = named_arguments(node, ATTENTION_ARGUMENTS)
-        counted, key = _counted(node, given), given["key"]
+        counted, key = count_of_queries(node, given), given["key"]
         device = fake_tensor(key).device  # type: ignore[union-attr]
         made: list[fx.Node] = []
 
