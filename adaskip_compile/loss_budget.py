@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.documents import digest, producer
-from adaskip_compile.evaluation.needles import Needle, make_needles
+from adaskip_compile.evaluation.needles import Needle, distractors_in, make_needles
 from adaskip_compile.evaluation.prompt_quality import PromptJudge
 from adaskip_compile.evaluation.quality import Answers, Quality
 from adaskip_compile.identity import identify, unwrapped
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 _DEEPEST, _FIRST, _RESOLUTION = 1 / 2, 1 / 3, 1 / 16
 # Characters of the longest text that is measured: longer ones the built-in texts do not hold.
 _LONGEST_TEXT = 160_000
+# What share of a prompt to fit on facts take, where they are strewn; drawn otherwise than those that are measured (0 and 1).
+_FACTS, _SEED = 0.4, 2
 _KINDS = ("attentions", "ffns")
 # Sets that a search tries, about: what its bar counts to until it knows better.
 _TRIES = 8
@@ -226,14 +229,24 @@ class _Search:
 
 
 def samples_to_fit(tokenizer: Any, context: int, sizes: BudgetSizes) -> list[torch.Tensor]:
-    """Return prompts to fit on, where ``context`` is longer than ``sizes.prompt`` half of their tokens in prompts so long."""
+    """Return prompts to fit on; where ``context`` is longer than ``sizes.prompt``, half of their tokens in prompts so long.
+
+    In every third prompt facts are strewn. Deep keys and values of what is unlike the text around it (names, numbers) are
+    what retrieval lives on, and in plain text there is too little of it for maps to learn them.
+    """
     longer = max(1, sizes.fitted * sizes.prompt // (2 * context)) if context > sizes.prompt else 0
     shorter = sizes.fitted // 2 if longer else sizes.fitted
     texts = [text.text for text in profiling_texts(32)]
-    found = list(windows(tokenizer, texts, sizes.prompt, per_text=-(-shorter // len(texts))))[:shorter]
-    if longer:
-        # Texts on end: few are so long, and a long prompt holds more than one document anyway.
-        found += windows(tokenizer, ["\n\n".join(reversed(texts))], context, per_text=longer)
+    found: list[torch.Tensor] = []
+    for length, count in ((sizes.prompt, shorter), (context, longer)):
+        facts = count // 3
+        distractors = distractors_in(tokenizer, length, _FACTS)
+        strewn = make_needles(tokenizer, texts, context=length, count=facts, distractors=distractors, seed=_SEED)
+        # Long ones from texts on end: few are so long, and a long prompt holds more than one document anyway.
+        joined = texts if length == sizes.prompt else ["\n\n".join(reversed(texts))]
+        plain = list(windows(tokenizer, joined, length, per_text=-(-count // len(joined))))[: count - facts]
+        mixed = [plain[index::2] for index in range(2)]
+        found += [ids for row in zip_longest(*mixed, (one.ids for one in strewn)) for ids in row if ids is not None]
     return found
 
 

@@ -64,6 +64,12 @@ def make_needles(
     ]
 
 
+def distractors_in(tokenizer: Any, context: int, share: float) -> int:
+    """Return how many further facts take about ``share`` of a prompt of ``context`` tokens: of different names, 1 or more."""
+    fact = _ids(tokenizer, _FACT.format(name=f"{_FIRST[0]} {_SECOND[0]}", code="1" * _DIGITS))
+    return min(max(1, int(share * context / len(fact))), len(_FIRST) * len(_SECOND) - 1)
+
+
 def retrieved(model: Any, tokenizer: Any, needles: Iterable[Needle]) -> tuple[float, ...]:
     """Return for each needle whether the greedy continuation begins with its code: 1 or 0."""
     room = len(_ids(tokenizer, " " + "0" * _DIGITS)) + 1  # and one to see that the number ends there

@@ -11,7 +11,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan, loss_budget
-from adaskip_compile.evaluation.needles import Needle
+from adaskip_compile.evaluation.needles import Needle, make_needles
 from adaskip_compile.evaluation.prompt_quality import PromptJudge
 from adaskip_compile.evaluation.quality import Quality
 from adaskip_compile.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
@@ -21,6 +21,7 @@ from adaskip_compile.sequence_fitting import SequenceFitter, fit_prompt_skips
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from tests.models import tiny, tokens
 from tests.reference import decoder_layers
+from tests.tiny_checkpoints import byte_tokenizer
 
 SMALL = BudgetSizes(prompt=192, continued=32, fitted=2, measured=2, needles=2)
 
@@ -148,6 +149,16 @@ def test_no_more_facts_are_asked_for_than_decide() -> None:
     judge = PromptJudge(tiny("llama"), [], [(needle, [1, 2])] * 6)
     assert judge.answers(SkipPlan.none(), 1).found == (0.0,) * 6
     assert judge.answers(SkipPlan.none(), 3).found == (0.0,) * 4
+
+
+def test_facts_are_strewn_in_every_third_prompt_to_fit_on() -> None:
+    tokenizer = byte_tokenizer()
+    samples = loss_budget.samples_to_fit(tokenizer, 600, BudgetSizes(prompt=400, fitted=18))
+    assert [len(ids) for ids in samples] == [400] * 9 + [600] * 6
+    facts = [tokenizer.decode(ids).count("The code of the") > 2 for ids in samples]
+    assert facts == [False, False, True] * 5
+    asked = make_needles(tokenizer, ["words " * 200], context=400, count=3)
+    assert not any(needle.code in tokenizer.decode(ids) for needle in asked for ids in samples)
 
 
 def test_further_texts_are_others() -> None:
