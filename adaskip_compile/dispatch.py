@@ -368,8 +368,8 @@ class Dispatcher:
                 )
             if body is not None and _gives_every_row(result):
                 self.session.note(
-                    "logits of all tokens of a prompt were asked for: those of its body are of a model that skips, and so is a "
-                    "loss that is made of them (labels=); with logits_to_keep=1 nothing of that is computed"
+                    "the model returns something of every token of a prompt (logits or hidden states): for its body that of a "
+                    "model that skips, and so is a loss made of it (labels=); generate() reads the last token's alone"
                 )
             self._narrowed[body] = result
         return self._narrowed[body]

@@ -33,8 +33,8 @@ from adaskip_compile.profiles import is_finite_number
 from adaskip_compile.profiling import show_progress
 from adaskip_compile.prompt_skips import PromptSkips, Trade
 from adaskip_compile.sequence_fitting import SequenceFitter
-from adaskip_compile.texts import held_out_texts, most_held_out, profiling_texts, windows
-from adaskip_passes.errors import FileError, ForeignFileError, OptionError
+from adaskip_compile.texts import held_out_texts, longest_held_out, most_held_out, profiling_texts, windows
+from adaskip_passes.errors import FileError, ForeignFileError, OptionError, ProfileError
 from adaskip_passes.flops import count_flops
 from adaskip_passes.residual_stream import ResidualStream
 
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 # Of the layers below the last one, at most so many are tried, so many first, and depths are told apart to so many.
 _DEEPEST, _FIRST, _RESOLUTION = 1 / 2, 1 / 3, 1 / 16
-# Characters of the longest text that is measured: longer ones the built-in texts do not hold.
-_LONGEST_TEXT = 160_000
 # What share of a prompt to fit on facts take, where they are strewn; drawn otherwise than those that are measured (0 and 1).
 _FACTS, _SEED = 0.4, 2
 _KINDS = ("attentions", "ffns")
@@ -128,13 +126,13 @@ def plans_within_losses(
     longest = longest_context(model)
     if longest is not None and context > longest:
         raise OptionError(f"context={context}: this model has {longest} positions")
-    search = _Search(model, tokenizer, context, sizes or BudgetSizes())
+    search = _Search(model, tokenizer, context, sizes or BudgetSizes(), longest)
     identity = identify(model)
     plans = []
     for max_loss in max_losses:
         title = f"what the prompt can skip within {100 * max_loss:g} %"
         tried = list(show_progress(search.trades(max_loss), _TRIES, progress, title))
-        within = (one for one in tried if one[0].within)
+        within = (one for one in tried if one[0].within and one[0].speedup > 1)
         best = max(within, key=lambda one: one[0].speedup, default=(None, PromptSkips(())))
         prompt = replace(best[1], frontier=tuple(trade for trade, _ in tried), measured=best[0])
         plans.append(replace(SkipPlan.none(), policy="loss_budget", model=identity, prompt=prompt))
@@ -153,44 +151,54 @@ class _Tried:
 class _Search:
     """Tries sets of sublayers, one after the other, each once."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, context: int, sizes: BudgetSizes) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, context: int, sizes: BudgetSizes, longest: int | None) -> None:
         self._context = context
+        context, sizes = _fitting(context, sizes, longest)
         self._tried: dict[tuple[int, int], _Tried] = {}
         self._fitter = SequenceFitter(model, samples_to_fit(tokenizer, context, sizes), max_samples=sizes.fitted)
         self._judge = _judge(model, tokenizer, context, sizes)
         self._full_losses = self._judge.continuations(SkipPlan.none())
         self._full_answers = self._judge.answers(SkipPlan.none())
         if not any(self._full_answers.found):
-            log.warning("the full model finds no needle of %d: the plan is chosen by likelihood alone", sizes.needles)
+            log.warning(
+                "the full model finds no needle of %d: of retrieval, the likelihood of answers alone decides",
+                sizes.needles,
+            )
         self._layers = layers_from_the_end(self._judge.prompt_graph.stream)
-        most = round(_DEEPEST * len(self._layers))
-        self._fitter.begin_at(deepest(self._layers, most, most))
+        self._most = min(len(self._layers), max(1, round(_DEEPEST * len(self._layers))))
+        self._fitter.begin_at(deepest(self._layers, self._most, self._most))
 
     def trades(self, max_loss: float) -> Iterator[tuple[Trade, PromptSkips]]:
         """Yield what was tried: first both kinds in step, then each kind deeper than the other, what gains more first."""
-        most = round(_DEEPEST * len(self._layers))
         first = round(_FIRST * len(self._layers))
-        reached = yield from self._deepest(max_loss, 0, most, first, _KINDS, {})
+        reached = yield from self._deepest(max_loss, 0, first, _KINDS, {})
         depths = dict.fromkeys(_KINDS, reached)
         for kind in sorted(_KINDS, key=lambda kind: self._gain(kind, depths), reverse=True):
-            depths[kind] = yield from self._deepest(max_loss, depths[kind], most, None, (kind,), depths)
+            depths[kind] = yield from self._deepest(max_loss, depths[kind], None, (kind,), depths)
 
     def _deepest(
         self,
         max_loss: float,
         reached: int,
-        most: int,
         first: int | None,
         kinds: Sequence[str],
         others: Mapping[str, int],
     ) -> Generator[tuple[Trade, PromptSkips], None, int]:
         """Yield tries of ``kinds`` in step at depths above ``reached``, by bisection; return the deepest within the budget."""
-        over = most + 1
+        over = self._most + 1
         step = max(1, round(_RESOLUTION * len(self._layers)))
         while over - reached > step:
             depth = min(max(first or (reached + over) // 2, reached + 1), over - 1)
             first = None
-            trade, skips = self._try(max_loss, **{**others, **dict.fromkeys(kinds, depth)})
+            depths = {**others, **dict.fromkeys(kinds, depth)}
+            if not deepest(self._layers, **depths):
+                return reached  # neither attentions nor stateless sublayers so deep
+            try:
+                trade, skips = self._try(max_loss, **depths)
+            except ProfileError as error:
+                log.warning("%d attentions and %d FFNs cannot be skipped: %s", *depths.values(), error)
+                over = depth
+                continue
             yield trade, skips
             reached, over = (depth, over) if trade.within else (reached, depth)
         return reached
@@ -212,7 +220,7 @@ class _Search:
 
     def _with_answers(self, trade: Trade, tried: _Tried) -> Trade:
         before = sum(self._full_answers.found)
-        enough = before - math.ceil(MAX_LOST * before)
+        enough = before - max(1, math.floor(MAX_LOST * before))
         if tried.answers is None:
             tried.answers = self._judge.answers(replace(SkipPlan.none(), prompt=tried.skips), enough)
         quality = tried.quality.with_answers(tried.answers, self._full_answers)
@@ -226,6 +234,14 @@ class _Search:
         body = skips.as_pass(graph.stream.paths)
         full, short = (prompt_flops(graph.narrowed(one).gm, self._context) for one in (None, body))
         return full / short
+
+
+def _fitting(context: int, sizes: BudgetSizes, longest: int | None) -> tuple[int, BudgetSizes]:
+    """Return the length of the longer prompts, and sizes, with which no text ends beyond a model's ``longest`` positions."""
+    if longest is None:
+        return context, sizes
+    room = longest - sizes.continued
+    return min(context, room), replace(sizes, prompt=min(sizes.prompt, room))
 
 
 def samples_to_fit(tokenizer: Any, context: int, sizes: BudgetSizes) -> list[torch.Tensor]:
@@ -268,7 +284,7 @@ def _unseen(length: int, count: int, *, further: bool) -> list[str]:
 
     ``further`` ones lie between the others, where there are enough for both.
     """
-    characters = min(6 * length, _LONGEST_TEXT)
+    characters = min(6 * length, longest_held_out())
     available = most_held_out(characters)
     count = max(1, min(count, available // 2 if available >= 4 else available))
     count += count % 2 if available > 1 else 0  # of both domains as many
@@ -288,6 +304,8 @@ def confirm(
 ) -> list[Quality]:
     """Return what ``plans`` lose on held-out texts and needles that no search for a plan has seen.
 
+    Where there is too little text for others at ``context`` (above 14,000 tokens or so), needles alone are others.
+
     Args:
         model: A causal language model of ``transformers``.
         tokenizer: Its tokenizer.
@@ -295,7 +313,9 @@ def confirm(
         context: The length of the longer prompts, in tokens.
         sizes: How much text to take.
     """
-    return _judge(unwrapped(model), tokenizer, context, sizes or BudgetSizes(), further=True).compare(plans)
+    inner = unwrapped(model)
+    context, sizes = _fitting(context, sizes or BudgetSizes(), longest_context(inner))
+    return _judge(inner, tokenizer, context, sizes, further=True).compare(plans)
 
 
 def prompt_flops(gm: fx.GraphModule, tokens: int) -> float:

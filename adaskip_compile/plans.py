@@ -242,7 +242,9 @@ class SkipPlan:
             yield from map(str, self.prompt.frontier)
         if not self.prompt.skipped:
             yield (
-                "none keeps the budget: the prompt runs in full" if self.prompt.frontier else "the prompt runs in full"
+                "none keeps the budget and is faster: the prompt runs in full"
+                if self.prompt.frontier
+                else "the prompt runs in full"
             )
             return
         rows = " and ".join(

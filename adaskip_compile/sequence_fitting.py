@@ -95,6 +95,8 @@ class SequenceFitter:
 
     def begin_at(self, paths: Collection[str]) -> None:
         """Run the samples on to the first of ``paths``, before which nothing will be skipped: no fit does so again."""
+        if not paths:
+            return
         stream = self._collector.streams[0]
         first = min(stream.by_path(path).index for path in paths)
         with torch.no_grad():

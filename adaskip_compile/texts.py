@@ -64,7 +64,12 @@ def held_out_texts(count: int = 8, *, characters: int = 10_000) -> tuple[Text, .
 
 def most_held_out(characters: int) -> int:
     """Return how many texts of ``characters`` characters :func:`held_out_texts` has, 0 where none is so long."""
-    return len(DOMAINS) * min(len(built_in_text(domain, "held-out")) // characters for domain in DOMAINS)
+    return len(DOMAINS) * (longest_held_out() // characters)
+
+
+def longest_held_out() -> int:
+    """Return how many characters the longest text has of which there is one of each domain."""
+    return min(len(built_in_text(domain, "held-out")) for domain in DOMAINS)
 
 
 def spread(stream: str, count: int, characters: int, *, name: str = "built-in") -> list[str]:

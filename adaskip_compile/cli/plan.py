@@ -28,6 +28,7 @@ from typing import Any
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
 from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
+from adaskip_passes.errors import OptionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +117,14 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _within_loss(arguments: argparse.Namespace, output: Output) -> Any:
     from adaskip_compile.loss_budget import plan_within_loss
 
+    unset = argparse.ArgumentParser()
+    add_policy_arguments(unset)
+    for name, default in {"phase": "both", **vars(unset.parse_args([]))}.items():
+        if getattr(arguments, name) != default:
+            raise OptionError(
+                f"--{name} goes with a profile, and {arguments.source} is taken for a model, whose prompts alone skip; "
+                f"'adaskip profile {arguments.source} --out profile.json' makes one"
+            )
     model, tokenizer = common.load_model(arguments, arguments.source)
     asked = {name: getattr(arguments, name) for name in ("max_loss", "context")}
     chosen = {name: value for name, value in asked.items() if value is not None}

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from adaskip_passes.errors import ProfileError
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -40,8 +42,14 @@ class Quality:
 
     @classmethod
     def of(cls, losses: Sequence[float], full: Sequence[float]) -> Quality:
-        """Return what likelihoods of continuations say, given one by one as :meth:`PromptJudge.continuations` does."""
+        """Return what likelihoods of continuations say, given one by one as :meth:`PromptJudge.continuations` does.
+
+        Raises:
+            ProfileError: One is no finite number: the stream overflows.
+        """
         differences = [one - other for one, other in zip(losses, full, strict=True)]
+        if not all(map(math.isfinite, differences)):
+            raise ProfileError("a likelihood is no finite number: the residual stream overflows")
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
         return cls(statistics.fmean(differences), error)
 

@@ -129,6 +129,7 @@ def test_a_tokenizer_beside_a_plan_is_refused() -> None:
 def test_depths_are_bisected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 12 layers below the last: 5 deepest of both keep the budget, 6 FFNs, and no more attentions."""
     search = loss_budget._Search.__new__(loss_budget._Search)
+    search._most = 6
     search._layers = tuple(((f"{layer}.attn",), (f"{layer}.ffn",)) for layer in range(12))
     tries: list[tuple[int, int]] = []
 
@@ -142,6 +143,21 @@ def test_depths_are_bisected(monkeypatch: pytest.MonkeyPatch) -> None:
     within = [(trade.attentions, trade.ffns) for trade, _ in search.trades(0.1) if trade.within]
     assert max(within) == (5, 6)
     assert tries == [(4, 4), (5, 5), (6, 6), (5, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_of_few_layers(layers: int) -> None:
+    """One layer below the last one may go, and a model without any has nothing to skip: its plan is empty."""
+    model = tiny("llama", num_hidden_layers=layers, vocab_size=260, max_position_embeddings=420)
+    sizes = BudgetSizes(prompt=512, continued=16, fitted=2, measured=2, needles=2)  # more than there are positions
+    plan = plan_within_loss(model, byte_tokenizer(), max_loss=99, context=404, sizes=sizes, progress=False)
+    assert plan.prompt is not None
+    assert max((trade.attentions for trade in plan.prompt.frontier), default=0) == layers - 1
+
+
+def test_a_likelihood_that_overflows_is_no_quality() -> None:
+    with pytest.raises(ProfileError, match="overflows"):
+        Quality.of((1.0, float("nan")), (1.0, 1.0))
 
 
 def test_no_more_facts_are_asked_for_than_decide() -> None:

@@ -285,6 +285,24 @@ def test_a_stateful_sublayer_is_computed_whole() -> None:
     assert large_results(result.gm, 22)
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+def test_what_ends_the_sublayer_in_place_is_run_once(stateful: bool) -> None:
+    def function(x: torch.Tensor, router: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        f = x @ experts[0]
+        f += x
+        return (f[:, -2:],)
+
+    x = torch.randn(2, 11, WIDTH)
+    gm = first_graph(function, x, *weights())
+    nodes = tuple(node for node in gm.graph.nodes if node.op.startswith("call"))
+    [ends] = [node for node in nodes if op_name(node) in ("iadd", "__iadd__", "add_")]
+    [source] = [node for node in ends.all_input_nodes if node.op == "placeholder"]
+    stream = ResidualStream((Sublayer(0, "ffn", "ffn", stateful, source, ends, ends, nodes[: nodes.index(ends) + 1]),))
+    result = run_pipeline(gm, stream, (NarrowRows(2), EliminateDeadCode()))
+    _, experts = weights()
+    torch.testing.assert_close(called(result.gm, x)[0], (x @ experts[0] + x)[:, -2:], rtol=2e-5, atol=2e-5)
+
+
 def one_sublayer(
     branch: Branch, x: torch.Tensor, dynamic: bool, *, stateful: bool = False
 ) -> tuple[fx.GraphModule, ResidualStream]:

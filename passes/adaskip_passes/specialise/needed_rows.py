@@ -63,9 +63,11 @@ class _Demand:
         """Visit every node after all that read it."""
         needed = self._found.rows
         for node in reversed(self._gm.graph.nodes):
-            acts = self._acts(node)
-            if node in needed or acts:
-                self._visit(node, ALL if acts else needed[node])
+            if self._acts(node):
+                needed[node] = ALL  # it runs as it is: a second one for some rows would act a second time
+                self._visit(node, ALL)
+            elif node in needed:
+                self._visit(node, needed[node])
         for node in [node for node, rows in needed.items() if rows is not ALL and _is_item_of_whole(node, needed)]:
             needed[node] = ALL
         return self._found

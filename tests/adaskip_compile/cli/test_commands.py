@@ -240,8 +240,11 @@ def test_plan_of_a_model_keeps_a_budget(
 
 
 def test_a_count_of_sublayers_asks_for_a_profile(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", model, "--skip", "2", "--out", str(tmp_path / "plan.json")]) == 2
+    out = str(tmp_path / "plan.json")
+    assert main(["plan", model, "--skip", "2", "--out", out]) == 2
     assert model in capsys.readouterr().err
+    assert main(["plan", model, "--phase", "decode", "--out", out]) == 2
+    assert "--phase goes with a profile" in capsys.readouterr().err
 
 
 def test_demo_compares_the_ways(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
