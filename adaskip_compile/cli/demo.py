@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor", help="(default: %(default)s)")
     common.add_counts(
         parser,
-        ("samples", 24, "windows of text to profile and to fit on"),
+        ("samples", 12, "windows of text to profile and to fit on"),
         ("length", 512, "tokens in each, and in each prompt that measures quality"),
-        ("held-out", 8, "prompts of other text to measure quality on"),
-        ("needles", 10, "facts to ask for in a prompt"),
+        ("held-out", 4, "prompts of other text to measure quality on"),
+        ("needles", 8, "facts to ask for in a prompt"),
         ("prompt-tokens", 2000, "tokens of text in the prompt"),
         ("new-tokens", 64, "tokens to generate"),
         ("rounds", 3, "times that each way is run and timed"),
