@@ -79,11 +79,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     model, tokenizer = common.load_model(arguments)
     sizes = _sizes(arguments)
     output.say(f"2/5 Finding what can be skipped, on {arguments.samples} samples of {arguments.length} tokens")
-    plans = {PAPER: _paper(model, tokenizer, arguments, output.watched)}
+    paper = _paper(model, tokenizer, arguments, output.watched)
     found = plans_within_losses(
         model, tokenizer, arguments.max_losses, context=arguments.length, sizes=sizes, progress=output.watched
     )
-    plans = {**{within(loss): plan for loss, plan in zip(arguments.max_losses, found, strict=True)}, **plans}
+    plans = {**dict(zip(map(within, arguments.max_losses), found, strict=True)), PAPER: paper}
     output.say("3/5 Measuring what that loses, on further text")
     qualities = dict(
         zip(plans, confirm(model, tokenizer, [*plans.values()], context=arguments.length, sizes=sizes), strict=True)
@@ -118,7 +118,7 @@ def _paper(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: b
     profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=watched)
     needed = {"policies": [arguments.policy], "compensations": [arguments.compensation]}
     profile = complete_profile(model, profile, samples, **needed, most=arguments.skip, progress=watched)
-    return planning.make_plan(profile, argparse.Namespace(**{**vars(arguments), "max_loss": None}))
+    return planning.make_plan(profile, arguments)
 
 
 def _race(
