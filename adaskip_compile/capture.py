@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaskip_compile.graph_breaks import break_text
-from adaskip_passes.module_paths import held_tensors
+from adaskip_passes.ir.module_paths import held_tensors
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from adaskip_compile.lowering import Runnable
-from adaskip_passes.graph import fake_value
+from adaskip_passes.ir.graph import fake_value
 
 # Inputs of more bytes are not copied in each step: where one lies elsewhere, another graph is recorded.
 _SMALL = 1 << 20

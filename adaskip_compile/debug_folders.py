@@ -23,10 +23,10 @@ from typing import Any
 from torch import fx
 
 from adaskip_passes.errors import AdaSkipError, FileError
+from adaskip_passes.ir.printer import diff_graphs, print_graph
+from adaskip_passes.ir.serializer import write_graph
 from adaskip_passes.pipeline import Pass, PassResult, PipelineResult, pass_text, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.saved_graphs import write_graph
-from adaskip_passes.textual import diff_graphs, print_graph
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from adaskip_compile.static_capture import CapturedPhase, StaticSteps, end_token
 from adaskip_compile.tested_versions import internals_of
 from adaskip_compile.whole_files import native_file
 from adaskip_passes.errors import CaptureError, FileError
+from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline import PipelineResult
-from adaskip_passes.textual import print_graph
 
 PACKAGE = "aot.pt2"
 

@@ -19,11 +19,11 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import Profile
 from adaskip_passes.cost import Cost
 from adaskip_passes.errors import AdaSkipError, CaptureError
-from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import source_name, tensors_behind
+from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.module_paths import source_name, tensors_behind
+from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.pipeline import Pass, PassResult, run_pipeline
 from adaskip_passes.specialise.pipelines import row_passes, skip_passes
-from adaskip_passes.textual import diff_graphs, print_graph
 
 PHASES = ("prefill", "decode")
 

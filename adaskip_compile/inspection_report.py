@@ -23,7 +23,7 @@ from adaskip_compile.prediction import (
     predict,
 )
 from adaskip_passes.cost import Cost
-from adaskip_passes.expression_trees import to_tree
+from adaskip_passes.ir.expressions import to_tree
 
 _EXAMPLE_COUNTS = (4, 8, 16)
 

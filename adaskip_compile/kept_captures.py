@@ -36,10 +36,10 @@ from adaskip_compile.module_code import CodeState, ModelCode
 from adaskip_compile.sessions import Session
 from adaskip_compile.whole_files import replace_file
 from adaskip_passes.errors import AdaSkipError, CaptureError
-from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import name_modules
-from adaskip_passes.saved_graphs import read_graph, write_graph
-from adaskip_passes.textual import print_graph
+from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.module_paths import name_modules
+from adaskip_passes.ir.printer import print_graph
+from adaskip_passes.ir.serializer import read_graph, write_graph
 
 log = logging.getLogger(__name__)
 

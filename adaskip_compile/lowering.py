@@ -23,7 +23,7 @@ from adaskip_compile.executor import Executor
 from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import call, fake_mode, fake_tensor
+from adaskip_passes.ir.graph import call, fake_mode, fake_tensor
 from adaskip_passes.lower.fold_rows import fold_rows
 from adaskip_passes.many_query_attention import choose_many_query_attention
 from adaskip_passes.many_row_products import choose_many_row_products

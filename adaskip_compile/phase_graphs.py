@@ -20,7 +20,7 @@ from adaskip_compile.capture import constant_floats
 from adaskip_compile.graph_breaks import GraphBreaks, why_not_captured
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.implied_masks import drop_implied_masks
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
 

@@ -24,7 +24,7 @@ from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
 from adaskip_compile.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade
 from adaskip_passes.errors import FileError, LegalityError, PlanError, ProfileError, UnknownSublayerError
-from adaskip_passes.module_paths import submodule_paths
+from adaskip_passes.ir.module_paths import submodule_paths
 
 PLAN_FORMAT = DocumentFormat(
     "adaskip-plan", 3, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"

@@ -19,7 +19,7 @@ from adaskip_compile.model_costs import ModelCosts, costs_of_prefill
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.insert_probes import InsertProbes
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream

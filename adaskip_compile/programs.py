@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from adaskip_compile.static_capture import CapturedPhase
 from adaskip_passes.errors import CaptureError
-from adaskip_passes.graph import fake_value
-from adaskip_passes.module_paths import normalise_source
+from adaskip_passes.ir.graph import fake_value
+from adaskip_passes.ir.module_paths import normalise_source
 
 # The operators that every PyTorch has.
 _NATIVE = ("aten", "prims", "prim")

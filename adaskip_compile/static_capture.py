@@ -21,7 +21,7 @@ from adaskip_compile.graph_breaks import why_not_captured
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import CaptureError, OptionError
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.module_paths import naming
 
 # A prime, so that the number of tokens is never taken for a size of the model.
 EXAMPLE_TOKENS = 13

@@ -22,8 +22,8 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiling import evaluating, show_progress, token_ids
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
-from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.skip_sublayers import SkipSublayers

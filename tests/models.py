@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from adaskip_compile.kv_cache.cache_argument import cache_argument
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.module_paths import naming
 
 Model = TypeVar("Model", bound=nn.Module)
 

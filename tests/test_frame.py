@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 WRONG = """
-from adaskip_passes.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor
 
 shape: str = fake_tensor(None)
 """

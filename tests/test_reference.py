@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.module_paths import naming
 from tests.models import capture_all, tiny, tokens
 from tests.reference import (
     InterpreterReference,

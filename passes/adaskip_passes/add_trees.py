@@ -15,8 +15,8 @@ from torch import fx
 
 from adaskip_passes.dependence import Dependence
 from adaskip_passes.effects import op_name
-from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import held_by_module
+from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.module_paths import held_by_module
 
 _ADDS = frozenset({"add", "add_", "iadd", "__add__", "__radd__"})
 _CASTS = frozenset("to float half bfloat16 type type_as _to_copy".split())

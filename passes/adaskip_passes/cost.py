@@ -26,8 +26,8 @@ from torch import fx
 from adaskip_passes.effects import Effects, find_effects
 from adaskip_passes.errors import OptionError
 from adaskip_passes.flops import count_flops, shape_of
-from adaskip_passes.graph import fake_tensor, fake_value
-from adaskip_passes.module_paths import held_by_module
+from adaskip_passes.ir.graph import fake_tensor, fake_value
+from adaskip_passes.ir.module_paths import held_by_module
 from adaskip_passes.traffic import Traffic
 
 __all__ = ["Cost", "CostTable", "find_costs"]

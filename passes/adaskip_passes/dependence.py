@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.effects import Effects, op_name
-from adaskip_passes.graph import fake_value
+from adaskip_passes.ir.graph import fake_value
 
 # Their result has the shape or dtype of a tensor, and nothing of its values.
 SHAPE_ONLY = frozenset(

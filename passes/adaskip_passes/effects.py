@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.graph import fake_value
+from adaskip_passes.ir.graph import fake_value
 
 _VIEWS = frozenset(
     "alias as_strided broadcast_to chunk contiguous detach diagonal expand expand_as flatten getattr _get_data_attr "

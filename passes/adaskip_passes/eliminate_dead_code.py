@@ -20,7 +20,7 @@ class EliminateDeadCode:
     ``torch.fx``'s own dead-code elimination takes ``index_copy_`` for pure and would lose the cache.
 
     >>> import torch
-    >>> from adaskip_passes.textual import print_graph
+    >>> from adaskip_passes.ir.printer import print_graph
     >>> def f(cache, x):
     ...     scratch = torch.zeros_like(x)
     ...     scratch.add_(x)

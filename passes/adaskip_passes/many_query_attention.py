@@ -18,7 +18,7 @@ from torch import fx
 
 from adaskip_passes import onednn
 from adaskip_passes.banded_attention import BANDED_ATTENTION
-from adaskip_passes.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments
+from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments
 
 _ALL_KEYS = sys.maxsize
 

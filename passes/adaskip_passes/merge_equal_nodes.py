@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.effects import op_name
-from adaskip_passes.graph import fake_tensor, fake_value
+from adaskip_passes.ir.graph import fake_tensor, fake_value
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream
 
@@ -28,7 +28,7 @@ class MergeEqualNodes:
 
     Outside of sublayers alone: inside, a node goes with its sublayer when that is skipped.
 
-    >>> from adaskip_passes.textual import print_graph
+    >>> from adaskip_passes.ir.printer import print_graph
     >>> gm = fx.symbolic_trace(lambda x: torch.unsqueeze(x, 0) * torch.unsqueeze(x, 0) + x.unsqueeze(1))
     >>> for node in gm.graph.nodes:
     ...     node.meta["example_value"] = torch.empty(2)

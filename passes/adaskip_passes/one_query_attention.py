@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.graph import ATTENTION_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, named_arguments
 from adaskip_passes.ir.plain_tensors import is_plain
 
 

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import fx
 
-from adaskip_passes.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments
 from adaskip_passes.ir.plain_tensors import is_plain
 
 

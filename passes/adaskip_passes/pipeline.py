@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 from torch import fx
 
 from adaskip_passes.errors import AdaSkipError, PassError
-from adaskip_passes.graph import copy_graph
+from adaskip_passes.ir.graph import copy_graph
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.verifier import Contract, verify
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.effects import positions_written
-from adaskip_passes.graph import fake_tensor, fake_value
+from adaskip_passes.ir.graph import fake_tensor, fake_value
 
 
 class Region:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import fx
 
 from adaskip_passes.errors import AdaSkipError
+from adaskip_passes.ir.printer import diff_graphs, print_graph
+from adaskip_passes.ir.serializer import read_graph
 from adaskip_passes.pipeline import Pass, PassResult, parse_pass, run_pipeline
 from adaskip_passes.residual_stream import find_residual_stream
-from adaskip_passes.saved_graphs import read_graph
-from adaskip_passes.textual import diff_graphs, print_graph
 
 __all__ = ["rerun"]
 

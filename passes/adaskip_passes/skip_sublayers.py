@@ -10,7 +10,7 @@ from torch import fx
 
 from adaskip_passes.effects import is_check
 from adaskip_passes.errors import PassError
-from adaskip_passes.graph import call, fake_tensor, size_hint
+from adaskip_passes.ir.graph import call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.specialise.replacements import Replacements

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from adaskip_passes.effects import Effects, find_effects
-from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import module_path
+from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.module_paths import module_path
 
 if TYPE_CHECKING:
     from adaskip_passes.residual_stream import ResidualStream

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from adaskip_passes.graph import call, fake_tensor
+from adaskip_passes.ir.graph import call, fake_tensor
 
 # The names of the tensors that a map of each form has.
 FORMS = {"channel": ("gain", "shift"), "low_rank": ("down", "up", "shift"), "affine": ("weight", "shift")}

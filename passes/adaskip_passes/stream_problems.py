@@ -9,7 +9,7 @@ from torch import fx
 
 from adaskip_passes.add_trees import AddTree, is_add
 from adaskip_passes.dependence import Dependence
-from adaskip_passes.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.state import output_values
 
 

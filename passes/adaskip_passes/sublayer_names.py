@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from adaskip_passes.dependence import Dependence
-from adaskip_passes.graph import fake_tensor
-from adaskip_passes.module_paths import module_path, shared_by_modules, tensors_behind
+from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.module_paths import module_path, shared_by_modules, tensors_behind
 
 if TYPE_CHECKING:
     from adaskip_passes.residual_stream import Sublayer

@@ -15,8 +15,8 @@ from torch import fx
 
 from adaskip_passes.effects import Effects, op_name
 from adaskip_passes.flops import shape_of, sizes_product
-from adaskip_passes.graph import fake_tensor, fake_value
-from adaskip_passes.module_paths import held_by_module, tensors_behind
+from adaskip_passes.ir.graph import fake_tensor, fake_value
+from adaskip_passes.ir.module_paths import held_by_module, tensors_behind
 
 __all__ = ["Traffic"]
 

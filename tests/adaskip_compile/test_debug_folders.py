@@ -25,7 +25,7 @@ from typing import ClassVar
 
 import torch
 
-from adaskip_passes.graph import call
+from adaskip_passes.ir.graph import call
 from adaskip_passes.pipeline import PassResult
 
 

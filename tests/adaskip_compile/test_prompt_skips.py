@@ -15,7 +15,7 @@ from adaskip_compile.compensation import StreamMap
 from adaskip_compile.plans import SkippedSublayer
 from adaskip_compile.prompt_skips import PromptSkips
 from adaskip_passes.errors import LegalityError, PlanError
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.module_paths import naming
 from tests.generation import CACHE_NAME, CACHES, generate, left_padded, make_cache
 from tests.models import tiny, tokens
 from tests.reference import Body, body_backend, replace_body, run_request

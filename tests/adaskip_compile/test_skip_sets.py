@@ -11,7 +11,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.texts import profiling_texts
-from adaskip_passes.module_paths import naming
+from adaskip_passes.ir.module_paths import naming
 from tests.generation import CACHES, greedy_loop, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, reference_backend, run_request

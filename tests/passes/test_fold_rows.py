@@ -9,8 +9,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
+from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.lower.fold_rows import fold_rows
-from adaskip_passes.textual import print_graph
 from tests.captures import first_graph
 from tests.models import weights
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.merge_equal_nodes import MergeEqualNodes
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
-from adaskip_passes.textual import print_graph
 from tests.captures import first_graph, shared_captures
 
 

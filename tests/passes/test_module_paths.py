@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaskip_passes.module_paths import (
+from adaskip_passes.ir.module_paths import (
     held_by_module,
     module_path,
     naming,

@@ -13,8 +13,8 @@ from adaskip_passes.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
 from adaskip_passes.flops import count_flops
-from adaskip_passes.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.insert_probes import InsertProbes
+from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.pipeline import PipelineResult, run_pipeline
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.one_row_products import spell_out_one_row_products
-from adaskip_passes.textual import print_graph
 from tests.captures import first_graph
 from tests.models import weights
 

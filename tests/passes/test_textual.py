@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from adaskip_passes.textual import diff_graphs, print_graph
+from adaskip_passes.ir.printer import diff_graphs, print_graph
 from tests.golden_files import assert_golden
 from tests.models import capture, capture_all, plain, tiny
 

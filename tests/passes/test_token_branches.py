@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from adaskip_passes.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.graph import fake_tensor, fake_value, size_hint
+from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.pipeline import run_pipeline
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.specialise.narrow_rows import NarrowRows

@@ -8,7 +8,7 @@ from adaskip_passes import touched_values
 from adaskip_passes.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import VerificationError
-from adaskip_passes.graph import call
+from adaskip_passes.ir.graph import call
 from adaskip_passes.pipeline import PassResult, run_pipeline
 from adaskip_passes.skip_sublayers import SkipSublayers
 from tests.captures import shared_captures, stream_of
@@ -211,7 +211,7 @@ def test_a_lost_write_to_a_cache_that_the_graph_itself_makes_is_noticed(first_pr
 
 
 def test_a_graph_that_came_broken_is_no_pass_s_fault(decode):
-    from adaskip_passes.graph import copy_graph
+    from adaskip_passes.ir.graph import copy_graph
 
     gm, images = copy_graph(decode.gm)
     forget_fake_value(gm.graph)

@@ -18,7 +18,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from adaskip_passes.graph import size_expression
+from adaskip_passes.ir.graph import size_expression
 
 
 class UnprovenError(Exception):

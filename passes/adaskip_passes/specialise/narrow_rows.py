@@ -27,7 +27,7 @@ from torch import fx
 from adaskip_passes.analysis.row_rules import SHAPED, Rows, operand_rows, result, shape_argument, sliced_rows
 from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import op_name
-from adaskip_passes.graph import (
+from adaskip_passes.ir.graph import (
     ATTENTION_ARGUMENTS,
     call,
     computed_value,

@@ -29,8 +29,8 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.graph import fake_tensor, fake_value
-from adaskip_passes.module_paths import module_path, source_name
+from adaskip_passes.ir.graph import fake_tensor, fake_value
+from adaskip_passes.ir.module_paths import module_path, source_name
 
 __all__ = ["diff_graphs", "print_graph"]
 

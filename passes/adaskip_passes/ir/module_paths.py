@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_passes.graph import fake_tensor, fake_value
+from adaskip_passes.ir.graph import fake_tensor, fake_value
 
 __all__ = [
     "NAMES",

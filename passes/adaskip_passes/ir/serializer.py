@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.expression_trees import from_tree, to_tree
-from adaskip_passes.graph import ADDED_BY, fake_value
-from adaskip_passes.module_paths import NAMES
-from adaskip_passes.saved_values import ValueReader, write_value
+from adaskip_passes.ir.expressions import from_tree, to_tree
+from adaskip_passes.ir.graph import ADDED_BY, fake_value
+from adaskip_passes.ir.module_paths import NAMES
+from adaskip_passes.ir.values import ValueReader, write_value
 
 __all__ = ["read_graph", "write_graph"]
 

@@ -18,7 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaskip_passes.errors import DamagedFileError
-from adaskip_passes.expression_trees import from_tree, to_tree
+from adaskip_passes.ir.expressions import from_tree, to_tree
 
 __all__ = ["ValueReader", "write_value"]
 
