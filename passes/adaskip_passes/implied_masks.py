@@ -28,10 +28,10 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import Effects, find_effects, op_name
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, fake_value, named_arguments, size_expression
 from adaskip_passes.ir.plain_tensors import is_plain
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.mask_conditions import HEAD, KEY, QUERY, ROW, MaskReader, UnknownMaskError
 
 # Wider heads have no kernel that takes groups.

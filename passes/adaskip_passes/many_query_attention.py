@@ -5,7 +5,7 @@
     %o = sdpa(%q, %k, %v, is_causal=True)        %o = banded_attention(%q, %k, %v, 0, all keys, scale)
 
 The operation chooses as it runs, by the number of queries and by what the machine is good at
-(:mod:`adaskip_passes.banded_attention`).
+(:mod:`adaskip_passes.kernels.banded_attention`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes import onednn
-from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments
+from adaskip_passes.kernels import onednn
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 
 _ALL_KEYS = sys.maxsize
 

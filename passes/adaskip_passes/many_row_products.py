@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes import onednn
 from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, fake_tensor, named_arguments
+from adaskip_passes.kernels import onednn
 
 # Numbers of rows that are tried one by one: batches that are decoded together.
 _BATCH = range(2, 9)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adaskip_passes import banded_attention as module
-from adaskip_passes.banded_attention import BANDED_ATTENTION, banded_attention
+from adaskip_passes.kernels import banded_attention as module
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION, banded_attention
 
 HEADS, WIDTH, VALUE_WIDTH = 4, 8, 6
 

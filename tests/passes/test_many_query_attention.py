@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from adaskip_passes.banded_attention import BANDED_ATTENTION
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.many_query_attention import choose_many_query_attention
 
 

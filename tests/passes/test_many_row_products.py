@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from adaskip_passes import many_row_products, onednn
+from adaskip_passes import many_row_products
+from adaskip_passes.kernels import onednn
 from adaskip_passes.many_row_products import MANY_ROW_LINEAR, choose_many_row_products
 from tests.models import weights
 

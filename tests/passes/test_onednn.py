@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaskip_passes import banded_attention, many_row_products, onednn
-from adaskip_passes.banded_attention import BANDED_ATTENTION
+from adaskip_passes import many_row_products
+from adaskip_passes.kernels import banded_attention, onednn
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.many_row_products import MANY_ROW_LINEAR
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import op_name, written_inputs
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, fake_value, named_arguments, size_expression
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 
 _ELEMENTWISE = frozenset(
     "abs add addcmul and_ bfloat16 bool ceil clamp clamp_max clamp_min clip clone contiguous cos detach div double "

@@ -25,7 +25,6 @@ import torch
 from torch import fx
 
 from adaskip_passes.analysis.row_rules import SHAPED, Rows, operand_rows, result, shape_argument, sliced_rows
-from adaskip_passes.banded_attention import BANDED_ATTENTION
 from adaskip_passes.effects import op_name
 from adaskip_passes.ir.graph import (
     ATTENTION_ARGUMENTS,
@@ -35,6 +34,7 @@ from adaskip_passes.ir.graph import (
     named_arguments,
     size_expression,
 )
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.specialise.needed_rows import ALL, NeededRows, count_of_queries, hides_by_position, needed_rows

@@ -4,7 +4,7 @@ Kernels for attention take such a window as a mask of all queries by all keys, a
 queries go block by block, each with the keys that one of its queries may look at. A window of all keys is causal attention.
 
 PyTorch's kernel for the CPU multiplies by the same library as ``linear``. Where oneDNN is the faster one
-(:mod:`adaskip_passes.onednn`), a block of queries is attended to by two of its products and a softmax between.
+(:mod:`adaskip_passes.kernels.onednn`), a block of queries is attended to by two of its products and a softmax between.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
-from adaskip_passes import onednn
+from adaskip_passes.kernels import onednn
 
 # Fewer queries read each key more often, and more of them multiply more that is hidden.
 _BLOCK = 128

@@ -1,0 +1,1 @@
+"""Operations of our own, and which matrix library runs them."""
