@@ -32,8 +32,8 @@ from adaskip_compile.kv_cache.request_table import ForeignRequest
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request
 from adaskip_compile.shape_checks import ShapeCheck
+from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.append_in_place import AppendInPlace
-from adaskip_passes.effects import positions_written
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.pipeline import Pass, PassRecord, PipelineResult, run_pipeline

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.regions import Region
+from adaskip_passes.analysis.regions import Region
 
 
 @dataclass(frozen=True)

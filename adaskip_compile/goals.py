@@ -17,7 +17,7 @@ from adaskip_compile.policies import LAYER_POLICIES, choose, joint_order, keeps_
 from adaskip_compile.predicted_times import PredictedTimes, predict_times
 from adaskip_compile.prediction import Timer
 from adaskip_compile.profiles import Profile
-from adaskip_passes.cost import Cost
+from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 
 # The policies that weigh damage against time.

@@ -12,7 +12,7 @@ import torch
 
 from adaskip_compile.inspection import InspectedSublayer, Inspection
 from adaskip_compile.prediction import Timer, predict
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import module_path, normalise_source

@@ -17,7 +17,7 @@ from adaskip_compile.model_costs import Group, find_model_costs
 from adaskip_compile.phase_graphs import PhaseGraph, capture_phases, longest_context
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import Profile
-from adaskip_passes.cost import Cost
+from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import source_name, tensors_behind

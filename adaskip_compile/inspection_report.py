@@ -22,7 +22,7 @@ from adaskip_compile.prediction import (
     likely_skips,
     predict,
 )
-from adaskip_passes.cost import Cost
+from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.ir.expressions import to_tree
 
 _EXAMPLE_COUNTS = (4, 8, 16)

@@ -22,6 +22,7 @@ from adaskip_compile.capture import capturing, example_inputs
 from adaskip_compile.executor import Executor
 from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_compile.tested_versions import internals_of
+from adaskip_passes.analysis.regions import Region
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_mode, fake_tensor
 from adaskip_passes.lower.fold_rows import fold_rows
@@ -30,7 +31,6 @@ from adaskip_passes.many_row_products import choose_many_row_products
 from adaskip_passes.one_query_attention import spell_out_one_query_attention
 from adaskip_passes.one_row_products import spell_out_one_row_products
 from adaskip_passes.outline_regions import outline_regions
-from adaskip_passes.regions import Region
 from adaskip_passes.residual_stream import ResidualStream
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import sympy
 from torch import fx
 
+from adaskip_passes.analysis.cost import B, Cost, CostTable, Q, T, find_costs
 from adaskip_passes.append_in_place import find_appends
-from adaskip_passes.cost import B, Cost, CostTable, Q, T, find_costs
 from adaskip_passes.errors import DamagedFileError, ProfileError
 from adaskip_passes.ir.expressions import from_text
 from adaskip_passes.ir.graph import fake_tensor

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from adaskip_compile.prediction import ROOFLINES, Measured, Timer, predict
 from adaskip_compile.profiles import Profile
 from adaskip_compile.stand_ins import stand_in_seconds
-from adaskip_passes.cost import Cost
+from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 
 

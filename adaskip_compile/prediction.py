@@ -19,7 +19,7 @@ import sympy
 
 from adaskip_compile.documents import DocumentFormat
 from adaskip_compile.model_costs import Costed, Group
-from adaskip_passes.cost import Cost
+from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:

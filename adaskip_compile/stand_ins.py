@@ -14,7 +14,7 @@ from adaskip_compile.model_costs import Group
 from adaskip_compile.policy_names import COMPENSATIONS
 from adaskip_compile.prediction import ROOFLINES, Roofline, Timer
 from adaskip_compile.profiles import Profile
-from adaskip_passes.cost import B, Cost, Q
+from adaskip_passes.analysis.cost import B, Cost, Q
 from adaskip_passes.errors import OptionError
 from adaskip_passes.stream_maps import part_shapes
 

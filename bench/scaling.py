@@ -30,7 +30,7 @@ from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.executor import Executor
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
-from adaskip_passes.regions import Region
+from adaskip_passes.analysis.regions import Region
 from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
 
 FULL, EAGER, WHOLE = "full", "eager", "inductor"

@@ -15,8 +15,8 @@ import adaskip_passes
 from adaskip_compile.analysis import analyze
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
-from adaskip_passes.dependence import Dependence
-from adaskip_passes.effects import find_effects
+from adaskip_passes.analysis.dependence import Dependence
+from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.errors import LegalityError
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.straighten_stream import straighten_stream

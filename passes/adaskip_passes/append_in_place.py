@@ -17,7 +17,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.ir.graph import add_placeholder, call, fake_mode, fake_tensor, fake_value, named_arguments
 from adaskip_passes.ir.module_paths import held_by_module
 from adaskip_passes.pipeline import PassResult

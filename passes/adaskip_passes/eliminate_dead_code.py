@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from adaskip_passes.effects import find_effects
+from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream
 

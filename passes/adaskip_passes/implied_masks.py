@@ -13,7 +13,7 @@ queries that shares it. A sliding window hides nearly all of a long prompt; on a
     %o = sdpa(%q, %k, %v, attn_mask=%m)        %o = banded_attention(%q, %k0, %v0, 0, 512, scale)
 
 What a mask allows is worked out symbolically, for one query and one key at any position
-(:mod:`adaskip_passes.mask_conditions`), so the mask goes only where it is proven to say what takes its place.
+(:mod:`adaskip_passes.analysis.masks`), so the mask goes only where it is proven to say what takes its place.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.effects import Effects, find_effects, op_name
+from adaskip_passes.analysis.effects import Effects, find_effects, op_name
+from adaskip_passes.analysis.masks import HEAD, KEY, QUERY, ROW, MaskReader, UnknownMaskError
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, fake_value, named_arguments, size_expression
 from adaskip_passes.ir.plain_tensors import is_plain
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.mask_conditions import HEAD, KEY, QUERY, ROW, MaskReader, UnknownMaskError
 
 # Wider heads have no kernel that takes groups.
 _WIDEST = 256

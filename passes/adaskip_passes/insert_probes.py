@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from adaskip_passes.effects import find_effects
+from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_tensor
 from adaskip_passes.pipeline import PassResult

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from adaskip_passes.analysis.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.ir.graph import call, fake_tensor, fake_value, graph_module
-from adaskip_passes.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.stream_maps import FORMS, emit_map
 
 

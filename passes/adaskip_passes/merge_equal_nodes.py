@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.ir.graph import fake_tensor, fake_value
 from adaskip_passes.pipeline import PassResult
 from adaskip_passes.residual_stream import ResidualStream

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from adaskip_passes.dependence import SHAPE_ONLY
-from adaskip_passes.effects import CLOSING, OPENING, find_effects, op_name
+from adaskip_passes.analysis.dependence import SHAPE_ONLY
+from adaskip_passes.analysis.effects import CLOSING, OPENING, find_effects, op_name
+from adaskip_passes.analysis.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_tensor, fake_value, graph_module
-from adaskip_passes.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.residual_stream import ResidualStream, Sublayer
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from adaskip_passes.dependence import Dependence
-from adaskip_passes.effects import find_effects
+from adaskip_passes.analysis.dependence import Dependence
+from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.errors import UnknownSublayerError
 from adaskip_passes.stream_links import Link, Part, find_chain, is_decode, joined, straight_sums
 from adaskip_passes.sublayer_names import name_sublayers

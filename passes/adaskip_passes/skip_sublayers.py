@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from adaskip_passes.effects import is_check
+from adaskip_passes.analysis.effects import is_check
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult

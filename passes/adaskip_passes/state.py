@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from adaskip_passes.effects import Effects, find_effects
+from adaskip_passes.analysis.effects import Effects, find_effects
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import module_path
 

@@ -26,8 +26,8 @@ import torch
 from torch import fx
 
 from adaskip_passes.add_trees import leaves_of
-from adaskip_passes.dependence import Dependence
-from adaskip_passes.effects import find_effects, op_name
+from adaskip_passes.analysis.dependence import Dependence
+from adaskip_passes.analysis.effects import find_effects, op_name
 from adaskip_passes.ir.graph import ADDED_BY, call, fake_tensor, fake_value
 from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from adaskip_passes.stream_links import Link, find_chain, straight_sums

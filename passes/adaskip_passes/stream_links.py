@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from adaskip_passes.add_trees import AddTree, find_add_trees, find_weighted, is_add, leaves_of
-from adaskip_passes.dependence import Dependence
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.dependence import Dependence
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.state import State, find_state, output_values
 from adaskip_passes.stream_problems import entries_outside, stream_problems

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from adaskip_passes.dependence import Dependence
+from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import module_path, shared_by_modules, tensors_behind
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from adaskip_passes.effects import OPENING, find_effects, op_name
+from adaskip_passes.analysis.effects import OPENING, find_effects, op_name
+from adaskip_passes.analysis.touched_values import ValueCheck
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.ir.graph import fake_tensor, size_hint
 from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.state import output_values
-from adaskip_passes.touched_values import ValueCheck
 
 
 @dataclass(frozen=True)

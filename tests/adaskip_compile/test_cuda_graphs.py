@@ -13,7 +13,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan, cuda_graphs, dispatch
 from adaskip_compile.cuda_graphs import RecordedRun, recordable
-from adaskip_passes.effects import positions_written
+from adaskip_passes.analysis.effects import positions_written
 from tests.captures import first_graph
 from tests.generation import generate, left_padded, make_cache
 from tests.models import tiny, tokens

@@ -24,7 +24,7 @@ from adaskip_compile.predicted_times import predict_times
 from adaskip_compile.prediction import Measured, Roofline
 from adaskip_compile.profiles import JointStep, LayerProfile, Profile
 from adaskip_compile.stand_ins import stand_in_cost
-from adaskip_passes.cost import Cost, Q, T
+from adaskip_passes.analysis.cost import Cost, Q, T
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, measured
 

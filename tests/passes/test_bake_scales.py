@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.bake_scales import BakeScales
-from adaskip_passes.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.printer import print_graph

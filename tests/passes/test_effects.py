@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from adaskip_passes.dependence import Dependence
-from adaskip_passes.effects import find_effects, op_name
+from adaskip_passes.analysis.dependence import Dependence
+from adaskip_passes.analysis.effects import find_effects, op_name
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.state import find_counters
 from tests.captures import first_graph, shared_captures, stream_of

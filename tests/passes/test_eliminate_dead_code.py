@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import fx
 
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.ir.graph import copy_graph
 from adaskip_passes.residual_stream import ResidualStream

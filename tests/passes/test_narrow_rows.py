@@ -9,10 +9,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.effects import op_name
+from adaskip_passes.analysis.flops import count_flops
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
-from adaskip_passes.flops import count_flops
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.pipeline import PipelineResult, run_pipeline

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import fx
 
+from adaskip_passes.analysis.regions import Region, region_key
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
 from adaskip_passes.insert_probes import InsertProbes
@@ -11,7 +12,6 @@ from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.regions import Region, region_key
 from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.straighten_stream import straighten_stream

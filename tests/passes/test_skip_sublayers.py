@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError, UnknownSublayerError
 from adaskip_passes.pipeline import run_pipeline

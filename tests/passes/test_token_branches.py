@@ -11,7 +11,7 @@ import transformers.integrations.moe  # noqa: F401 - it registers the product of
 from torch import fx
 from torch.nn import functional
 
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.pipeline import run_pipeline

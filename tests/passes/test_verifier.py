@@ -4,8 +4,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from adaskip_passes import touched_values
-from adaskip_passes.effects import op_name
+from adaskip_passes.analysis import touched_values
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.ir.graph import call

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.analysis.row_rules import SHAPED, Rows, operand_rows, result, shape_argument, sliced_rows
-from adaskip_passes.effects import op_name
 from adaskip_passes.ir.graph import (
     ATTENTION_ARGUMENTS,
     call,

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from adaskip_passes.analysis.regions import Region
 from adaskip_passes.ir.graph import add_placeholder, call, fake_tensor
 from adaskip_passes.map_regions import MapRegions
-from adaskip_passes.regions import Region
 from adaskip_passes.stream_maps import FORMS, emit_map, part_shapes
 
 SCALES_INPUT = "adaskip_scales"

@@ -23,12 +23,12 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.effects import Effects, find_effects
+from adaskip_passes.analysis.effects import Effects, find_effects
+from adaskip_passes.analysis.flops import count_flops, shape_of
+from adaskip_passes.analysis.traffic import Traffic
 from adaskip_passes.errors import OptionError
-from adaskip_passes.flops import count_flops, shape_of
 from adaskip_passes.ir.graph import fake_tensor, fake_value
 from adaskip_passes.ir.module_paths import held_by_module
-from adaskip_passes.traffic import Traffic
 
 __all__ = ["Cost", "CostTable", "find_costs"]
 
@@ -47,7 +47,7 @@ class StreamLike(Protocol):
 class Cost:
     """The cost of one run of a sublayer, each part an expression in ``b``, ``q`` and ``t``.
 
-    ``flops`` counts matrix products (:mod:`adaskip_passes.flops`). ``weight_bytes`` are the parameters
+    ``flops`` counts matrix products (:mod:`adaskip_passes.analysis.flops`). ``weight_bytes`` are the parameters
     read, each once; of a mixture of experts at most one expert a routed row. ``activation_bytes`` are
     what its ops read and write otherwise, cached keys and values included, each op on its own: views are
     free, and no fusion is assumed. ``cache_bytes`` is the memory that its cache holds after the run.

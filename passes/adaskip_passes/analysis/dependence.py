@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from adaskip_passes.effects import Effects, op_name
+from adaskip_passes.analysis.effects import Effects, op_name
 from adaskip_passes.ir.graph import fake_value
 
 # Their result has the shape or dtype of a tensor, and nothing of its values.

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.effects import positions_written
+from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.ir.graph import fake_tensor, fake_value
 
 

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.effects import Effects, op_name
+from adaskip_passes.analysis.effects import Effects, op_name
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_expression
 
 ROW, HEAD, QUERY, KEY = sympy.symbols("row head query key", integer=True, nonnegative=True)
