@@ -37,11 +37,11 @@ from adaskip_passes.append_in_place import AppendInPlace
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
-from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
-from adaskip_passes.state import find_counters, output_values
+from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.state import find_counters, output_values
 
 if TYPE_CHECKING:
     from adaskip_compile.sessions import Session

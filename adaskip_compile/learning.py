@@ -19,7 +19,7 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.policies import largest_skip
 from adaskip_compile.profiles import LayerProfile, Profile, SublayerProfile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
-from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.stream.find_stream import ResidualStream
 
 
 class Learner:

@@ -21,8 +21,8 @@ from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.straighten_stream import straightened_stream
+from adaskip_passes.stream.find_stream import ResidualStream
 
 Item = TypeVar("Item")
 

@@ -17,7 +17,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from adaskip_passes.errors import LegalityError
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_expression
-from adaskip_passes.state import output_values
+from adaskip_passes.stream.state import output_values
 
 
 class ShapeCheck:

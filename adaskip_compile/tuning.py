@@ -25,9 +25,9 @@ from adaskip_passes.errors import CaptureError, OptionError, ProfileError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.straighten_stream import straightened_stream
+from adaskip_passes.stream.find_stream import ResidualStream
 from adaskip_passes.stream_maps import FORMS
 
 # Relative to the root mean square of each tensor: one rate for weights and shifts of any model.

@@ -25,7 +25,7 @@ from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import Session
 from adaskip_passes.errors import AdaSkipError
-from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
+from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
 from tests.models import tokens
 from tests.reference import InterpreterReference
 

@@ -18,9 +18,9 @@ from adaskip_compile.sessions import sessions_of
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.errors import LegalityError
-from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.straighten_stream import straighten_stream
-from adaskip_passes.stream_links import find_chain
+from adaskip_passes.stream.chain import find_chain
+from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.architecture_checks import examine, verdict
 from tests.architectures import tiny_architecture
 from tests.models import PlainAttention, PlainDecoder, capture, plain, redraw, tokens

@@ -11,8 +11,8 @@ from torch import fx
 
 from adaskip_passes.errors import PassError
 from adaskip_passes.pipeline import PassResult
-from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.specialise.replacements import SCALES_INPUT
+from adaskip_passes.stream.find_stream import ResidualStream
 
 
 @dataclass(frozen=True)

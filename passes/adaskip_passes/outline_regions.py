@@ -18,7 +18,7 @@ from adaskip_passes.analysis.effects import CLOSING, OPENING, find_effects, op_n
 from adaskip_passes.analysis.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_tensor, fake_value, graph_module
-from adaskip_passes.residual_stream import ResidualStream, Sublayer
+from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
 
 
 @dataclass(frozen=True)

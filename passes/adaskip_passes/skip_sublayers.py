@@ -12,9 +12,9 @@ from adaskip_passes.analysis.effects import is_check
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_tensor, size_hint
 from adaskip_passes.pipeline import PassResult
-from adaskip_passes.residual_stream import ResidualStream, Sublayer
 from adaskip_passes.specialise.replacements import Replacements
-from adaskip_passes.state import output_values
+from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
+from adaskip_passes.stream.state import output_values
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.add_trees import leaves_of
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects, op_name
 from adaskip_passes.ir.graph import ADDED_BY, call, fake_tensor, fake_value
-from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
-from adaskip_passes.stream_links import Link, find_chain, straight_sums
+from adaskip_passes.stream.add_trees import leaves_of
+from adaskip_passes.stream.chain import Link, find_chain, straight_sums
+from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
 
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,

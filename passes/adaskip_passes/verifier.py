@@ -18,8 +18,8 @@ from adaskip_passes.analysis.effects import OPENING, find_effects, op_name
 from adaskip_passes.analysis.touched_values import ValueCheck
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.ir.graph import fake_tensor, size_hint
-from adaskip_passes.residual_stream import ResidualStream
-from adaskip_passes.state import output_values
+from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.state import output_values
 
 
 @dataclass(frozen=True)

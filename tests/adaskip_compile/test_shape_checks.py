@@ -11,8 +11,8 @@ from adaskip_compile.shape_checks import AssumptionCheck, ShapeCheck
 from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import LegalityError
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
 from tests.models import capture_all, plain
 

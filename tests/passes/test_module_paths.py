@@ -13,7 +13,7 @@ from adaskip_passes.ir.module_paths import (
     shared_by_modules,
     source_name,
 )
-from adaskip_passes.residual_stream import find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.generation import CACHE_NAME
 from tests.models import capture, plain, tiny, tokens
 

@@ -16,12 +16,12 @@ from adaskip_passes.errors import PassError
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.pipeline import PipelineResult, run_pipeline
-from adaskip_passes.residual_stream import ResidualStream, find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
 from tests.captures import first_graph, run, shared_captures, stream_of
 from tests.models import FAMILIES, capture, capture_all, tiny
 

@@ -12,9 +12,9 @@ from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
 from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
 from tests.generation import CACHES, make_cache
 from tests.models import FAMILIES, tiny, tokens, weights

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from adaskip_passes.errors import UnknownSublayerError
-from adaskip_passes.residual_stream import find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, shared_captures, stream_of
 from tests.models import weights
 

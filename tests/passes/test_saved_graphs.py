@@ -11,8 +11,8 @@ from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.ir.serializer import read_graph, write_graph
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.residual_stream import find_residual_stream
 from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, shared_captures, stream_of
 
 CAPTURES = [("llama", "dynamic"), ("llama", "static"), ("gemma3_text", "dynamic"), ("qwen3_moe", "dynamic")]

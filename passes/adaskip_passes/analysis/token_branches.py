@@ -19,7 +19,7 @@ from adaskip_passes.analysis.routing_rules import find_layout
 from adaskip_passes.analysis.token_layouts import Layouts, Tokens, UnprovenError
 from adaskip_passes.analysis.token_rules import FILLS, VIEWS
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_expression
-from adaskip_passes.residual_stream import ResidualStream
+from adaskip_passes.stream.find_stream import ResidualStream
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from adaskip_passes.analysis.row_rules import Demand, Rows, operand_rows, sliced
 from adaskip_passes.analysis.token_branches import TokenBranch, TokenBranches
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, fake_value, named_arguments, size_expression
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.residual_stream import ResidualStream
 from adaskip_passes.specialise.narrow_branch import NarrowBranch
+from adaskip_passes.stream.find_stream import ResidualStream
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import module_path
 
 if TYPE_CHECKING:
-    from adaskip_passes.residual_stream import ResidualStream
+    from adaskip_passes.stream.find_stream import ResidualStream
 
 
 @dataclass(frozen=True)

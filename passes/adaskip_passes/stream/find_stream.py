@@ -1,8 +1,8 @@
 """Find the residual stream of a decoder graph, by structure alone.
 
 The stream is the chain of values from the embedding to the final norm that each sublayer adds a
-branch to: ``x_{k+1} = x_k + branch_k(x_k)``. :mod:`adaskip_passes.add_trees` finds the adds that may be
-part of it, :mod:`adaskip_passes.stream_links` puts them in order and shares the nodes out; here they
+branch to: ``x_{k+1} = x_k + branch_k(x_k)``. :mod:`adaskip_passes.stream.add_trees` finds the adds that may be
+part of it, :mod:`adaskip_passes.stream.chain` puts them in order and shares the nodes out; here they
 become sublayers with a path, a kind and what they keep between calls.
 """
 
@@ -17,8 +17,8 @@ from torch import fx
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.errors import UnknownSublayerError
-from adaskip_passes.stream_links import Link, Part, find_chain, is_decode, joined, straight_sums
-from adaskip_passes.sublayer_names import name_sublayers
+from adaskip_passes.stream.chain import Link, Part, find_chain, is_decode, joined, straight_sums
+from adaskip_passes.stream.names import name_sublayers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import module_path, shared_by_modules, tensors_behind
 
 if TYPE_CHECKING:
-    from adaskip_passes.residual_stream import Sublayer
+    from adaskip_passes.stream.find_stream import Sublayer
 
 
 def name_sublayers(sublayers: Sequence[Sublayer], dependence: Dependence) -> tuple[Sublayer, ...]:
