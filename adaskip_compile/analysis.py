@@ -9,9 +9,9 @@ from torch import fx, nn
 
 from adaskip_compile.graph_breaks import GraphBreaks
 from adaskip_compile.identity import unwrapped
+from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.straighten_stream import straightened_stream
 from adaskip_passes.stream.find_stream import ResidualStream
 
 

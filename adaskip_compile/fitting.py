@@ -13,8 +13,8 @@ from adaskip_compile.compensation import BranchStatistics, StreamMap, fit_map
 from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.profiles import Profile
 from adaskip_compile.profiling import run_samples, show_progress
+from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import OptionError
-from adaskip_passes.straighten_stream import straightened_stream
 from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
 from adaskip_passes.stream_maps import FORMS
 

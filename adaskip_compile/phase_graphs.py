@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaskip_compile.capture import constant_floats
 from adaskip_compile.graph_breaks import GraphBreaks, why_not_captured
+from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
+from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
-from adaskip_passes.implied_masks import drop_implied_masks
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.straighten_stream import straightened_stream
 from adaskip_passes.stream.find_stream import ResidualStream
 
 # A prompt longer than a sliding window tells its cache from that of full attention.

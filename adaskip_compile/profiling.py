@@ -17,11 +17,11 @@ from adaskip_compile.layers import find_layers
 from adaskip_compile.learning import make_profile
 from adaskip_compile.model_costs import ModelCosts, costs_of_prefill
 from adaskip_compile.profiles import Profile
+from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.straighten_stream import straightened_stream
 from adaskip_passes.stream.find_stream import ResidualStream
 
 Item = TypeVar("Item")

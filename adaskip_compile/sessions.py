@@ -28,11 +28,11 @@ from adaskip_compile.options import Options
 from adaskip_compile.planning import resolve_plan
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.requests import Request
+from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
+from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
-from adaskip_passes.implied_masks import drop_implied_masks
 from adaskip_passes.ir.module_paths import held_by_module, name_modules
 from adaskip_passes.ir.plain_tensors import other_layout
-from adaskip_passes.straighten_stream import straightened_stream
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_passes.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
 from tests.generation import CACHE_NAME
 

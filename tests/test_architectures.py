@@ -17,8 +17,8 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects
+from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.errors import LegalityError
-from adaskip_passes.straighten_stream import straighten_stream
 from adaskip_passes.stream.chain import find_chain
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.architecture_checks import examine, verdict

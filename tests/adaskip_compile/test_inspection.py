@@ -15,8 +15,8 @@ from adaskip_compile.phase_graphs import capture_phases, hollow_copy
 from adaskip_compile.plans import RampStep, SkipPlan
 from adaskip_compile.prediction import ROOFLINES, Measured, Roofline, likely_skips, predict
 from adaskip_passes.analysis.cost import find_costs
+from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.errors import OptionError, UnknownSublayerError
-from adaskip_passes.straighten_stream import straighten_stream
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.models import FAMILIES, SIZES, capture, plain, tiny
 

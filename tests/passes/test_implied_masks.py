@@ -11,7 +11,7 @@ from torch.nn import functional
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.sessions import sessions_of
-from adaskip_passes.implied_masks import drop_implied_masks
+from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
 from adaskip_passes.ir.graph import named_arguments
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
