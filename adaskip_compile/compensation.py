@@ -1,7 +1,7 @@
 """Compensation: what makes up for a skipped sublayer beyond the paper's scale, fitted by least squares.
 
 A sublayer's branch ``y = b - a`` is imitated by a map of the stream before it
-(:mod:`adaskip_passes.stream_maps`). The maps are fitted from sums over tokens, which are taken in one pass over any
+(:mod:`adaskip_passes.specialise.stream_maps`). The maps are fitted from sums over tokens, which are taken in one pass over any
 samples, hold ``O(d^2)`` numbers a sublayer whatever the number of tokens, and merge exactly:
 
 * ``affine`` is the ridge regression of y on ``rms_norm(a)``, with the ridge that does best on held-out samples;
@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from adaskip_passes.errors import ProfileError
-from adaskip_passes.stream_maps import EPSILON, FORMS, part_shapes
+from adaskip_passes.specialise.stream_maps import EPSILON, FORMS, part_shapes
 
 # Relative to the mean square of a feature.
 _RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

@@ -20,16 +20,16 @@ from adaskip_compile.identity import ModelIdentity, identify
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.programs import make_program
 from adaskip_compile.static_capture import CapturedPhase, StaticSteps, capture_steps, check_max_length
-from adaskip_passes.bake_scales import BakeScales
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.pipeline import Pass, run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.fold_scales import BakeScales
 from adaskip_passes.specialise.replacements import map_input
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.stream_maps import FORMS
 from adaskip_passes.stream.find_stream import ResidualStream
-from adaskip_passes.stream_maps import FORMS
 
 RUNNER = "generate.py"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from adaskip_passes.append_in_place import token_major
+from adaskip_passes.specialise.append_in_place import token_major
 
 # A copy moves all tokens, and makes room for a sixteenth more: over time a step copies no more than 16 tokens
 # beside its own, and no more than a sixteenth of the memory lies idle.

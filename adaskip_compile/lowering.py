@@ -30,7 +30,7 @@ from adaskip_passes.many_query_attention import choose_many_query_attention
 from adaskip_passes.many_row_products import choose_many_row_products
 from adaskip_passes.one_query_attention import spell_out_one_query_attention
 from adaskip_passes.one_row_products import spell_out_one_row_products
-from adaskip_passes.outline_regions import outline_regions
+from adaskip_passes.specialise.outline_regions import outline_regions
 from adaskip_passes.stream.find_stream import ResidualStream
 
 log = logging.getLogger(__name__)

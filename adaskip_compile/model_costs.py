@@ -15,10 +15,10 @@ import sympy
 from torch import fx
 
 from adaskip_passes.analysis.cost import B, Cost, CostTable, Q, T, find_costs
-from adaskip_passes.append_in_place import find_appends
 from adaskip_passes.errors import DamagedFileError, ProfileError
 from adaskip_passes.ir.expressions import from_text
 from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.specialise.append_in_place import find_appends
 from adaskip_passes.stream.find_stream import ResidualStream
 
 REST = "embedding, final norm and head"

@@ -20,7 +20,7 @@ from adaskip_compile.profiling import run_samples, show_progress
 from adaskip_compile.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
-from adaskip_passes.outline_regions import outline_regions
+from adaskip_passes.specialise.outline_regions import outline_regions
 from adaskip_passes.stream.find_stream import ResidualStream
 from adaskip_passes.stream.state import output_values
 

@@ -16,7 +16,7 @@ from adaskip_compile.prediction import ROOFLINES, Roofline, Timer
 from adaskip_compile.profiles import Profile
 from adaskip_passes.analysis.cost import B, Cost, Q
 from adaskip_passes.errors import OptionError
-from adaskip_passes.stream_maps import part_shapes
+from adaskip_passes.specialise.stream_maps import part_shapes
 
 
 def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 4) -> Cost:

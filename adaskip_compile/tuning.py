@@ -21,14 +21,14 @@ from adaskip_compile.identity import identify, unwrapped
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiling import evaluating, show_progress, token_ids
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.stream_maps import FORMS
 from adaskip_passes.stream.find_stream import ResidualStream
-from adaskip_passes.stream_maps import FORMS
 
 # Relative to the root mean square of each tensor: one rate for weights and shifts of any model.
 _RATE = 0.03

@@ -14,7 +14,7 @@ from adaskip_compile.plans import SkipPlan
 from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
-from adaskip_passes.stream_maps import FORMS
+from adaskip_passes.specialise.stream_maps import FORMS
 
 FULL = "full"
 

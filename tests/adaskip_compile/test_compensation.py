@@ -15,7 +15,7 @@ from adaskip_compile.executor import Executor
 from adaskip_compile.sessions import sessions_of
 from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError, PlanError, ProfileError
-from adaskip_passes.stream_maps import FORMS, part_shapes
+from adaskip_passes.specialise.stream_maps import FORMS, part_shapes
 from tests.generation import CACHES, make_cache
 from tests.models import tiny, tokens
 from tests.reference import run_request

@@ -5,11 +5,11 @@ import torch
 
 from adaskip_compile.executor import Executor
 from adaskip_passes.analysis.regions import Region
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.insert_probes import InsertProbes
-from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.insert_probes import InsertProbes
+from adaskip_passes.specialise.outline_regions import outline_regions
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from tests.captures import run, scales_input, shared_captures, stream_of
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaskip_compile.growing_storage import GrowingStorages
-from adaskip_passes.append_in_place import token_major
+from adaskip_passes.specialise.append_in_place import token_major
 
 SHAPE = torch.Size((2, 3, 160, 8))
 

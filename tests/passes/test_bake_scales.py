@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.bake_scales import BakeScales
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline import parse_pass, pass_text, run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.fold_scales import BakeScales
 from adaskip_passes.specialise.replacements import SCALES_INPUT
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from tests.captures import run, scales_input, shared_captures, stream_of
 
 SCALES = {"model.layers.0.self_attn": 0.971, "model.layers.1.mlp": 1.0 / 3.0}

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_passes.analysis.cost import find_costs
-from adaskip_passes.append_in_place import find_appends
 from adaskip_passes.errors import OptionError
+from adaskip_passes.specialise.append_in_place import find_appends
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.models import capture, plain, tiny, tokens
 

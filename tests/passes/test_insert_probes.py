@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import fx
 
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError, UnknownSublayerError
-from adaskip_passes.insert_probes import STATISTICS, InsertProbes
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.insert_probes import STATISTICS, InsertProbes
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
 from tests.models import Captured, capture, tiny, weights

@@ -7,15 +7,15 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from adaskip_passes.append_in_place import AppendInPlace
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline import parse_pass, pass_text, run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.append_in_place import AppendInPlace
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import run, shared_captures, stream_of
 from tests.models import capture_all, plain, tiny

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from adaskip_passes.analysis.regions import Region, symbols_of
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
-from adaskip_passes.stream_maps import FORMS, part_shapes
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.outline_regions import outline_regions
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.stream_maps import FORMS, part_shapes
 from tests.captures import run, scales_input, shared_captures, stream_of
 
 RANK = 4

@@ -6,14 +6,14 @@ from torch import fx
 
 from adaskip_passes.analysis.regions import Region, region_key
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
-from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.outline_regions import outline_regions
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.insert_probes import InsertProbes
+from adaskip_passes.specialise.outline_regions import outline_regions
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
 from tests.generation import CACHES, make_cache

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import PassError
-from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline import parse_pass, pass_text, run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.insert_probes import InsertProbes
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from tests.captures import shared_captures, stream_of
 
 PASSES = (InsertProbes, SkipSublayers, EliminateDeadCode)

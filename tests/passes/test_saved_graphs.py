@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.errors import DamagedFileError
-from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.ir.serializer import read_graph, write_graph
 from adaskip_passes.pipeline import run_pipeline
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.insert_probes import InsertProbes
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, shared_captures, stream_of
 

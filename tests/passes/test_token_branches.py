@@ -12,9 +12,9 @@ from torch import fx
 from torch.nn import functional
 
 from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
 from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.stream.find_stream import ResidualStream, Sublayer

@@ -128,7 +128,7 @@ def find_costs(gm: fx.GraphModule, stream: StreamLike, appended: Mapping[fx.Node
     """Return what each sublayer of ``stream`` costs, read from the shapes in ``gm``. Never mutates it.
 
     ``appended`` maps each concatenation that will append to a cache entry in place to what it appends
-    (:mod:`adaskip_passes.append_in_place`): it moves that alone.
+    (:mod:`adaskip_passes.specialise.append_in_place`): it moves that alone.
     """
     if not stream.sublayers:
         return CostTable({}, {})

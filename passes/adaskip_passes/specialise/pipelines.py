@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from adaskip_passes.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.insert_probes import InsertProbes
 from adaskip_passes.pipeline import Pass
-from adaskip_passes.skip_sublayers import SkipSublayers
+from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
+from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 
 
 def skip_passes(

@@ -1,7 +1,7 @@
 """What replaces a skipped sublayer: a scale of the stream (AdaSkip Eq. 4), or a map of it.
 
 The numbers come in through inputs that are added last: ``adaskip_scales``, ``f32[number of sublayers]`` in stream order, and
-the tensors of each map (:mod:`adaskip_passes.stream_maps`), so that one graph serves every request whatever they are.
+the tensors of each map (:mod:`adaskip_passes.specialise.stream_maps`), so that one graph serves every request whatever they are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import fx
 
 from adaskip_passes.analysis.regions import Region
 from adaskip_passes.ir.graph import add_placeholder, call, fake_tensor
-from adaskip_passes.map_regions import MapRegions
-from adaskip_passes.stream_maps import FORMS, emit_map, part_shapes
+from adaskip_passes.specialise.map_regions import MapRegions
+from adaskip_passes.specialise.stream_maps import FORMS, emit_map, part_shapes
 
 SCALES_INPUT = "adaskip_scales"
 

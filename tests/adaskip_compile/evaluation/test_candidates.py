@@ -10,7 +10,7 @@ from adaskip_compile.compensation import StreamMap
 from adaskip_compile.evaluation.candidates import complete_profile, make_candidates
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
-from adaskip_passes.stream_maps import part_shapes
+from adaskip_passes.specialise.stream_maps import part_shapes
 from tests.adaskip_compile.profiling_data import decoder
 from tests.models import tiny, tokens
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from adaskip_passes.analysis.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.ir.graph import call, fake_tensor, fake_value, graph_module
-from adaskip_passes.stream_maps import FORMS, emit_map
+from adaskip_passes.specialise.stream_maps import FORMS, emit_map
 
 
 class MapRegions:

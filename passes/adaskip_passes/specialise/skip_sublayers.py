@@ -28,7 +28,7 @@ class SkipSublayers:
                  %b = add(%a, %attn)                                 %b_skipped = mul(%a, %scale)
 
     ``maps`` gives (path, form, rank) of the sublayers whose place a map of the stream takes instead
-    (:mod:`adaskip_passes.stream_maps`). Its tensors come in through inputs of their own, after the scales, map by map
+    (:mod:`adaskip_passes.specialise.stream_maps`). Its tensors come in through inputs of their own, after the scales, map by map
     in stream order::
 
         after:   %h = rms_norm(%a)
@@ -37,7 +37,7 @@ class SkipSublayers:
                  %b_skipped = add(%a, %h3)
 
     In the wiring of a graph that was cut into regions, such a map is one more region
-    (:mod:`adaskip_passes.map_regions`).
+    (:mod:`adaskip_passes.specialise.map_regions`).
 
     The sublayer's cache writes go. A cache output that the caller still expects becomes a view of the
     same output of a kept sublayer, so it has the right shape and holds no memory. Where no kept
