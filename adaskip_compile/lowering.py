@@ -25,11 +25,11 @@ from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.analysis.regions import Region
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_mode, fake_tensor
+from adaskip_passes.lower.decompose_one_query_attention import spell_out_one_query_attention
+from adaskip_passes.lower.decompose_one_row_linear import spell_out_one_row_products
 from adaskip_passes.lower.fold_rows import fold_rows
-from adaskip_passes.many_query_attention import choose_many_query_attention
-from adaskip_passes.many_row_products import choose_many_row_products
-from adaskip_passes.one_query_attention import spell_out_one_query_attention
-from adaskip_passes.one_row_products import spell_out_one_row_products
+from adaskip_passes.lower.use_banded_attention import choose_many_query_attention
+from adaskip_passes.lower.use_many_row_linear import choose_many_row_products
 from adaskip_passes.specialise.outline_regions import outline_regions
 from adaskip_passes.stream.find_stream import ResidualStream
 

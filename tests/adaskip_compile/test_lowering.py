@@ -10,8 +10,8 @@ import adaskip_compile
 from adaskip_compile import SkipPlan, lowering
 from adaskip_compile.capture import example_inputs
 from adaskip_compile.lowering import Lowering
-from adaskip_passes import many_row_products
 from adaskip_passes.kernels import banded_attention, onednn
+from adaskip_passes.lower import use_many_row_linear as many_row_products
 from tests.captures import first_graph
 from tests.generation import generate, make_cache
 from tests.models import tiny, tokens

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.many_query_attention import choose_many_query_attention
+from adaskip_passes.lower.use_banded_attention import choose_many_query_attention
 
 
 def inputs(groups=4, queries=50, keys=50, dtype=torch.float32, device="cpu"):

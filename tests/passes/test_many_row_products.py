@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from adaskip_passes import many_row_products
 from adaskip_passes.kernels import onednn
-from adaskip_passes.many_row_products import MANY_ROW_LINEAR, choose_many_row_products
+from adaskip_passes.lower import use_many_row_linear as many_row_products
+from adaskip_passes.lower.use_many_row_linear import MANY_ROW_LINEAR, choose_many_row_products
 from tests.models import weights
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaskip_passes.ir.graph import fake_value
-from adaskip_passes.one_query_attention import spell_out_one_query_attention
+from adaskip_passes.lower.decompose_one_query_attention import spell_out_one_query_attention
 from tests.captures import first_graph
 
 HEADS, GROUPS, WIDTH, TOKENS = 6, 2, 16, 37

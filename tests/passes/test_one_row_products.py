@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional
 
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.one_row_products import spell_out_one_row_products
+from adaskip_passes.lower.decompose_one_row_linear import spell_out_one_row_products
 from tests.captures import first_graph
 from tests.models import weights
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaskip_passes import many_row_products
 from adaskip_passes.kernels import banded_attention, onednn
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.many_row_products import MANY_ROW_LINEAR
+from adaskip_passes.lower import use_many_row_linear as many_row_products
+from adaskip_passes.lower.use_many_row_linear import MANY_ROW_LINEAR
 
 
 @pytest.fixture
