@@ -25,7 +25,7 @@ from torch import fx
 from adaskip_passes.errors import AdaSkipError, FileError
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.ir.serializer import write_graph
-from adaskip_passes.pipeline import Pass, PassResult, PipelineResult, pass_text, run_pipeline
+from adaskip_passes.pipeline.pipeline import Pass, PassResult, PipelineResult, pass_text, run_pipeline
 from adaskip_passes.stream.find_stream import ResidualStream
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ Prints what each pass changes. Exits with 1 and names the pass if one fails.
 
 from pathlib import Path
 
-from adaskip_passes.rerun_pipeline import rerun
+from adaskip_passes.pipeline.rerun import rerun
 {imports}
 
 PASSES = [

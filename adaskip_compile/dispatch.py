@@ -35,7 +35,7 @@ from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.ir.graph import fake_tensor
-from adaskip_passes.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
+from adaskip_passes.pipeline.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
 from adaskip_passes.specialise.append_in_place import AppendInPlace
 from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.pipelines import row_passes, skip_passes

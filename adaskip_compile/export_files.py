@@ -20,7 +20,7 @@ from adaskip_compile.tested_versions import internals_of
 from adaskip_compile.whole_files import native_file
 from adaskip_passes.errors import CaptureError, FileError
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.pipeline import PipelineResult
+from adaskip_passes.pipeline.pipeline import PipelineResult
 
 PACKAGE = "aot.pt2"
 

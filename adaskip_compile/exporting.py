@@ -23,7 +23,7 @@ from adaskip_compile.static_capture import CapturedPhase, StaticSteps, capture_s
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
 from adaskip_passes.ir.graph import fake_tensor
-from adaskip_passes.pipeline import Pass, run_pipeline
+from adaskip_passes.pipeline.pipeline import Pass, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.fold_scales import BakeScales
 from adaskip_passes.specialise.replacements import map_input

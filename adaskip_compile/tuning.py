@@ -24,7 +24,7 @@ from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.specialise.stream_maps import FORMS

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.pipelines import skip_passes
 from adaskip_passes.stream.find_stream import find_residual_stream
 

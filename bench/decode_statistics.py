@@ -11,7 +11,7 @@ from torch import fx
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.insert_probes import InsertProbes
 
 

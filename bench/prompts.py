@@ -24,7 +24,7 @@ from adaskip_compile.loss_budget import deepest, layers_from_the_end, prompt_flo
 from adaskip_compile.phase_graphs import capture_phases
 from adaskip_compile.plans import SkippedSublayer, SkipPlan
 from adaskip_compile.prompt_skips import PromptSkips
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.pipelines import row_passes
 from adaskip_passes.stream.find_stream import ResidualStream
 from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write

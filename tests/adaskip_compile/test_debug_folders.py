@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 
 from adaskip_passes.ir.graph import call
-from adaskip_passes.pipeline import PassResult
+from adaskip_passes.pipeline.pipeline import PassResult
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 
 from adaskip_compile.executor import Executor
 from adaskip_passes.analysis.regions import Region
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.outline_regions import outline_regions

@@ -9,7 +9,7 @@ from torch.fx.experimental import _config as config
 from adaskip_compile.lowering import Lowering
 from adaskip_compile.shape_checks import AssumptionCheck, ShapeCheck
 from adaskip_passes.errors import LegalityError
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream

@@ -3,7 +3,7 @@ import torch
 
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.append_in_place import GROWN_INPUT, AppendInPlace, find_appends, token_major
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers

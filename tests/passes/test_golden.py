@@ -12,7 +12,7 @@ import transformers
 
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.ir.printer import diff_graphs, print_graph
-from adaskip_passes.pipeline import pass_text, run_pipeline
+from adaskip_passes.pipeline.pipeline import pass_text, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers

@@ -3,7 +3,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.errors import PassError, UnknownSublayerError
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import STATISTICS, InsertProbes
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.pipeline import parse_pass, pass_text, run_pipeline
+from adaskip_passes.pipeline.pipeline import parse_pass, pass_text, run_pipeline
 from adaskip_passes.specialise.append_in_place import AppendInPlace
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes

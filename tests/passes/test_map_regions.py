@@ -6,7 +6,7 @@ import torch
 from adaskip_passes.analysis.regions import Region, symbols_of
 from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.outline_regions import outline_regions
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers

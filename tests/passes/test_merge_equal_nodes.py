@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.merge_equal_nodes import MergeEqualNodes
 from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
 from tests.captures import first_graph, shared_captures

@@ -14,7 +14,7 @@ from adaskip_passes.analysis.flops import count_flops
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
-from adaskip_passes.pipeline import PipelineResult, run_pipeline
+from adaskip_passes.pipeline.pipeline import PipelineResult, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.narrow_rows import NarrowRows

@@ -9,7 +9,7 @@ from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.outline_regions import outline_regions

@@ -8,7 +8,7 @@ import torch
 from adaskip_passes.errors import DamagedFileError
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.ir.serializer import read_graph, write_graph
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import PassError, UnknownSublayerError
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.replacements import SCALES_INPUT
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
-from adaskip_passes.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.needed_rows import stopped_at

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from adaskip_passes.analysis.effects import find_effects
-from adaskip_passes.pipeline import PassResult
+from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.find_stream import ResidualStream
 
 

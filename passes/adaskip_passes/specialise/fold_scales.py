@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.errors import PassError
-from adaskip_passes.pipeline import PassResult
+from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import SCALES_INPUT
 from adaskip_passes.stream.find_stream import ResidualStream
 

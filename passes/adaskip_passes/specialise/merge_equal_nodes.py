@@ -15,7 +15,7 @@ from torch import fx
 
 from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.ir.graph import fake_tensor, fake_value
-from adaskip_passes.pipeline import PassResult
+from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.find_stream import ResidualStream
 
 # They never copy, so what is written through one is seen through all.

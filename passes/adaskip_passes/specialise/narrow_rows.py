@@ -35,7 +35,7 @@ from adaskip_passes.ir.graph import (
     size_expression,
 )
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.pipeline import PassResult
+from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.needed_rows import ALL, NeededRows, count_of_queries, hides_by_position, needed_rows
 from adaskip_passes.stream.find_stream import ResidualStream
 

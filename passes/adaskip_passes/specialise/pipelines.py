@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaskip_passes.pipeline import Pass
+from adaskip_passes.pipeline.pipeline import Pass
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.specialise.narrow_rows import NarrowRows

@@ -16,7 +16,7 @@ from torch import fx
 from adaskip_passes.errors import AdaSkipError
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.ir.serializer import read_graph
-from adaskip_passes.pipeline import Pass, PassResult, parse_pass, run_pipeline
+from adaskip_passes.pipeline.pipeline import Pass, PassResult, parse_pass, run_pipeline
 from adaskip_passes.stream.find_stream import find_residual_stream
 
 __all__ = ["rerun"]

@@ -1,0 +1,1 @@
+"""What runs passes, verifies what they made, and runs them again."""
