@@ -21,7 +21,7 @@ from adaskip_compile.capture import (
     make_room_for_graphs,
     specialise_floats,
 )
-from adaskip_compile.identity import unwrapped
+from adaskip_compile.files.model_identity import unwrapped
 from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.loss_budget import kept_plan
 from adaskip_compile.options import Options

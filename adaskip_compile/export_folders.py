@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.files.versioned_json import DocumentFormat
 from adaskip_passes.errors import FileError
 
 MANIFEST = "manifest.json"

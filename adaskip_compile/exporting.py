@@ -16,7 +16,7 @@ from torch import nn
 from adaskip_compile import exported_runner
 from adaskip_compile.export_files import SpecialisedPhase, describe, write_package, write_program
 from adaskip_compile.export_folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
-from adaskip_compile.identity import ModelIdentity, identify
+from adaskip_compile.files.model_identity import ModelIdentity, identify
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.programs import make_program
 from adaskip_compile.static_capture import CapturedPhase, StaticSteps, capture_steps, check_max_length

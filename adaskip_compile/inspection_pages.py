@@ -7,7 +7,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from adaskip_compile.documents import producer
+from adaskip_compile.files.versioned_json import producer
 
 # In this order: each script uses what those before it define.
 _SCRIPTS = ("costs.js", "charts.js", "sections.js", "history.js", "page.js")

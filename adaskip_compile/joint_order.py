@@ -21,7 +21,7 @@ from torch import nn
 
 from adaskip_compile.capture import constant_floats, make_room_for_graphs
 from adaskip_compile.compensated_plans import compensated
-from adaskip_compile.identity import identify
+from adaskip_compile.files.model_identity import identify
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import JointStep, Profile

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from adaskip_compile.identity import ModelIdentity
+from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.model_costs import ModelCosts
 from adaskip_compile.options import Options
 from adaskip_compile.planning import plan_by_options

@@ -20,11 +20,11 @@ import sympy
 import torch
 from torch import fx, nn
 
-from adaskip_compile.documents import digest, producer
 from adaskip_compile.evaluation.needles import Needle, distractors_in, make_needles
 from adaskip_compile.evaluation.prompt_quality import PromptJudge
 from adaskip_compile.evaluation.quality import Answers, Quality
-from adaskip_compile.identity import identify, unwrapped
+from adaskip_compile.files.model_identity import identify, unwrapped
+from adaskip_compile.files.versioned_json import digest, producer
 from adaskip_compile.layers import find_layers
 from adaskip_compile.options import Options
 from adaskip_compile.phase_graphs import longest_context

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from adaskip_compile.compensated_plans import compensated
+from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.goals import Choice, in_phase, reach_speedup, within_loss
-from adaskip_compile.identity import ModelIdentity
 from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
 from adaskip_compile.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
 from adaskip_compile.policy_names import COMPENSATIONS, POLICIES

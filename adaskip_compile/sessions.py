@@ -18,8 +18,8 @@ from torch import fx, nn
 
 from adaskip_compile.capture import Place, graph_break, place_in
 from adaskip_compile.dispatch import Dispatcher
+from adaskip_compile.files.model_identity import ModelIdentity, identify, unwrapped
 from adaskip_compile.growing_storage import GrowingStorages
-from adaskip_compile.identity import ModelIdentity, identify, unwrapped
 from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.kv_cache.request_table import RequestTable
 from adaskip_compile.learning import Learner

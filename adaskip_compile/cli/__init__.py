@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from adaskip_compile.cli import demo, export, inspect, plan, profile, run, sweep, tune
 from adaskip_compile.cli.completion import SHELLS, PrintCompletion
 from adaskip_compile.cli.output import Output, complain
-from adaskip_compile.documents import producer
+from adaskip_compile.files.versioned_json import producer
 from adaskip_passes.errors import AdaSkipError
 
 COMMANDS = (demo, profile, plan, tune, inspect, run, sweep, export)

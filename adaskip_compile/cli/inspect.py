@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
-from adaskip_compile.whole_files import write_text
+from adaskip_compile.files.atomic_write import write_text
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _inspect(arguments: argparse.Namespace) -> Inspection:
     import torch
 
     from adaskip_compile.checkpoints import load_structure
-    from adaskip_compile.identity import identify
+    from adaskip_compile.files.model_identity import identify
     from adaskip_compile.inspection import inspect_model
     from adaskip_compile.plans import SkipPlan
     from adaskip_compile.profiles import Profile

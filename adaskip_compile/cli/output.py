@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adaskip_compile.whole_files import write_text
+from adaskip_compile.files.atomic_write import write_text
 
 # Tables that nobody watches are read later, in a file: no terminal's width cuts their paths.
 _UNWATCHED_WIDTH = 240

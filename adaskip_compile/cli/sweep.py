@@ -109,7 +109,7 @@ def _profile(
     import adaskip_compile
     from adaskip_compile.evaluation.candidates import complete_profile
     from adaskip_compile.evaluation.domains import mixed_windows
-    from adaskip_compile.identity import identify
+    from adaskip_compile.files.model_identity import identify
     from adaskip_compile.profiles import Profile
 
     kept = Path(arguments.results).with_suffix(".profile.json")
@@ -134,8 +134,8 @@ def _about(model: Any, domains: Sequence[Domain], arguments: argparse.Namespace)
 
     import torch
 
-    from adaskip_compile.documents import digest, producer
-    from adaskip_compile.identity import identify
+    from adaskip_compile.files.model_identity import identify
+    from adaskip_compile.files.versioned_json import digest, producer
     from adaskip_compile.profiles import PROFILE_FORMAT
 
     names = ("dtype", "inner", "window", "samples", "windows", "length", "context", "new_tokens", "items")
@@ -223,7 +223,7 @@ def _time(
 
 def _write(rows: Sequence[Row], arguments: argparse.Namespace, output: Output) -> None:
     from adaskip_compile.cli.tradeoff import as_csv, draw_curve
-    from adaskip_compile.whole_files import write_text
+    from adaskip_compile.files.atomic_write import write_text
 
     if arguments.csv:
         write_text(arguments.csv, as_csv(rows), option="--csv")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from adaskip_compile.documents import digest
+from adaskip_compile.files.versioned_json import digest
 from adaskip_compile.texts import DOMAINS, built_in_text, spread, windows
 from adaskip_passes.errors import FileError, MissingFileError, OptionError
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adaskip_compile.whole_files import replace_file
+from adaskip_compile.files.atomic_write import replace_file
 from adaskip_passes.errors import FileError, OptionError
 
 FORMATS = ("png", "svg", "pdf")

@@ -10,7 +10,7 @@ import torch
 
 from adaskip_compile import checkpoints, gguf_conversion
 from adaskip_compile.checkpoints import find_package, load_checkpoint, load_structure
-from adaskip_compile.identity import identify
+from adaskip_compile.files.model_identity import identify
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 from tests.models import tiny
 from tests.tiny_checkpoints import byte_tokenizer, save_tiny

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_compile import documents
-from adaskip_compile.documents import DocumentFormat
+from adaskip_compile.files import versioned_json as documents
+from adaskip_compile.files.versioned_json import DocumentFormat
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError, NewerFileError
 
 RECIPE = DocumentFormat("test-recipe", 2, remedy="bake one")

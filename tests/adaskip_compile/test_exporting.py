@@ -24,7 +24,7 @@ from adaskip_compile import (
 )
 from adaskip_compile.export_folders import EXPORT_FORMAT
 from adaskip_compile.exported_runner import ExportedModel
-from adaskip_compile.identity import identify
+from adaskip_compile.files.model_identity import identify
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from tests.adaskip_compile.exports import (
     FAMILIES,

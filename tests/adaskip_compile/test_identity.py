@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adaskip_compile.identity import (
+from adaskip_compile.files.model_identity import (
     SAMPLED_WEIGHTS,
     ModelIdentity,
     _same_weight,
@@ -195,7 +195,7 @@ def test_places_spread_evenly() -> None:
 
 def test_other_processes_agree() -> None:
     code = (
-        "import torch; from torch import nn; from adaskip_compile.identity import identify;"
+        "import torch; from torch import nn; from adaskip_compile.files.model_identity import identify;"
         "m = nn.Linear(64, 64);"
         "m.weight.data = torch.arange(4096.).reshape(64, 64).sin();"
         "print(identify(m).key)"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adaskip_compile.identity import identify
+from adaskip_compile.files.model_identity import identify
 from adaskip_compile.inspection import inspect_model
 from adaskip_compile.inspection_report import inspection_report
 from adaskip_compile.model_costs import REST

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adaskip_compile.identity import ModelIdentity
+from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.online_choice import extra_sublayers
 from adaskip_compile.options import Options
 from adaskip_compile.planning import plan, plan_by_options, resolve_plan

@@ -8,7 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.identity import identify
+from adaskip_compile.files.model_identity import identify
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers
 

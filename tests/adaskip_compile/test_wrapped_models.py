@@ -12,7 +12,7 @@ from torch import nn
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.identity import identify
+from adaskip_compile.files.model_identity import identify
 from adaskip_passes.errors import ForeignFileError, UnknownSublayerError
 from tests.generation import generate
 from tests.models import redraw, tiny, tokens

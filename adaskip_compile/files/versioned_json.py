@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from adaskip_compile.whole_files import replace_file
+from adaskip_compile.files.atomic_write import replace_file
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError, NewerFileError
 
 DISTRIBUTION = "adaskip-compile"

@@ -1,0 +1,1 @@
+"""Files: versioned, written whole, and of which model they are."""
