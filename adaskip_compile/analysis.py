@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture.graph_breaks import GraphBreaks
 from adaskip_compile.files.model_identity import unwrapped
-from adaskip_compile.graph_breaks import GraphBreaks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming

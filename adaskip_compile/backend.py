@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from adaskip_compile.capture import (
+from adaskip_compile.capture.dynamo import (
     capturing,
     compiled_module,
     constant_floats,
@@ -21,8 +21,8 @@ from adaskip_compile.capture import (
     make_room_for_graphs,
     specialise_floats,
 )
+from adaskip_compile.capture.store import capture_keeper
 from adaskip_compile.files.model_identity import unwrapped
-from adaskip_compile.kept_captures import capture_keeper
 from adaskip_compile.loss_budget import kept_plan
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan

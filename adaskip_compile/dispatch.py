@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from adaskip_compile.cache_growth import CacheGrowth
-from adaskip_compile.capture import capture_reason, collector_paused, forget_marks
+from adaskip_compile.capture.dynamo import capture_reason, collector_paused, forget_marks
 from adaskip_compile.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.hole_memory import HoleMemory

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaskip_compile.capture import constant_floats, make_room_for_graphs
+from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
 from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.files.model_identity import identify
 from adaskip_compile.options import Options

@@ -18,7 +18,7 @@ from torch import fx
 from torch.compiler import config as compiler_config
 from torch.fx.experimental import _config as symbol_config
 
-from adaskip_compile.capture import capturing, example_inputs
+from adaskip_compile.capture.dynamo import capturing, example_inputs
 from adaskip_compile.executor import Executor
 from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_compile.tested_versions import internals_of

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from adaskip_compile.capture import constant_floats
-from adaskip_compile.graph_breaks import GraphBreaks, why_not_captured
+from adaskip_compile.capture.dynamo import constant_floats
+from adaskip_compile.capture.graph_breaks import GraphBreaks, why_not_captured
 from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError

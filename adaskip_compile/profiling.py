@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture.graph_breaks import GraphBreaks
 from adaskip_compile.files.model_identity import identify, unwrapped
-from adaskip_compile.graph_breaks import GraphBreaks
 from adaskip_compile.layers import find_layers
 from adaskip_compile.learning import make_profile
 from adaskip_compile.model_costs import ModelCosts, costs_of_prefill

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.module_code import CodeState, ModelCode
+from adaskip_compile.capture.module_code import CodeState, ModelCode
 from adaskip_compile.sessions import Session
 from adaskip_passes.errors import CaptureError
 

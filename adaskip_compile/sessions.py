@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import Place, graph_break, place_in
+from adaskip_compile.capture.dynamo import Place, graph_break, place_in
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.files.model_identity import ModelIdentity, identify, unwrapped
 from adaskip_compile.growing_storage import GrowingStorages

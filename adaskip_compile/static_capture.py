@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import constant_floats, make_room_for_graphs
-from adaskip_compile.graph_breaks import why_not_captured
+from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
+from adaskip_compile.capture.graph_breaks import why_not_captured
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import CaptureError, OptionError

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import adaskip_compile
-from adaskip_compile.capture import capture_count
+from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.plans import SkipPlan

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from adaskip_compile.capture import constant_floats, graph_break
+from adaskip_compile.capture.dynamo import constant_floats, graph_break
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.options import Options
 from adaskip_compile.plans import SkipPlan

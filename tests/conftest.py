@@ -55,7 +55,7 @@ def fresh_dynamo():
 @pytest.fixture(autouse=True)
 def own_captures(monkeypatch: pytest.MonkeyPatch):
     """Keep what a test captures apart from what others do, so that no test depends on those that ran before."""
-    from adaskip_compile import kept_captures
+    from adaskip_compile.capture import store as kept_captures
 
     monkeypatch.setattr(kept_captures, "FOLDER", f"captures-{uuid.uuid4().hex}")
 

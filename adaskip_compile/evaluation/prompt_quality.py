@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adaskip_compile.capture import constant_floats, make_room_for_graphs
+from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.evaluation.needles import Needle
 from adaskip_compile.evaluation.quality import Answers, Quality

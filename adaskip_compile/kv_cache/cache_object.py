@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import captured_frame
+from adaskip_compile.capture.dynamo import captured_frame
 
 # ("item", key) and ("attribute", name) one after the other, from the local and global names of a frame.
 Step = tuple[str, Any]

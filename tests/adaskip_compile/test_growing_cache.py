@@ -13,7 +13,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan, growing_storage
-from adaskip_compile.capture import capture_count
+from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from tests.generation import generate, greedy_loop, left_padded, make_cache
 from tests.models import plain, tiny, tokens

@@ -16,9 +16,10 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import adaskip_compile
-from adaskip_compile import SkipPlan, kept_captures
-from adaskip_compile.capture import capture_count
-from adaskip_compile.capture_recorder import why_not
+from adaskip_compile import SkipPlan
+from adaskip_compile.capture import store as kept_captures
+from adaskip_compile.capture.dynamo import capture_count
+from adaskip_compile.capture.package import why_not
 from adaskip_compile.sessions import sessions_of
 from tests.generation import generate, make_cache
 from tests.models import tiny, tokens
@@ -30,7 +31,7 @@ PROGRAM = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
 import adaskip_compile
-from adaskip_compile.capture import capture_count
+from adaskip_compile.capture.dynamo import capture_count
 
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
@@ -156,7 +157,7 @@ def test_nothing_is_kept_where_that_is_not_wanted(cache_dir: Path):
 
 def test_nothing_is_kept_with_a_torch_that_was_not_tried(cache_dir: Path, monkeypatch: Any, caplog: Any):
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    caplog.set_level("INFO", "adaskip_compile.kept_captures")
+    caplog.set_level("INFO", "adaskip_compile.capture.store")
     adaskip_compile.compile(model := tiny("llama"), SkipPlan.none(), inner="eager")
     run(model)
     assert not captures_in(cache_dir)

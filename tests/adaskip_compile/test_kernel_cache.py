@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adaskip_compile.capture_recorder import why_not
+from adaskip_compile.capture.package import why_not
 from tests.tiny_checkpoints import save_tiny
 
 # Ids of greedy tokens, how many regions were compiled in this process, and how many of them came from the disk.

@@ -21,9 +21,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.capture import capture_count
-from adaskip_compile.capture_recorder import why_not
-from adaskip_compile.module_code import CodeState, ModelCode
+from adaskip_compile.capture.dynamo import capture_count
+from adaskip_compile.capture.module_code import CodeState, ModelCode
+from adaskip_compile.capture.package import why_not
 from tests.models import tiny, tokens
 
 kept = pytest.mark.skipif(why_not() is not None, reason=f"captures are not kept: {why_not()}")
@@ -185,7 +185,7 @@ def test_a_change_after_compile_is_captured_anew(change: Any, restored: bool, ca
 
 @kept
 def test_a_hook_that_cannot_be_described_is_not_kept(cache_dir: Path, caplog: Any):
-    caplog.set_level("INFO", "adaskip_compile.kept_captures")
+    caplog.set_level("INFO", "adaskip_compile.capture.store")
     model, factor = tiny("llama"), torch.full((), 1.5)
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: factor * output)
     adaskip_compile.compile(model, SkipPlan.none(), inner="eager")

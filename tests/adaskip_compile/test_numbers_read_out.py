@@ -11,7 +11,7 @@ from torch import nn
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.capture import capture_count
+from adaskip_compile.capture.dynamo import capture_count
 from tests.models import tokens
 
 

@@ -14,7 +14,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import LegalityError, SkipPlan
-from adaskip_compile.capture import capture_count
+from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from tests.adaskip_compile.requests_alone import (
     FFN,

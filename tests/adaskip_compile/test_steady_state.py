@@ -12,7 +12,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan, dispatch
-from adaskip_compile.capture import capture_count
+from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens

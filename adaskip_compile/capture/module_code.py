@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from adaskip_compile.lasting_names import CallableDescriber, functions_of
+from adaskip_compile.capture.fingerprints import CallableDescriber, functions_of
 from adaskip_passes.errors import CaptureError
 
 _HOOKS = (

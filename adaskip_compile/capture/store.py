@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture import collector_paused, place_in
-from adaskip_compile.capture_recorder import Capture, CaptureRecorder, install, why_not
+from adaskip_compile.capture.dynamo import collector_paused, place_in
+from adaskip_compile.capture.module_code import CodeState, ModelCode
+from adaskip_compile.capture.package import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.files.atomic_write import replace_file
 from adaskip_compile.kv_cache.cache_object import CachePlace
-from adaskip_compile.module_code import CodeState, ModelCode
 from adaskip_compile.sessions import Session
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor

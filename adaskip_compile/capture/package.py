@@ -25,8 +25,8 @@ from unittest import mock
 
 import torch
 
-from adaskip_compile.capture import collector_paused
-from adaskip_compile.lasting_names import code_digest, decorators_above, describe, file_digest, unwrapped
+from adaskip_compile.capture.dynamo import collector_paused
+from adaskip_compile.capture.fingerprints import code_digest, decorators_above, describe, file_digest, unwrapped
 from adaskip_passes.errors import CaptureError
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from adaskip_compile.graph_breaks import break_text
+from adaskip_compile.capture.graph_breaks import break_text
 from adaskip_passes.ir.module_paths import held_tensors
 
 
