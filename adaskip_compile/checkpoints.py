@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from adaskip_compile.gguf_conversion import check_magic, convert_gguf, quiet_unless_watched
+from adaskip_compile.checkpoints.gguf import check_magic, convert_gguf, quiet_unless_watched
 from adaskip_compile.options import Options
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 

@@ -1,0 +1,1 @@
+"""Models from where people have them."""
