@@ -12,10 +12,10 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from adaskip_compile.costs.timers import Timer
 from adaskip_compile.knapsack import Option, cover
 from adaskip_compile.policies import LAYER_POLICIES, choose, joint_order, keeps_enough, largest_skip, layer_choices
 from adaskip_compile.predicted_times import PredictedTimes, predict_times
-from adaskip_compile.prediction import Timer
 from adaskip_compile.profiles import Profile
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError

@@ -10,8 +10,8 @@ from typing import Any
 import networkx
 import torch
 
+from adaskip_compile.costs.timers import Timer, predict
 from adaskip_compile.inspection import InspectedSublayer, Inspection
-from adaskip_compile.prediction import Timer, predict
 from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError
 from adaskip_passes.ir.graph import fake_tensor

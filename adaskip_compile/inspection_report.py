@@ -7,10 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from adaskip_compile.advice import advise
-from adaskip_compile.inspection import InspectedSublayer, Inspection
-from adaskip_compile.model_costs import Group
-from adaskip_compile.plans import PLAN_FORMAT
-from adaskip_compile.prediction import (
+from adaskip_compile.costs.model_costs import Group
+from adaskip_compile.costs.timers import (
     PARTS,
     Measured,
     PhaseTime,
@@ -22,6 +20,8 @@ from adaskip_compile.prediction import (
     likely_skips,
     predict,
 )
+from adaskip_compile.inspection import InspectedSublayer, Inspection
+from adaskip_compile.plans import PLAN_FORMAT
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.ir.expressions import to_tree
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from adaskip_compile.costs.model_costs import ModelCosts
 from adaskip_compile.files.model_identity import ModelIdentity
-from adaskip_compile.model_costs import ModelCosts
 from adaskip_compile.options import Options
 from adaskip_compile.planning import plan_by_options
 from adaskip_compile.plans import SkipPlan

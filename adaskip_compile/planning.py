@@ -8,12 +8,12 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from adaskip_compile.compensated_plans import compensated
+from adaskip_compile.costs.timers import Timer
 from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.goals import Choice, in_phase, reach_speedup, within_loss
 from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
 from adaskip_compile.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
 from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
-from adaskip_compile.prediction import Timer
 from adaskip_compile.profiles import SCALE_KINDS, Profile, is_finite_number
 from adaskip_compile.stand_ins import stand_in_costs
 from adaskip_passes.errors import OptionError
@@ -62,7 +62,7 @@ def plan(
         max_loss: In place of ``skip``: the loss, in nats a token above the full model's, that the joint order of the
             profile predicts at most.
         times: What tells times for ``context``: a calibration of this machine or the file of one, or any other
-            :class:`~adaskip_compile.prediction.Timer`; by default a roofline of round figures.
+            :class:`~adaskip_compile.costs.timers.Timer`; by default a roofline of round figures.
         compensation: What stands in the place of a skipped sublayer: its ``scale`` (paper Eq. 4), ``none``, or one of
             the maps that :func:`adaskip_compile.fit` gave the profile: ``channel``, ``low_rank`` or ``affine``.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from adaskip_compile.prediction import ROOFLINES, Measured, Timer, predict
+from adaskip_compile.costs.timers import ROOFLINES, Measured, Timer, predict
 from adaskip_compile.profiles import Profile
 from adaskip_compile.stand_ins import stand_in_seconds
 from adaskip_passes.analysis.cost import Cost

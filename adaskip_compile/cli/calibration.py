@@ -19,9 +19,9 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.cli.measure import Generation, generate
+from adaskip_compile.costs.timers import Measured
 from adaskip_compile.inspection import Inspection
 from adaskip_compile.plans import SkipPlan
-from adaskip_compile.prediction import Measured
 
 # Decoded after each prompt; the time of a token is the median over them.
 NEW_TOKENS = 16

@@ -21,8 +21,8 @@ from adaskip_compile.files.atomic_write import write_text
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
+    from adaskip_compile.costs.timers import Measured, Timer
     from adaskip_compile.inspection import Inspection
-    from adaskip_compile.prediction import Measured, Timer
 
 _CALIBRATION_CONTEXTS = (512, 2048, 4096)
 
@@ -125,7 +125,7 @@ def _timer(arguments: argparse.Namespace, found: Inspection, output: Output) -> 
     """Return how times are told: measured now, read from a file, or a roofline."""
     from dataclasses import replace
 
-    from adaskip_compile.prediction import ROOFLINES, Measured
+    from adaskip_compile.costs.timers import ROOFLINES, Measured
 
     if arguments.calibrate and found.sublayers:
         return _calibrate(arguments, found, output)

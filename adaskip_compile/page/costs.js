@@ -1,5 +1,5 @@
 "use strict";
-// The cost model: what adaskip_compile.prediction does, from the same expressions and times.
+// The cost model: what adaskip_compile.costs.timers does, from the same expressions and times.
 
 const report = JSON.parse(document.getElementById("report").textContent);
 const PARTS = ["flops", "weight_bytes", "activation_bytes", "cache_bytes"];

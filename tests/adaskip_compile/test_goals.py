@@ -13,15 +13,15 @@ import sympy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from adaskip_compile.costs.model_costs import CostedSublayer, Group, ModelCosts
+from adaskip_compile.costs.timers import Measured, Roofline
 from adaskip_compile.goals import Choice, reach_speedup
 from adaskip_compile.knapsack import Option, cover
-from adaskip_compile.model_costs import CostedSublayer, Group, ModelCosts
 from adaskip_compile.planning import plan
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.policies import keeps_enough
 from adaskip_compile.policy_names import POLICIES
 from adaskip_compile.predicted_times import predict_times
-from adaskip_compile.prediction import Measured, Roofline
 from adaskip_compile.profiles import JointStep, LayerProfile, Profile
 from adaskip_compile.stand_ins import stand_in_cost
 from adaskip_passes.analysis.cost import Cost, Q, T

@@ -9,10 +9,10 @@ import networkx
 import pytest
 import torch
 
+from adaskip_compile.costs.timers import ROOFLINES, predict
 from adaskip_compile.graph_drawings import dot, graphml, node_data
 from adaskip_compile.inspection import Inspection, inspect_model
 from adaskip_compile.plans import SkipPlan
-from adaskip_compile.prediction import ROOFLINES, predict
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError
 from tests.models import plain
 

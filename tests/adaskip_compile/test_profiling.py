@@ -10,9 +10,9 @@ from torch import nn
 
 import adaskip_compile
 from adaskip_compile import CaptureError, Profile, ProfileError, SkipPlan
+from adaskip_compile.costs.timers import cost_at
 from adaskip_compile.files.model_identity import identify
 from adaskip_compile.inspection import inspect_model
-from adaskip_compile.prediction import cost_at
 from tests.models import plain, tiny, tokens
 from tests.reference import hook_statistics, measure
 from tests.tiny_checkpoints import byte_tokenizer

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
 
+from adaskip_compile.costs.model_costs import Costed, Group
 from adaskip_compile.files.versioned_json import DocumentFormat
-from adaskip_compile.model_costs import Costed, Group
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 
