@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaskip_compile.analysis import analyze
     from adaskip_compile.backend import compile, restore
-    from adaskip_compile.exporting import ExportedGraphs, export
+    from adaskip_compile.exporting.export import ExportedGraphs, export
     from adaskip_compile.fitting import fit
     from adaskip_compile.joint_order import order_by_loss
     from adaskip_compile.loss_budget import plan_within_loss

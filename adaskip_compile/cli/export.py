@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     import adaskip_compile
-    from adaskip_compile.export_folders import check_folder
+    from adaskip_compile.exporting.folders import check_folder
     from adaskip_compile.plans import SkipPlan
 
     check_folder(arguments.out)  # before minutes of loading and capturing

@@ -10,7 +10,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import FileError
-from adaskip_compile.export_folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
+from adaskip_compile.exporting.folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
 from tests.models import tiny
 
 

@@ -22,8 +22,8 @@ from adaskip_compile import (
     SkipPlan,
     UnknownSublayerError,
 )
-from adaskip_compile.export_folders import EXPORT_FORMAT
-from adaskip_compile.exported_runner import ExportedModel
+from adaskip_compile.exporting.folders import EXPORT_FORMAT
+from adaskip_compile.exporting.runner import ExportedModel
 from adaskip_compile.files.model_identity import identify
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from tests.adaskip_compile.exports import (

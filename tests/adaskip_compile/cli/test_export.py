@@ -10,7 +10,7 @@ import pytest
 
 from adaskip_compile import SkipPlan
 from adaskip_compile.cli import main
-from adaskip_compile.exported_runner import ExportedModel, read_manifest
+from adaskip_compile.exporting.runner import ExportedModel, read_manifest
 from tests.adaskip_compile.exports import run_alone
 from tests.tiny_checkpoints import save_tiny
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.static_capture import CapturedPhase
+from adaskip_compile.exporting.capture import CapturedPhase
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.module_paths import normalise_source

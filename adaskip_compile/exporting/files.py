@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaskip_compile.exporting.capture import CapturedPhase, StaticSteps, end_tokens
 from adaskip_compile.files.atomic_write import native_file
 from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.files.versioned_json import producer
 from adaskip_compile.plans import SkipPlan
-from adaskip_compile.static_capture import CapturedPhase, StaticSteps, end_tokens
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import CaptureError, FileError
 from adaskip_passes.ir.printer import print_graph

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaskip_compile import exported_runner
-from adaskip_compile.export_files import SpecialisedPhase, describe, write_package, write_program
-from adaskip_compile.export_folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
+from adaskip_compile.exporting import runner as exported_runner
+from adaskip_compile.exporting.capture import CapturedPhase, StaticSteps, capture_steps, check_max_length
+from adaskip_compile.exporting.files import SpecialisedPhase, describe, write_package, write_program
+from adaskip_compile.exporting.folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
+from adaskip_compile.exporting.programs import make_program
 from adaskip_compile.files.model_identity import ModelIdentity, identify
 from adaskip_compile.plans import SkipPlan
-from adaskip_compile.programs import make_program
-from adaskip_compile.static_capture import CapturedPhase, StaticSteps, capture_steps, check_max_length
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
 from adaskip_passes.ir.graph import fake_tensor

@@ -1,7 +1,7 @@
 """Capture the prefill and the decode step of a ``transformers`` model with a cache of fixed size.
 
 What export has to know of ``transformers`` is here, how a model is called, and in
-:mod:`adaskip_compile.positioned_cache`, what a cache is. Positions are an input of the captured graphs and nothing
+:mod:`adaskip_compile.exporting.cache`, what a cache is. Positions are an input of the captured graphs and nothing
 in them counts tokens, so a graph whose first attention is skipped still knows where it is.
 """
 
@@ -69,7 +69,7 @@ def capture_steps(
     """
     _require_transformers_model(model)
     with internals_of("transformers", "export"):
-        from adaskip_compile.positioned_cache import cache_tensors, make_cache
+        from adaskip_compile.exporting.cache import cache_tensors, make_cache
 
     make_room_for_graphs()
     was_training = model.training
@@ -136,7 +136,7 @@ def _native_experts(model: Any) -> Iterator[None]:
 
 
 def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_length: int) -> CapturedPhase:
-    from adaskip_compile.positioned_cache import tell_positions
+    from adaskip_compile.exporting.cache import tell_positions
 
     ids = torch.ones(batch, tokens, dtype=torch.long, device=model.device)
     positions = torch.arange(tokens, device=model.device)[None].clone()  # a view would be captured by its base

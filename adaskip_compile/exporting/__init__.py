@@ -1,0 +1,1 @@
+"""Specialised graphs as files that run without this package."""
