@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from adaskip_compile.analysis import analyze
     from adaskip_compile.backend import compile, restore
     from adaskip_compile.exporting.export import ExportedGraphs, export
-    from adaskip_compile.fitting import fit
-    from adaskip_compile.joint_order import order_by_loss
+    from adaskip_compile.fitting.fit import fit
+    from adaskip_compile.fitting.joint_order import order_by_loss
+    from adaskip_compile.fitting.tune import tune
     from adaskip_compile.loss_budget import plan_within_loss
     from adaskip_compile.options import Options
     from adaskip_compile.planning import plan
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from adaskip_compile.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling import profile
     from adaskip_compile.reports import Report, report
-    from adaskip_compile.tuning import tune
     from adaskip_passes.errors import (
         AdaSkipError,
         CaptureError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaskip_compile.compensation import StreamMap
+from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.plans import SkippedSublayer, SkipPlan
 from adaskip_compile.policy_names import COMPENSATIONS
 from adaskip_compile.profiles import Profile

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from adaskip_compile.compensation import StreamMap
 from adaskip_compile.evaluation.quality import Quality
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
+from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
 from adaskip_compile.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from adaskip_compile.compensation import StreamMap
 from adaskip_compile.costs.model_costs import ModelCosts
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
+from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.map_files import read_maps, write_maps
 from adaskip_passes.errors import DamagedFileError, OptionError, ProfileError
 

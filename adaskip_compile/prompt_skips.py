@@ -16,7 +16,7 @@ from adaskip_passes.errors import PlanError
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 
 if TYPE_CHECKING:
-    from adaskip_compile.compensation import StreamMap
+    from adaskip_compile.fitting.least_squares import StreamMap
     from adaskip_compile.plans import SkippedSublayer
 
 HEAD, TAIL = 1, 16

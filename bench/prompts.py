@@ -19,7 +19,7 @@ import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import take_turns
-from adaskip_compile.compensation import StreamMap
+from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.loss_budget import deepest, layers_from_the_end, prompt_flops
 from adaskip_compile.phase_graphs import capture_phases
 from adaskip_compile.plans import SkippedSublayer, SkipPlan

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.compensation import BranchStatistics, StreamMap, fit_map
 from adaskip_compile.executor import Executor
+from adaskip_compile.fitting.least_squares import BranchStatistics, StreamMap, fit_map
 from adaskip_compile.sessions import sessions_of
 from adaskip_compile.shape_checks import AssumptionCheck
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError, PlanError, ProfileError

@@ -11,7 +11,7 @@ from torch import nn
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.compensation import StreamMap
+from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.plans import SkippedSublayer
 from adaskip_compile.prompt_skips import PromptSkips
 from adaskip_passes.errors import LegalityError, PlanError

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_compile.compensation import BranchStatistics, StreamMap, fit_map
 from adaskip_compile.files.model_identity import unwrapped
+from adaskip_compile.fitting.least_squares import BranchStatistics, StreamMap, fit_map
 from adaskip_compile.plans import SkippedSublayer
 from adaskip_compile.profiling import run_samples, show_progress
 from adaskip_compile.prompt_skips import HEAD, TAIL, PromptSkips
