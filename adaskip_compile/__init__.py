@@ -16,12 +16,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaskip_compile.analysis import analyze
     from adaskip_compile.backend import compile, restore
     from adaskip_compile.exporting.export import ExportedGraphs, export
     from adaskip_compile.fitting.fit import fit
     from adaskip_compile.fitting.joint_order import order_by_loss
     from adaskip_compile.fitting.tune import tune
+    from adaskip_compile.inspection.analyze import analyze
     from adaskip_compile.loss_budget import plan_within_loss
     from adaskip_compile.options import Options
     from adaskip_compile.planning import plan

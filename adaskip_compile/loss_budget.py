@@ -26,9 +26,9 @@ from adaskip_compile.evaluation.quality import Answers, Quality
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.files.versioned_json import digest, producer
 from adaskip_compile.fitting.sequence import SequenceFitter
+from adaskip_compile.inspection.phase_graphs import longest_context
 from adaskip_compile.layers import find_layers
 from adaskip_compile.options import Options
-from adaskip_compile.phase_graphs import longest_context
 from adaskip_compile.plans import SkippedSublayer, SkipPlan
 from adaskip_compile.profiles import is_finite_number
 from adaskip_compile.profiling import show_progress

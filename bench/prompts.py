@@ -20,8 +20,8 @@ import torch
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import take_turns
 from adaskip_compile.fitting.least_squares import StreamMap
+from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.loss_budget import deepest, layers_from_the_end, prompt_flops
-from adaskip_compile.phase_graphs import capture_phases
 from adaskip_compile.plans import SkippedSublayer, SkipPlan
 from adaskip_compile.prompt_skips import PromptSkips
 from adaskip_passes.pipeline.pipeline import run_pipeline

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import adaskip_compile
 import adaskip_passes
-from adaskip_compile.analysis import analyze
+from adaskip_compile.inspection.analyze import analyze
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from adaskip_passes.analysis.dependence import Dependence

@@ -20,7 +20,7 @@ import torch
 import adaskip_compile
 from adaskip_compile.cli.measure import Generation, generate
 from adaskip_compile.costs.timers import Measured
-from adaskip_compile.inspection import Inspection
+from adaskip_compile.inspection.inspection import Inspection
 from adaskip_compile.plans import SkipPlan
 
 # Decoded after each prompt; the time of a token is the median over them.

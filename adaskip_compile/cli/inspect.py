@@ -22,7 +22,7 @@ from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
     from adaskip_compile.costs.timers import Measured, Timer
-    from adaskip_compile.inspection import Inspection
+    from adaskip_compile.inspection.inspection import Inspection
 
 _CALIBRATION_CONTEXTS = (512, 2048, 4096)
 
@@ -67,7 +67,7 @@ def _add_outputs(outputs: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code: 1 when no residual stream was found."""
     from adaskip_compile.cli import inspection_tables
-    from adaskip_compile.inspection_report import inspection_report
+    from adaskip_compile.inspection.report import inspection_report
 
     with output.status("capturing the graphs of the model, without its weights"):
         found = _inspect(arguments)
@@ -84,12 +84,12 @@ def _write_outputs(arguments: argparse.Namespace, found: Inspection, timer: Time
     if (arguments.node_data is None) != (arguments.program is None):
         raise OptionError("--node-data and --program go together: the colours are for the nodes of that program")
     if arguments.html:
-        from adaskip_compile.inspection_pages import inspection_page
+        from adaskip_compile.inspection.pages import inspection_page
 
         write_text(arguments.html, inspection_page(report), option="--html")
     if not found.sublayers:
         return
-    from adaskip_compile.graph_drawings import dot, graphml, node_data
+    from adaskip_compile.inspection.drawings import dot, graphml, node_data
 
     if arguments.graphml:
         write_text(arguments.graphml, graphml(found), option="--graphml")
@@ -105,7 +105,7 @@ def _inspect(arguments: argparse.Namespace) -> Inspection:
 
     from adaskip_compile.checkpoints import load_structure
     from adaskip_compile.files.model_identity import identify
-    from adaskip_compile.inspection import inspect_model
+    from adaskip_compile.inspection.inspection import inspect_model
     from adaskip_compile.plans import SkipPlan
     from adaskip_compile.profiles import Profile
 

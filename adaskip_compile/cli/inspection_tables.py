@@ -13,7 +13,7 @@ _MEGA = 1e6
 
 
 def show(output: Output, report: dict[str, Any]) -> None:
-    """Print what :func:`adaskip_compile.inspection_report.inspection_report` gave."""
+    """Print what :func:`adaskip_compile.inspection.report.inspection_report` gave."""
     output.say(f"{report['model']}: {report['class']}, {report['parameters']:,} parameters, {report['dtype']}")
     output.say()
     if report["sublayers"]:

@@ -23,7 +23,7 @@ from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
-    from adaskip_compile.inspection import Inspection
+    from adaskip_compile.inspection.inspection import Inspection
 
 CALIBRATION_FORMAT = DocumentFormat(
     "adaskip-calibration", 2, remedy="measure this machine with `adaskip inspect MODEL --calibrate --calibration PATH`"

@@ -11,7 +11,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.capture.graph_breaks import why_not_captured
-from adaskip_compile.phase_graphs import capture_phases
+from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_passes.errors import CaptureError
 from tests.models import PlainDecoder, plain, tokens
 

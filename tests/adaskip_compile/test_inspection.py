@@ -10,9 +10,9 @@ import torch
 from adaskip_compile.costs.model_costs import REST
 from adaskip_compile.costs.timers import ROOFLINES, Measured, Roofline, likely_skips, predict
 from adaskip_compile.files.model_identity import identify
-from adaskip_compile.inspection import inspect_model
-from adaskip_compile.inspection_report import inspection_report
-from adaskip_compile.phase_graphs import capture_phases, hollow_copy
+from adaskip_compile.inspection.inspection import inspect_model
+from adaskip_compile.inspection.phase_graphs import capture_phases, hollow_copy
+from adaskip_compile.inspection.report import inspection_report
 from adaskip_compile.plans import RampStep, SkipPlan
 from adaskip_passes.analysis.cost import find_costs
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream

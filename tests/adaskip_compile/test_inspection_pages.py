@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from adaskip_compile.costs.timers import ROOFLINES, Measured, Timer, cost_at, predict
-from adaskip_compile.inspection import Inspection, inspect_model
-from adaskip_compile.inspection_pages import inspection_page
-from adaskip_compile.inspection_report import inspection_report
+from adaskip_compile.inspection.inspection import Inspection, inspect_model
+from adaskip_compile.inspection.pages import inspection_page
+from adaskip_compile.inspection.report import inspection_report
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.profiles import Profile, SublayerProfile
 from tests.adaskip_compile.browsers import browser

@@ -12,7 +12,7 @@ import adaskip_compile
 from adaskip_compile import CaptureError, Profile, ProfileError, SkipPlan
 from adaskip_compile.costs.timers import cost_at
 from adaskip_compile.files.model_identity import identify
-from adaskip_compile.inspection import inspect_model
+from adaskip_compile.inspection.inspection import inspect_model
 from tests.models import plain, tiny, tokens
 from tests.reference import hook_statistics, measure
 from tests.tiny_checkpoints import byte_tokenizer

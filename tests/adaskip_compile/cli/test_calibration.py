@@ -8,7 +8,7 @@ from adaskip_compile.cli import calibration
 from adaskip_compile.cli.calibration import calibrate, steps
 from adaskip_compile.cli.measure import Generation
 from adaskip_compile.costs.timers import Measured, predict
-from adaskip_compile.inspection import inspect_model
+from adaskip_compile.inspection.inspection import inspect_model
 from tests.models import tiny
 
 

@@ -14,7 +14,7 @@ _SCRIPTS = ("costs.js", "charts.js", "sections.js", "history.js", "page.js")
 
 
 def inspection_page(report: dict[str, Any]) -> str:
-    """Return the HTML of a page about ``report``, as :func:`adaskip_compile.inspection_report.inspection_report` gave it."""
+    """Return the HTML of a page about ``report``, as :func:`adaskip_compile.inspection.report.inspection_report` gave it."""
     folder = resources.files("adaskip_compile") / "page"
     data = json.dumps({**report, "producer": producer()}, separators=(",", ":"), allow_nan=False)
     parts = {

@@ -11,7 +11,7 @@ import networkx
 import torch
 
 from adaskip_compile.costs.timers import Timer, predict
-from adaskip_compile.inspection import InspectedSublayer, Inspection
+from adaskip_compile.inspection.inspection import InspectedSublayer, Inspection
 from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError
 from adaskip_passes.ir.graph import fake_tensor

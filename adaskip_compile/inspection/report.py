@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from adaskip_compile.advice import advise
 from adaskip_compile.costs.model_costs import Group
 from adaskip_compile.costs.timers import (
     PARTS,
@@ -20,7 +19,8 @@ from adaskip_compile.costs.timers import (
     likely_skips,
     predict,
 )
-from adaskip_compile.inspection import InspectedSublayer, Inspection
+from adaskip_compile.inspection.advice import advise
+from adaskip_compile.inspection.inspection import InspectedSublayer, Inspection
 from adaskip_compile.plans import PLAN_FORMAT
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.ir.expressions import to_tree
