@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from adaskip_compile.cache_growth import CacheGrowth
 from adaskip_compile.capture.dynamo import capture_reason, collector_paused, forget_marks
 from adaskip_compile.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.debug_folders import run_passes
-from adaskip_compile.hole_memory import HoleMemory
+from adaskip_compile.kv_cache.appends import CacheGrowth
 from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.kv_cache.holes_seen import find_holes
 from adaskip_compile.kv_cache.request_table import ForeignRequest
+from adaskip_compile.kv_cache.shared_holes import HoleMemory
 from adaskip_compile.lowering import Lowering, Runnable
 from adaskip_compile.requests import Request
 from adaskip_compile.shape_checks import ShapeCheck

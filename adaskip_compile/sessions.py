@@ -19,8 +19,8 @@ from torch import fx, nn
 from adaskip_compile.capture.dynamo import Place, graph_break, place_in
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.files.model_identity import ModelIdentity, identify, unwrapped
-from adaskip_compile.growing_storage import GrowingStorages
 from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
+from adaskip_compile.kv_cache.growing_storage import GrowingStorages
 from adaskip_compile.kv_cache.request_table import RequestTable
 from adaskip_compile.learning import Learner
 from adaskip_compile.lowering import start_cpu_compiler

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import SkipPlan, growing_storage
+from adaskip_compile import SkipPlan
 from adaskip_compile.capture.dynamo import capture_count
+from adaskip_compile.kv_cache import growing_storage
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from tests.generation import generate, greedy_loop, left_padded, make_cache
 from tests.models import plain, tiny, tokens

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adaskip_compile.growing_storage import GrowingStorages
+from adaskip_compile.kv_cache.growing_storage import GrowingStorages
 from adaskip_passes.specialise.append_in_place import token_major
 
 SHAPE = torch.Size((2, 3, 160, 8))

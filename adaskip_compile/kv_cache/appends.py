@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_compile.growing_storage import GrowingStorages
+from adaskip_compile.kv_cache.growing_storage import GrowingStorages
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.append_in_place import GROWN_INPUT, AppendInPlace, find_appends
 from adaskip_passes.specialise.merge_equal_nodes import MergeEqualNodes
