@@ -22,16 +22,16 @@ import torch
 from torch import fx
 
 from adaskip_compile.capture.dynamo import capture_reason, collector_paused, forget_marks
-from adaskip_compile.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.kv_cache.appends import CacheGrowth
 from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.kv_cache.holes_seen import find_holes
 from adaskip_compile.kv_cache.request_table import ForeignRequest
 from adaskip_compile.kv_cache.shared_holes import HoleMemory
-from adaskip_compile.lowering import Lowering, Runnable
+from adaskip_compile.lowering.cuda_graphs import RecordedRun, recordable
+from adaskip_compile.lowering.lowering import Lowering, Runnable
+from adaskip_compile.lowering.shape_checks import ShapeCheck
 from adaskip_compile.requests import Request
-from adaskip_compile.shape_checks import ShapeCheck
 from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.ir.graph import fake_tensor

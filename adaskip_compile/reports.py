@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from adaskip_compile.cuda_graphs import RecordedRun
 from adaskip_compile.dispatch import Dispatcher
+from adaskip_compile.lowering.cuda_graphs import RecordedRun
 from adaskip_compile.requests import Request
 from adaskip_compile.sessions import Session, sessions_of
 

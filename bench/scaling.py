@@ -27,7 +27,7 @@ import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import Generation, generate, take_turns
 from adaskip_compile.dispatch import Dispatcher
-from adaskip_compile.executor import Executor
+from adaskip_compile.lowering.executor import Executor
 from adaskip_compile.plans import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from adaskip_passes.analysis.regions import Region

@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from adaskip_compile.executor import Executor
+from adaskip_compile.lowering.executor import Executor
 from adaskip_passes.analysis.regions import Region
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode

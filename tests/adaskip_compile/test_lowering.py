@@ -7,9 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import adaskip_compile
-from adaskip_compile import SkipPlan, lowering
+from adaskip_compile import SkipPlan
 from adaskip_compile.capture.dynamo import example_inputs
-from adaskip_compile.lowering import Lowering
+from adaskip_compile.lowering import lowering
+from adaskip_compile.lowering.lowering import Lowering
 from adaskip_passes.kernels import banded_attention, onednn
 from adaskip_passes.lower import use_many_row_linear as many_row_products
 from tests.captures import first_graph

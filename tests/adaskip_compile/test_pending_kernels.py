@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adaskip_compile.lowering import Lowering
+from adaskip_compile.lowering.lowering import Lowering
 from tests.captures import first_graph
 
 

@@ -6,8 +6,8 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental import _config as config
 
-from adaskip_compile.lowering import Lowering
-from adaskip_compile.shape_checks import AssumptionCheck, ShapeCheck
+from adaskip_compile.lowering.lowering import Lowering
+from adaskip_compile.lowering.shape_checks import AssumptionCheck, ShapeCheck
 from adaskip_passes.errors import LegalityError
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode

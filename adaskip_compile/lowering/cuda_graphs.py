@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_compile.lowering import Runnable
+from adaskip_compile.lowering.lowering import Runnable
 from adaskip_passes.ir.graph import fake_value
 
 # Inputs of more bytes are not copied in each step: where one lies elsewhere, another graph is recorded.

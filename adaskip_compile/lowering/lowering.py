@@ -19,8 +19,8 @@ from torch.compiler import config as compiler_config
 from torch.fx.experimental import _config as symbol_config
 
 from adaskip_compile.capture.dynamo import capturing, example_inputs
-from adaskip_compile.executor import Executor
-from adaskip_compile.shape_checks import AssumptionCheck
+from adaskip_compile.lowering.executor import Executor
+from adaskip_compile.lowering.shape_checks import AssumptionCheck
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.analysis.regions import Region
 from adaskip_passes.errors import PassError

@@ -1,0 +1,1 @@
+"""From specialised graphs to what runs."""
