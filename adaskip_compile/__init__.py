@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from adaskip_compile.fitting.joint_order import order_by_loss
     from adaskip_compile.fitting.tune import tune
     from adaskip_compile.inspection.analyze import analyze
-    from adaskip_compile.loss_budget import plan_within_loss
     from adaskip_compile.options import Options
-    from adaskip_compile.planning import plan
-    from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
+    from adaskip_compile.planning.loss_budget import plan_within_loss
+    from adaskip_compile.planning.planner import plan
+    from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
     from adaskip_compile.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling import profile
     from adaskip_compile.reports import Report, report

@@ -14,9 +14,9 @@ import torch
 from adaskip_compile.costs.model_costs import ModelCosts
 from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.options import Options
-from adaskip_compile.planning import plan_by_options
-from adaskip_compile.plans import SkipPlan
-from adaskip_compile.policies import largest_skip
+from adaskip_compile.planning.planner import plan_by_options
+from adaskip_compile.planning.policies import largest_skip
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import LayerProfile, Profile, SublayerProfile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.stream.find_stream import ResidualStream

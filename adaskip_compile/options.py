@@ -13,9 +13,9 @@ from textwrap import dedent
 from typing import Any
 
 from adaskip_compile.costs.timers import Measured, Roofline
-from adaskip_compile.planning import check_goal, check_plan_options
-from adaskip_compile.plans import SkipPlan
-from adaskip_compile.policy_names import PROFILED_POLICIES
+from adaskip_compile.planning.planner import check_goal, check_plan_options
+from adaskip_compile.planning.policy_names import PROFILED_POLICIES
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 

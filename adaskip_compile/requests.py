@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaskip_compile.online_choice import extra_sublayers
-from adaskip_compile.plans import RampStep, SkipPlan
+from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_passes.errors import LegalityError
 
 

@@ -25,8 +25,8 @@ from adaskip_compile.kv_cache.request_table import RequestTable
 from adaskip_compile.learning import Learner
 from adaskip_compile.lowering.lowering import start_cpu_compiler
 from adaskip_compile.options import Options
-from adaskip_compile.planning import resolve_plan
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.planner import resolve_plan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.requests import Request
 from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream

@@ -30,8 +30,8 @@ from adaskip_compile.evaluation.suite import Measure, Sizes, kind_of, make_measu
 from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, SweepResults
 from adaskip_compile.files.model_identity import identify
 from adaskip_compile.files.versioned_json import digest
-from adaskip_compile.plans import SkipPlan
-from adaskip_compile.policy_names import POLICIES
+from adaskip_compile.planning.policy_names import POLICIES
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import PROFILE_FORMAT, Profile
 from adaskip_passes.errors import ForeignFileError, OptionError
 from bench.studies import Study, study_parser

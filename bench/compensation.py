@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import adaskip_compile
-from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.evaluation.domains import mixed_windows
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Measure, Sizes, make_measures
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.compensated_plans import compensated
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 from bench.studies import Study, mean_over_domains, study_parser

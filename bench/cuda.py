@@ -27,7 +27,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.cli.measure import Generation, generate
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.recording import cell, numbers, write
 
 # Llama 3.1 8B.

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from adaskip_compile.cli.measure import Generation, take_turns
-from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.evaluation.domains import mixed_windows
 from adaskip_compile.inspection.inspection import PHASES
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.compensated_plans import compensated
+from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.compensation import MAPS, ORDERS, SIMILAR, compensation_parser, learned, tuned
 from bench.recording import cell, generate_under, ratios
 from bench.studies import Study, mean_over_domains

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import adaskip_compile
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.studies import Study, mean_over_domains, study_parser
 
 

@@ -21,7 +21,7 @@ from adaskip_compile.cli.calibration import calibrate
 from adaskip_compile.cli.measure import Spread, take_turns
 from adaskip_compile.costs.timers import ROOFLINES, Timer, predict
 from adaskip_compile.inspection.inspection import Inspection, inspect_model
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.recording import bench_parser, generate_under, write
 
 

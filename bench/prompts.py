@@ -21,9 +21,9 @@ from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import take_turns
 from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.inspection.phase_graphs import capture_phases
-from adaskip_compile.loss_budget import deepest, layers_from_the_end, prompt_flops
-from adaskip_compile.plans import SkippedSublayer, SkipPlan
-from adaskip_compile.prompt_skips import PromptSkips
+from adaskip_compile.planning.loss_budget import deepest, layers_from_the_end, prompt_flops
+from adaskip_compile.planning.prompt_skips import PromptSkips
+from adaskip_compile.planning.skip_plan import SkippedSublayer, SkipPlan
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.pipelines import row_passes
 from adaskip_passes.stream.find_stream import ResidualStream

@@ -19,7 +19,7 @@ import adaskip_compile
 from adaskip_compile.evaluation.candidates import FULL
 from adaskip_compile.evaluation.likelihood import decoded_nlls
 from adaskip_compile.evaluation.scores import Scores
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.studies import Study, mean_over_domains, study_parser
 
 

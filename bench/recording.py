@@ -14,7 +14,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.cli.measure import Generation, Spread, generate
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 
 _DTYPES = ("float32", "bfloat16")
 

@@ -28,7 +28,7 @@ from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import Generation, generate, take_turns
 from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.lowering.executor import Executor
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from adaskip_passes.analysis.regions import Region
 from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write

@@ -17,7 +17,7 @@ from adaskip_compile.evaluation.candidates import complete_profile
 from adaskip_compile.evaluation.domains import Domain, mixed_windows, read_domains
 from adaskip_compile.evaluation.likelihood import window_nlls
 from adaskip_compile.evaluation.scores import Scores
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import Profile
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,7 @@ from torch.nn import functional
 import adaskip_compile
 import adaskip_passes
 from adaskip_compile.inspection.analyze import analyze
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.sessions import sessions_of
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects

@@ -21,7 +21,7 @@ import adaskip_compile
 from adaskip_compile.cli.measure import Generation, generate
 from adaskip_compile.costs.timers import Measured
 from adaskip_compile.inspection.inspection import Inspection
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 
 # Decoded after each prompt; the time of a token is the median over them.
 NEW_TOKENS = 16

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaskip_compile.cli.measure import Generation
-    from adaskip_compile.loss_budget import BudgetSizes
+    from adaskip_compile.planning.loss_budget import BudgetSizes
 
 _QUESTION = "Summarise the following page in a few sentences.\n\n"
 _FIRST_WORDS = 40
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     from adaskip_compile.cli import demo_tables
-    from adaskip_compile.loss_budget import confirm, plans_within_losses
+    from adaskip_compile.planning.loss_budget import confirm, plans_within_losses
 
     if arguments.new_tokens < arguments.window + 3:
         raise OptionError(
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _sizes(arguments: argparse.Namespace) -> BudgetSizes:
-    from adaskip_compile.loss_budget import BudgetSizes
+    from adaskip_compile.planning.loss_budget import BudgetSizes
 
     return BudgetSizes(
         prompt=arguments.length,
@@ -129,7 +129,7 @@ def _race(
 
     import adaskip_compile
     from adaskip_compile.cli.measure import generate, take_turns
-    from adaskip_compile.plans import SkipPlan
+    from adaskip_compile.planning.skip_plan import SkipPlan
 
     def eager() -> Generation:
         with torch.compiler.set_stance("force_eager"):

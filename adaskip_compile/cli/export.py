@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     import adaskip_compile
     from adaskip_compile.exporting.folders import check_folder
-    from adaskip_compile.plans import SkipPlan
+    from adaskip_compile.planning.skip_plan import SkipPlan
 
     check_folder(arguments.out)  # before minutes of loading and capturing
     plan = SkipPlan.load(arguments.plan)

@@ -27,7 +27,7 @@ from typing import Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
-from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
+from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
 from adaskip_passes.errors import OptionError
 
 
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _within_loss(arguments: argparse.Namespace, output: Output) -> Any:
-    from adaskip_compile.loss_budget import plan_within_loss
+    from adaskip_compile.planning.loss_budget import plan_within_loss
 
     unset = argparse.ArgumentParser()
     add_policy_arguments(unset)

@@ -16,7 +16,7 @@ from typing import Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
-from adaskip_compile.policy_names import POLICIES
+from adaskip_compile.planning.policy_names import POLICIES
 from adaskip_passes.errors import OptionError
 
 
@@ -74,7 +74,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = {name: getattr(arguments, name) for name in ("profile", "skip", "policy", "seed", "inner")}
     options = {name: value for name, value in asked.items() if value is not None}
     if arguments.plan is not None:
-        from adaskip_compile.plans import SkipPlan
+        from adaskip_compile.planning.skip_plan import SkipPlan
 
         options["plan"] = SkipPlan.load(arguments.plan)
     return options

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import adaskip_compile
-from adaskip_compile.plans import SkipPlan
-from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
+from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import FORMS

@@ -10,7 +10,7 @@ from typing import Any
 
 from adaskip_compile.evaluation.candidates import FULL
 from adaskip_compile.files.versioned_json import DocumentFormat, digest
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import is_finite_number
 from adaskip_passes.errors import ForeignFileError
 

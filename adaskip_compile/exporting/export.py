@@ -19,7 +19,7 @@ from adaskip_compile.exporting.files import SpecialisedPhase, describe, write_pa
 from adaskip_compile.exporting.folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
 from adaskip_compile.exporting.programs import make_program
 from adaskip_compile.files.model_identity import ModelIdentity, identify
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
 from adaskip_passes.ir.graph import fake_tensor

@@ -16,7 +16,7 @@ from adaskip_compile.exporting.capture import CapturedPhase, StaticSteps, end_to
 from adaskip_compile.files.atomic_write import native_file
 from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.files.versioned_json import producer
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import CaptureError, FileError
 from adaskip_passes.ir.printer import print_graph

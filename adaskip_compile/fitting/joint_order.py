@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
-from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.files.model_identity import identify
 from adaskip_compile.options import Options
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.compensated_plans import compensated
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiles import JointStep, Profile
 from adaskip_compile.profiling import evaluating, show_progress, token_ids
 from adaskip_compile.session_backend import SessionBackend

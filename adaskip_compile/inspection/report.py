@@ -21,7 +21,7 @@ from adaskip_compile.costs.timers import (
 )
 from adaskip_compile.inspection.advice import advise
 from adaskip_compile.inspection.inspection import InspectedSublayer, Inspection
-from adaskip_compile.plans import PLAN_FORMAT
+from adaskip_compile.planning.skip_plan import PLAN_FORMAT
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.ir.expressions import to_tree
 

@@ -12,7 +12,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import dispatch
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.errors import FileError, PassError, VerificationError
 from tests.models import plain, tiny, tokens
 

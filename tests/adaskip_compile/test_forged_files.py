@@ -20,7 +20,7 @@ from adaskip_compile.costs.timers import CALIBRATION_FORMAT, Measured
 from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, SweepResults
 from adaskip_compile.exporting.folders import EXPORT_FORMAT
 from adaskip_compile.files.versioned_json import DocumentFormat, checksum
-from adaskip_compile.plans import PLAN_FORMAT
+from adaskip_compile.planning.skip_plan import PLAN_FORMAT
 from adaskip_compile.profiles import PROFILE_FORMAT
 from tests.models import tiny, tokens
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from adaskip_compile.costs.model_costs import CostedSublayer, Group, ModelCosts
 from adaskip_compile.costs.timers import Measured, Roofline
-from adaskip_compile.goals import Choice, reach_speedup
-from adaskip_compile.knapsack import Option, cover
-from adaskip_compile.planning import plan
-from adaskip_compile.plans import SkipPlan
-from adaskip_compile.policies import keeps_enough
-from adaskip_compile.policy_names import POLICIES
-from adaskip_compile.predicted_times import predict_times
+from adaskip_compile.planning.knapsack import Option, cover
+from adaskip_compile.planning.planner import plan
+from adaskip_compile.planning.policies import keeps_enough
+from adaskip_compile.planning.policy_names import POLICIES
+from adaskip_compile.planning.predicted_times import predict_times
+from adaskip_compile.planning.replacement_costs import stand_in_cost
+from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.planning.speedup_goal import Choice, reach_speedup
 from adaskip_compile.profiles import JointStep, LayerProfile, Profile
-from adaskip_compile.stand_ins import stand_in_cost
 from adaskip_passes.analysis.cost import Cost, Q, T
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, measured

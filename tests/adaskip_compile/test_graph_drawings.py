@@ -12,7 +12,7 @@ import torch
 from adaskip_compile.costs.timers import ROOFLINES, predict
 from adaskip_compile.inspection.drawings import dot, graphml, node_data
 from adaskip_compile.inspection.inspection import Inspection, inspect_model
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError
 from tests.models import plain
 

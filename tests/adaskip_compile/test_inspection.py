@@ -13,7 +13,7 @@ from adaskip_compile.files.model_identity import identify
 from adaskip_compile.inspection.inspection import inspect_model
 from adaskip_compile.inspection.phase_graphs import capture_phases, hollow_copy
 from adaskip_compile.inspection.report import inspection_report
-from adaskip_compile.plans import RampStep, SkipPlan
+from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_passes.analysis.cost import find_costs
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.errors import OptionError, UnknownSublayerError

@@ -10,7 +10,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.compensated_plans import compensated
+from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_passes.errors import OptionError, ProfileError
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers

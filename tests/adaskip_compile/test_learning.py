@@ -14,7 +14,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import Profile
-from adaskip_compile.policies import largest_skip
+from adaskip_compile.planning.policies import largest_skip
 from tests.models import tiny, tokens
 from tests.reference import hook_statistics, omit_sublayers
 from tests.tiny_checkpoints import save_tiny

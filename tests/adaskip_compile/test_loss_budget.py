@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import SkipPlan, loss_budget
+from adaskip_compile import SkipPlan
 from adaskip_compile.evaluation.needles import Needle, make_needles
 from adaskip_compile.evaluation.prompt_quality import PromptJudge
 from adaskip_compile.evaluation.quality import Quality
 from adaskip_compile.fitting.sequence import SequenceFitter, fit_prompt_skips
 from adaskip_compile.inspection.phase_graphs import capture_phases
-from adaskip_compile.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
-from adaskip_compile.prompt_skips import PromptSkips, Trade
+from adaskip_compile.planning import loss_budget
+from adaskip_compile.planning.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
+from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from tests.models import tiny, tokens
 from tests.reference import decoder_layers

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adaskip_compile.options import Options, _field_docstrings
-from adaskip_compile.plans import SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import decoder
 

@@ -16,13 +16,13 @@ from torch import nn
 from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.online_choice import extra_sublayers
 from adaskip_compile.options import Options
-from adaskip_compile.planning import plan, plan_by_options, resolve_plan
-from adaskip_compile.plans import (
+from adaskip_compile.planning.planner import plan, plan_by_options, resolve_plan
+from adaskip_compile.planning.policies import largest_skip
+from adaskip_compile.planning.skip_plan import (
     PLAN_FORMAT,
     SkippedSublayer,
     SkipPlan,
 )
-from adaskip_compile.policies import largest_skip
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import (
     DamagedFileError,

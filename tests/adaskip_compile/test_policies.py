@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from adaskip_compile.layers import find_layers
 from adaskip_compile.learning import Learner
 from adaskip_compile.options import Options
-from adaskip_compile.planning import plan
-from adaskip_compile.plans import RampStep, SkipPlan
-from adaskip_compile.policies import LAYER_POLICIES, SUBLAYER_POLICIES, keeps_enough, largest_skip, least_influence
-from adaskip_compile.policy_names import POLICIES
+from adaskip_compile.planning.planner import plan
+from adaskip_compile.planning.policies import (
+    LAYER_POLICIES,
+    SUBLAYER_POLICIES,
+    keeps_enough,
+    largest_skip,
+    least_influence,
+)
+from adaskip_compile.planning.policy_names import POLICIES
+from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_compile.profiles import JointStep, LayerProfile, Profile
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, decoder, measured

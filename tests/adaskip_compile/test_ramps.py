@@ -15,7 +15,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import LegalityError, PlanError, SkipPlan
-from adaskip_compile.plans import PLAN_FORMAT, RampStep, SkippedSublayer
+from adaskip_compile.planning.skip_plan import PLAN_FORMAT, RampStep, SkippedSublayer
 from adaskip_compile.sessions import sessions_of
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens

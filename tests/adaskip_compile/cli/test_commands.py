@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from adaskip_compile import Profile, SkipPlan, loss_budget
+from adaskip_compile import Profile, SkipPlan
 from adaskip_compile.cli import main
-from adaskip_compile.loss_budget import BudgetSizes
+from adaskip_compile.planning import loss_budget
+from adaskip_compile.planning.loss_budget import BudgetSizes
 from tests.tiny_checkpoints import save_tiny
 
 ATTENTION = "model.layers.{}.self_attn"

@@ -1,6 +1,6 @@
 """Policies: which sublayers to skip, chosen offline from a profile; one function for each.
 
-Their names are those of :data:`adaskip_compile.policy_names.POLICIES`. Some choose among sublayers: ``adaskip``,
+Their names are those of :data:`adaskip_compile.planning.policy_names.POLICIES`. Some choose among sublayers: ``adaskip``,
 ``attention_only``, ``random``, ``loss_greedy``. The others choose whole layers, as the methods that they stand for do:
 ``early_exit``, ``skip_decode``, ``unified``, ``shortgpt``.
 """
@@ -91,7 +91,7 @@ def first_layers(profile: Profile, layers: Sequence[Layer], count: int) -> tuple
 
     SkipDecode bypasses lower to middle layers after a warm-up layer and runs all the upper ones, so that the cache
     has no gaps (Del Corro et al., arXiv 2307.02628, on the method). It lets their number grow linearly with the
-    position of a decoded token: :func:`adaskip_compile.planning.plan` makes a ramp of them where only decode skips.
+    position of a decoded token: :func:`adaskip_compile.planning.planner.plan` makes a ramp of them where only decode skips.
     """
     del profile
     return tuple(layers[1 : 1 + count])

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from adaskip_compile.costs.timers import ROOFLINES, Measured, Timer, predict
+from adaskip_compile.planning.replacement_costs import stand_in_seconds
 from adaskip_compile.profiles import Profile
-from adaskip_compile.stand_ins import stand_in_seconds
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 
@@ -40,7 +40,7 @@ def predict_times(
         context: Tokens of the prefill, or before the decoded token.
         times: What tells times, or the file of a calibration; by default a roofline of round figures.
         stand_ins: By path, what stands for a sublayer that is skipped costs beyond a scale
-            (:mod:`adaskip_compile.stand_ins`). It is taken off what skipping saves.
+            (:mod:`adaskip_compile.planning.replacement_costs`). It is taken off what skipping saves.
 
     Raises:
         OptionError: The profile holds no costs, or the times are of another model.

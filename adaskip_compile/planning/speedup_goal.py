@@ -3,7 +3,7 @@
 Which sublayers to skip is a choice among all of them, for prefill and decode at once: a stateless sublayer may be
 skipped in one phase and run in the other, a stateful one that is skipped in prefill stays skipped. Damages add up,
 one half for each phase; times add up. The least damage that saves enough time in both phases is then a knapsack
-with two weights, :func:`adaskip_compile.knapsack.cover`.
+with two weights, :func:`adaskip_compile.planning.knapsack.cover`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from adaskip_compile.costs.timers import Timer
-from adaskip_compile.knapsack import Option, cover
-from adaskip_compile.policies import LAYER_POLICIES, choose, joint_order, keeps_enough, largest_skip, layer_choices
-from adaskip_compile.predicted_times import PredictedTimes, predict_times
+from adaskip_compile.planning.knapsack import Option, cover
+from adaskip_compile.planning.policies import (
+    LAYER_POLICIES,
+    choose,
+    joint_order,
+    keeps_enough,
+    largest_skip,
+    layer_choices,
+)
+from adaskip_compile.planning.predicted_times import PredictedTimes, predict_times
 from adaskip_compile.profiles import Profile
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
@@ -54,7 +61,7 @@ def reach_speedup(
     ``adaskip`` and ``loss_greedy`` weigh each sublayer's damage against the time that it saves: 1 - similarity, or
     what skipping it adds to the loss in the joint order. Of the other policies it is the smallest number of
     sublayers that does. ``phase`` restricts the goal to one phase; the other arguments are those of
-    :func:`~adaskip_compile.predicted_times.predict_times`. With ``stand_ins``, those two choose only among the
+    :func:`~adaskip_compile.planning.predicted_times.predict_times`. With ``stand_ins``, those two choose only among the
     sublayers that have one.
 
     Raises:

@@ -1,6 +1,6 @@
 """Plans: what to skip, and the file of it.
 
-The offline choice is :func:`adaskip_compile.planning.plan`, the online one, from a request's first tokens,
+The offline choice is :func:`adaskip_compile.planning.planner.plan`, the online one, from a request's first tokens,
 :func:`adaskip_compile.online_choice.extra_sublayers` (AdaSkip section 3). A skipped sublayer is replaced by b = scale * a (paper Eq. 4), with a
 the residual stream before it and b after it.
 """
@@ -21,8 +21,8 @@ from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
 from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.map_files import read_maps, write_maps
+from adaskip_compile.planning.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade
 from adaskip_compile.profiles import SCALE_KINDS, is_finite_number
-from adaskip_compile.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade
 from adaskip_passes.errors import FileError, LegalityError, PlanError, ProfileError, UnknownSublayerError
 from adaskip_passes.ir.module_paths import submodule_paths
 
@@ -97,7 +97,7 @@ class SkipPlan:
         skipped: The sublayers skipped in prefill and for the whole request, in the order of the residual stream.
         beta: The similarity from which an FFN is skipped too after the window; None adds none.
         window: How many decoded tokens are measured for that; 0 adds none.
-        policy: What chose the plan: one of :data:`adaskip_compile.policy_names.POLICIES`, ``explicit`` or ``none``.
+        policy: What chose the plan: one of :data:`adaskip_compile.planning.policy_names.POLICIES`, ``explicit`` or ``none``.
         scale_kind: Which ratio the scales are, and those measured in the window: ``token`` or ``frobenius``.
         model: The model that the plan is for; None for any model that has these sublayers.
         ramp: What changes as the request is decoded, earliest first.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adaskip_compile.fitting.least_squares import StreamMap
-from adaskip_compile.plans import SkippedSublayer, SkipPlan
-from adaskip_compile.policy_names import COMPENSATIONS
+from adaskip_compile.planning.policy_names import COMPENSATIONS
+from adaskip_compile.planning.skip_plan import SkippedSublayer, SkipPlan
 from adaskip_compile.profiles import Profile
 from adaskip_passes.errors import OptionError
 

@@ -7,15 +7,15 @@ import os
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from adaskip_compile.compensated_plans import compensated
 from adaskip_compile.costs.timers import Timer
 from adaskip_compile.files.model_identity import ModelIdentity
-from adaskip_compile.goals import Choice, in_phase, reach_speedup, within_loss
-from adaskip_compile.plans import RampStep, SkippedSublayer, SkipPlan
-from adaskip_compile.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
-from adaskip_compile.policy_names import COMPENSATIONS, POLICIES
+from adaskip_compile.planning.compensated_plans import compensated
+from adaskip_compile.planning.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
+from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
+from adaskip_compile.planning.replacement_costs import stand_in_costs
+from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
+from adaskip_compile.planning.speedup_goal import Choice, in_phase, reach_speedup, within_loss
 from adaskip_compile.profiles import SCALE_KINDS, Profile, is_finite_number
-from adaskip_compile.stand_ins import stand_in_costs
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def plan(
         skip: How many sublayers to skip.
         speedup: In place of ``skip``. Without ``context``, the paper's target acceleration alpha: skips 2m sublayers,
             where m = M - M/alpha of M layers, a layer being two sublayers. With it, the ratio of times to reach.
-        policy: How to choose: one of :data:`adaskip_compile.policy_names.POLICIES`; :mod:`adaskip_compile.policies` cites each.
+        policy: How to choose: one of :data:`adaskip_compile.planning.policy_names.POLICIES`; :mod:`adaskip_compile.planning.policies` cites each.
         context: The context length, in tokens, at which ``speedup`` is to be reached in prefill and in decode.
         window: How many decoded tokens to measure before FFNs are added; 0 adds none. Of policies that add none,
             ``skip_decode`` takes as long to reach its full ramp, and the others have no use for it.

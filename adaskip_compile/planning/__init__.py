@@ -1,0 +1,1 @@
+"""What to skip: by similarity, by a goal, or within a loss."""
