@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from adaskip_compile.planning.loss_budget import plan_within_loss
     from adaskip_compile.planning.planner import plan
     from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
-    from adaskip_compile.profiles import Profile, SublayerProfile
-    from adaskip_compile.profiling import profile
+    from adaskip_compile.profiling.profiles import Profile, SublayerProfile
+    from adaskip_compile.profiling.profiling import profile
     from adaskip_compile.reports import Report, report
     from adaskip_passes.errors import (
         AdaSkipError,

@@ -17,7 +17,7 @@ from adaskip_compile.options import Options
 from adaskip_compile.planning.planner import plan_by_options
 from adaskip_compile.planning.policies import largest_skip
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import LayerProfile, Profile, SublayerProfile
+from adaskip_compile.profiling.profiles import LayerProfile, Profile, SublayerProfile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.stream.find_stream import ResidualStream
 

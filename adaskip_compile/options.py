@@ -16,7 +16,7 @@ from adaskip_compile.costs.timers import Measured, Roofline
 from adaskip_compile.planning.planner import check_goal, check_plan_options
 from adaskip_compile.planning.policy_names import PROFILED_POLICIES
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
 
 CACHE_VARIABLE = "ADASKIP_CACHE_DIR"

@@ -32,7 +32,7 @@ from adaskip_compile.files.model_identity import identify
 from adaskip_compile.files.versioned_json import digest
 from adaskip_compile.planning.policy_names import POLICIES
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import PROFILE_FORMAT, Profile
+from adaskip_compile.profiling.profiles import PROFILE_FORMAT, Profile
 from adaskip_passes.errors import ForeignFileError, OptionError
 from bench.studies import Study, study_parser
 

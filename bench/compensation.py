@@ -23,7 +23,7 @@ from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Measure, Sizes, make_measures
 from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
 from bench.studies import Study, mean_over_domains, study_parser
 

@@ -25,7 +25,7 @@ from adaskip_compile.costs.timers import Measured
 from adaskip_compile.inspection.inspection import inspect_model
 from adaskip_compile.planning.predicted_times import predict_times
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from bench.recording import bench_parser, cell, generate_under, ratios, write
 
 FULL = "full"

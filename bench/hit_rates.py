@@ -14,7 +14,7 @@ import torch
 
 from adaskip_compile.evaluation.domains import mixed_windows
 from adaskip_compile.evaluation.scores import Scores
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from bench.decode_statistics import decode_statistics
 from bench.studies import Study, study_parser
 

@@ -18,7 +18,7 @@ from adaskip_compile.evaluation.domains import Domain, mixed_windows, read_domai
 from adaskip_compile.evaluation.likelihood import window_nlls
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("torch", "transformers")

@@ -107,7 +107,7 @@ def _inspect(arguments: argparse.Namespace) -> Inspection:
     from adaskip_compile.files.model_identity import identify
     from adaskip_compile.inspection.inspection import inspect_model
     from adaskip_compile.planning.skip_plan import SkipPlan
-    from adaskip_compile.profiles import Profile
+    from adaskip_compile.profiling.profiles import Profile
 
     if (arguments.model is None) == (arguments.config is None):
         raise OptionError("name either a MODEL or the --config of one")

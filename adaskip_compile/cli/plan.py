@@ -101,7 +101,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
-    from adaskip_compile.profiles import Profile
+    from adaskip_compile.profiling.profiles import Profile
 
     if Path(arguments.source).suffix == ".json" or any(getattr(arguments, name) is not None for name in _OF_PROFILES):
         made = make_plan(Profile.load(arguments.source), arguments)

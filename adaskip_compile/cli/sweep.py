@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from adaskip_compile.cli.tradeoff import Row
     from adaskip_compile.evaluation.candidates import Candidate
     from adaskip_compile.evaluation.domains import Domain
-    from adaskip_compile.profiles import Profile
+    from adaskip_compile.profiling.profiles import Profile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +110,7 @@ def _profile(
     from adaskip_compile.evaluation.candidates import complete_profile
     from adaskip_compile.evaluation.domains import mixed_windows
     from adaskip_compile.files.model_identity import identify
-    from adaskip_compile.profiles import Profile
+    from adaskip_compile.profiling.profiles import Profile
 
     kept = Path(arguments.results).with_suffix(".profile.json")
     named = kept if results.path.exists() and kept.exists() else arguments.profile
@@ -136,7 +136,7 @@ def _about(model: Any, domains: Sequence[Domain], arguments: argparse.Namespace)
 
     from adaskip_compile.files.model_identity import identify
     from adaskip_compile.files.versioned_json import digest, producer
-    from adaskip_compile.profiles import PROFILE_FORMAT
+    from adaskip_compile.profiling.profiles import PROFILE_FORMAT
 
     names = ("dtype", "inner", "window", "samples", "windows", "length", "context", "new_tokens", "items")
     profile = digest(repr(PROFILE_FORMAT.read(arguments.profile))) if arguments.profile else "measured by the sweep"

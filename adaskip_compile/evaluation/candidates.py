@@ -12,7 +12,7 @@ import torch
 import adaskip_compile
 from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import FORMS
 

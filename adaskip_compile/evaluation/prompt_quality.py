@@ -21,7 +21,7 @@ from adaskip_compile.evaluation.quality import Answers, Quality
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.options import Options
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiling import evaluating
+from adaskip_compile.profiling.profiling import evaluating
 from adaskip_compile.session_backend import SessionBackend
 from adaskip_compile.sessions import Session
 

@@ -11,7 +11,7 @@ from typing import Any
 from adaskip_compile.evaluation.candidates import FULL
 from adaskip_compile.files.versioned_json import DocumentFormat, digest
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import is_finite_number
+from adaskip_compile.profiling.profiles import is_finite_number
 from adaskip_passes.errors import ForeignFileError
 
 SWEEP_FORMAT = DocumentFormat("adaskip-sweep", 1, remedy="run `adaskip sweep MODEL --results` with another file")

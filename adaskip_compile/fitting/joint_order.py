@@ -24,8 +24,8 @@ from adaskip_compile.files.model_identity import identify
 from adaskip_compile.options import Options
 from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import JointStep, Profile
-from adaskip_compile.profiling import evaluating, show_progress, token_ids
+from adaskip_compile.profiling.profiles import JointStep, Profile
+from adaskip_compile.profiling.profiling import evaluating, show_progress, token_ids
 from adaskip_compile.session_backend import SessionBackend
 from adaskip_compile.sessions import Session
 from adaskip_passes.errors import OptionError, PassError, ProfileError

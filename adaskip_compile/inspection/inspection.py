@@ -16,7 +16,7 @@ from torch import fx, nn
 from adaskip_compile.costs.model_costs import Group, find_model_costs
 from adaskip_compile.inspection.phase_graphs import PhaseGraph, capture_phases, longest_context
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor

@@ -27,12 +27,12 @@ from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.files.versioned_json import digest, producer
 from adaskip_compile.fitting.sequence import SequenceFitter
 from adaskip_compile.inspection.phase_graphs import longest_context
-from adaskip_compile.layers import find_layers
 from adaskip_compile.options import Options
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
 from adaskip_compile.planning.skip_plan import SkippedSublayer, SkipPlan
-from adaskip_compile.profiles import is_finite_number
-from adaskip_compile.profiling import show_progress
+from adaskip_compile.profiling.layers import find_layers
+from adaskip_compile.profiling.profiles import is_finite_number
+from adaskip_compile.profiling.profiling import show_progress
 from adaskip_compile.texts import held_out_texts, longest_held_out, most_held_out, profiling_texts, windows
 from adaskip_passes.analysis.flops import count_flops
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError, ProfileError

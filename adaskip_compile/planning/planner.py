@@ -15,7 +15,7 @@ from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.planning.replacement_costs import stand_in_costs
 from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
 from adaskip_compile.planning.speedup_goal import Choice, in_phase, reach_speedup, within_loss
-from adaskip_compile.profiles import SCALE_KINDS, Profile, is_finite_number
+from adaskip_compile.profiling.profiles import SCALE_KINDS, Profile, is_finite_number
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from adaskip_compile.layers import Layer, find_layers
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.layers import Layer, find_layers
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from adaskip_compile.costs.timers import ROOFLINES, Measured, Timer, predict
 from adaskip_compile.planning.replacement_costs import stand_in_seconds
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 

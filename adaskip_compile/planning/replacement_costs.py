@@ -13,7 +13,7 @@ import sympy
 from adaskip_compile.costs.model_costs import Group
 from adaskip_compile.costs.timers import ROOFLINES, Roofline, Timer
 from adaskip_compile.planning.policy_names import COMPENSATIONS
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.analysis.cost import B, Cost, Q
 from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import part_shapes

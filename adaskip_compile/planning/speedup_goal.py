@@ -23,7 +23,7 @@ from adaskip_compile.planning.policies import (
     layer_choices,
 )
 from adaskip_compile.planning.predicted_times import PredictedTimes, predict_times
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
 

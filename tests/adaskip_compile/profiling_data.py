@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from adaskip_compile.files.model_identity import SAMPLED_WEIGHTS, ModelIdentity
-from adaskip_compile.profiles import Profile, SublayerProfile
+from adaskip_compile.profiling.profiles import Profile, SublayerProfile
 
 TINY = ModelIdentity("org/tiny", "0123456789abcdef", "3f80" * SAMPLED_WEIGHTS)
 FINE_TUNED = ModelIdentity("org/tiny", "0123456789abcdef", "3f80" * (SAMPLED_WEIGHTS - 1) + "4000")

@@ -21,7 +21,7 @@ from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, SweepResults
 from adaskip_compile.exporting.folders import EXPORT_FORMAT
 from adaskip_compile.files.versioned_json import DocumentFormat, checksum
 from adaskip_compile.planning.skip_plan import PLAN_FORMAT
-from adaskip_compile.profiles import PROFILE_FORMAT
+from adaskip_compile.profiling.profiles import PROFILE_FORMAT
 from tests.models import tiny, tokens
 
 ABOUT = {"model": "tiny"}

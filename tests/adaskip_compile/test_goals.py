@@ -23,7 +23,7 @@ from adaskip_compile.planning.predicted_times import predict_times
 from adaskip_compile.planning.replacement_costs import stand_in_cost
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.speedup_goal import Choice, reach_speedup
-from adaskip_compile.profiles import JointStep, LayerProfile, Profile
+from adaskip_compile.profiling.profiles import JointStep, LayerProfile, Profile
 from adaskip_passes.analysis.cost import Cost, Q, T
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, measured

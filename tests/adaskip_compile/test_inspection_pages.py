@@ -15,7 +15,7 @@ from adaskip_compile.inspection.inspection import Inspection, inspect_model
 from adaskip_compile.inspection.pages import inspection_page
 from adaskip_compile.inspection.report import inspection_report
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import Profile, SublayerProfile
+from adaskip_compile.profiling.profiles import Profile, SublayerProfile
 from tests.adaskip_compile.browsers import browser
 from tests.models import tiny
 

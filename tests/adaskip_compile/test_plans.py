@@ -23,7 +23,7 @@ from adaskip_compile.planning.skip_plan import (
     SkippedSublayer,
     SkipPlan,
 )
-from adaskip_compile.profiles import Profile
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import (
     DamagedFileError,
     FileError,

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_compile.layers import find_layers
 from adaskip_compile.learning import Learner
 from adaskip_compile.options import Options
 from adaskip_compile.planning.planner import plan
@@ -22,7 +21,8 @@ from adaskip_compile.planning.policies import (
 )
 from adaskip_compile.planning.policy_names import POLICIES
 from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
-from adaskip_compile.profiles import JointStep, LayerProfile, Profile
+from adaskip_compile.profiling.layers import find_layers
+from adaskip_compile.profiling.profiles import JointStep, LayerProfile, Profile
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, decoder, measured
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiles import PROFILE_FORMAT, Profile, SublayerProfile
+from adaskip_compile.profiling.profiles import PROFILE_FORMAT, Profile, SublayerProfile
 from adaskip_passes.errors import (
     DamagedFileError,
     FileError,

@@ -16,7 +16,7 @@ from adaskip_compile.costs.model_costs import ModelCosts
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
 from adaskip_compile.fitting.least_squares import StreamMap
-from adaskip_compile.map_files import read_maps, write_maps
+from adaskip_compile.profiling.map_files import read_maps, write_maps
 from adaskip_passes.errors import DamagedFileError, OptionError, ProfileError
 
 SCALE_KINDS = ("token", "frobenius")

@@ -1,0 +1,1 @@
+"""How similar the stream is before and after each sublayer, over samples."""
