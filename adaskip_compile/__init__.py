@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
     from adaskip_compile.profiling.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling.profiling import profile
-    from adaskip_compile.reports import Report, report
+    from adaskip_compile.runtime.reports import Report, report
     from adaskip_passes.errors import (
         AdaSkipError,
         CaptureError,

@@ -26,8 +26,8 @@ from adaskip_compile.files.model_identity import unwrapped
 from adaskip_compile.options import Options
 from adaskip_compile.planning.loss_budget import kept_plan
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.session_backend import AdmittedGraph, WatchedForward
-from adaskip_compile.sessions import Session, forget_sessions, session_for
+from adaskip_compile.runtime.session import Session, forget_sessions, session_for
+from adaskip_compile.runtime.session_backend import AdmittedGraph, WatchedForward
 from adaskip_passes.errors import OptionError
 
 # Two per cent of perplexity, for prompts of a few pages.

@@ -29,7 +29,7 @@ from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from bench.recording import write
 
 WAYS = ("eager", "adaskip", "inductor")

@@ -26,10 +26,10 @@ import torch
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import Generation, generate, take_turns
-from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.lowering.executor import Executor
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.dispatch import Dispatcher
+from adaskip_compile.runtime.session import sessions_of
 from adaskip_passes.analysis.regions import Region
 from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
 

@@ -23,7 +23,7 @@ from adaskip_compile.capture.dynamo import constant_floats, graph_break
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.options import Options
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.sessions import Session
+from adaskip_compile.runtime.session import Session
 from adaskip_passes.errors import AdaSkipError
 from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
 from tests.models import tokens

@@ -14,7 +14,7 @@ import adaskip_compile
 import adaskip_passes
 from adaskip_compile.inspection.analyze import analyze
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream

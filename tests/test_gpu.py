@@ -13,7 +13,7 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.cli.measure import cache_bytes
 from adaskip_compile.lowering.cuda_graphs import RecordedRun
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from tests.generation import CACHES, generate, left_padded, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request

@@ -31,10 +31,10 @@ from torch import fx, nn
 from adaskip_compile.capture.dynamo import collector_paused, place_in
 from adaskip_compile.capture.module_code import CodeState, ModelCode
 from adaskip_compile.capture.package import Capture, CaptureRecorder, install, why_not
-from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.files.atomic_write import replace_file
 from adaskip_compile.kv_cache.cache_object import CachePlace
-from adaskip_compile.sessions import Session
+from adaskip_compile.runtime.dispatch import Dispatcher
+from adaskip_compile.runtime.session import Session
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import name_modules

@@ -15,15 +15,15 @@ from torch import nn
 from torch.nn import functional
 
 from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
-from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.evaluation.needles import Needle
 from adaskip_compile.evaluation.quality import Answers, Quality
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.options import Options
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiling import evaluating
-from adaskip_compile.session_backend import SessionBackend
-from adaskip_compile.sessions import Session
+from adaskip_compile.runtime.dispatch import Dispatcher
+from adaskip_compile.runtime.session import Session
+from adaskip_compile.runtime.session_backend import SessionBackend
 
 # Tokens a call after the prompt: too few to be taken for a prompt.
 _BLOCK = 64

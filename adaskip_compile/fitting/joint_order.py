@@ -26,8 +26,8 @@ from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import JointStep, Profile
 from adaskip_compile.profiling.profiling import evaluating, show_progress, token_ids
-from adaskip_compile.session_backend import SessionBackend
-from adaskip_compile.sessions import Session
+from adaskip_compile.runtime.session import Session
+from adaskip_compile.runtime.session_backend import SessionBackend
 from adaskip_passes.errors import OptionError, PassError, ProfileError
 
 # The predictions of one token in so many are compared: neighbours say much the same.

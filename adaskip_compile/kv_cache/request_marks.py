@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from adaskip_compile.requests import Request
+from adaskip_compile.runtime.requests import Request
 
 ATTRIBUTE = "_adaskip_request"
 # A mark as it comes back from a pickle: texts, and the paths of the holes.

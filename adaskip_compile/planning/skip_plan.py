@@ -1,7 +1,7 @@
 """Plans: what to skip, and the file of it.
 
 The offline choice is :func:`adaskip_compile.planning.planner.plan`, the online one, from a request's first tokens,
-:func:`adaskip_compile.online_choice.extra_sublayers` (AdaSkip section 3). A skipped sublayer is replaced by b = scale * a (paper Eq. 4), with a
+:func:`adaskip_compile.runtime.window.extra_sublayers` (AdaSkip section 3). A skipped sublayer is replaced by b = scale * a (paper Eq. 4), with a
 the residual stream before it and b after it.
 """
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import SkipPlan, dispatch
+from adaskip_compile import SkipPlan
 from adaskip_compile.lowering import cuda_graphs
 from adaskip_compile.lowering.cuda_graphs import RecordedRun, recordable
+from adaskip_compile.runtime import dispatch
 from adaskip_passes.analysis.effects import positions_written
 from tests.captures import first_graph
 from tests.generation import generate, left_padded, make_cache

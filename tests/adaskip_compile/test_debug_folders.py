@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import dispatch
 from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.runtime import dispatch
 from adaskip_passes.errors import FileError, PassError, VerificationError
 from tests.models import plain, tiny, tokens
 
@@ -180,7 +180,7 @@ def test_the_log_is_silent_by_default_and_tells_all_where_asked(caplog: pytest.L
     assert "LlamaForCausalLM: captured a prefill graph of 4 sublayers" in text
     assert "LlamaForCausalLM: made the prefill graph that skips 2 and probes 0 sublayers" in text
     assert f"graph before and after each pass: {tmp_path / '001'}" in text
-    script = "import logging, adaskip_compile; logging.getLogger('adaskip_compile.sessions').warning('heard')"
+    script = "import logging, adaskip_compile; logging.getLogger('adaskip_compile.runtime.session').warning('heard')"
     command = [sys.executable, "-c", script]
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ), cwd=ROOT)
     assert found.stderr == ""

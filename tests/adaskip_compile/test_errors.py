@@ -66,7 +66,7 @@ def test_a_skipped_attention_cannot_run_again(llama):
 def test_a_request_refuses_to_run_its_holes(llama):
     adaskip_compile.compile(llama, SkipPlan.from_scales(ATTENTION), inner="eager")
     run_request(llama, tokens(1, 9), tokens(1, 1), cache=make_cache("dynamic", llama))
-    from adaskip_compile.sessions import sessions_of
+    from adaskip_compile.runtime.session import sessions_of
 
     [request] = sessions_of(llama)[0].requests.history
     request.scales.clear()

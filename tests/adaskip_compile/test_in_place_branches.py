@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from adaskip_passes.analysis.effects import op_name
 from tests.models import tokens
 from tests.reference import reference_backend

@@ -20,7 +20,7 @@ from adaskip_compile import SkipPlan
 from adaskip_compile.capture import store as kept_captures
 from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.capture.package import why_not
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from tests.generation import generate, make_cache
 from tests.models import tiny, tokens
 from tests.tiny_checkpoints import save_tiny

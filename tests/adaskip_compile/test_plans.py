@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adaskip_compile.files.model_identity import ModelIdentity
-from adaskip_compile.online_choice import extra_sublayers
 from adaskip_compile.options import Options
 from adaskip_compile.planning.planner import plan, plan_by_options, resolve_plan
 from adaskip_compile.planning.policies import largest_skip
@@ -24,6 +23,7 @@ from adaskip_compile.planning.skip_plan import (
     SkipPlan,
 )
 from adaskip_compile.profiling.profiles import Profile
+from adaskip_compile.runtime.window import extra_sublayers
 from adaskip_passes.errors import (
     DamagedFileError,
     FileError,

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_compile.learning import Learner
 from adaskip_compile.options import Options
 from adaskip_compile.planning.planner import plan
 from adaskip_compile.planning.policies import (
@@ -23,6 +22,7 @@ from adaskip_compile.planning.policy_names import POLICIES
 from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import JointStep, LayerProfile, Profile
+from adaskip_compile.runtime.learning import Learner
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.profiling_data import TINY, decoder, measured
 

@@ -16,7 +16,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import LegalityError, PlanError, SkipPlan
 from adaskip_compile.planning.skip_plan import PLAN_FORMAT, RampStep, SkippedSublayer
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request

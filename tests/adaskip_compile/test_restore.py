@@ -14,7 +14,7 @@ from torch import nn
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.kv_cache.cache_argument import cache_argument
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from tests.doors import compiled_by
 from tests.generation import generate, greedy_loop, make_cache
 from tests.models import plain, tiny, tokens

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import SkipPlan, dispatch
+from adaskip_compile import SkipPlan
 from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.kv_cache.cache_argument import cache_argument
+from adaskip_compile.runtime import dispatch
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request

@@ -15,8 +15,9 @@ from torch._dynamo import config
 
 import adaskip_compile
 import adaskip_compile.backend
-from adaskip_compile import SkipPlan, sessions
+from adaskip_compile import SkipPlan
 from adaskip_compile.options import Options
+from adaskip_compile.runtime import session as sessions
 from tests.doors import compiled_by
 from tests.generation import greedy_loop, make_cache
 from tests.models import tiny, tokens

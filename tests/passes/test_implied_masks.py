@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.sessions import sessions_of
+from adaskip_compile.runtime.session import sessions_of
 from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
 from adaskip_passes.ir.graph import named_arguments
 from adaskip_passes.ir.printer import print_graph

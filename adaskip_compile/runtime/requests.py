@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from adaskip_compile.online_choice import extra_sublayers
 from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
+from adaskip_compile.runtime.window import extra_sublayers
 from adaskip_passes.errors import LegalityError
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.lowering.cuda_graphs import RecordedRun
-from adaskip_compile.requests import Request
-from adaskip_compile.sessions import Session, sessions_of
+from adaskip_compile.runtime.dispatch import Dispatcher
+from adaskip_compile.runtime.requests import Request
+from adaskip_compile.runtime.session import Session, sessions_of
 
 
 @dataclass(frozen=True)

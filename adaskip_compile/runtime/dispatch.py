@@ -22,7 +22,6 @@ import torch
 from torch import fx
 
 from adaskip_compile.capture.dynamo import capture_reason, collector_paused, forget_marks
-from adaskip_compile.debug_folders import run_passes
 from adaskip_compile.kv_cache.appends import CacheGrowth
 from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.kv_cache.holes_seen import find_holes
@@ -31,7 +30,8 @@ from adaskip_compile.kv_cache.shared_holes import HoleMemory
 from adaskip_compile.lowering.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.lowering.lowering import Lowering, Runnable
 from adaskip_compile.lowering.shape_checks import ShapeCheck
-from adaskip_compile.requests import Request
+from adaskip_compile.runtime.debug_folders import run_passes
+from adaskip_compile.runtime.requests import Request
 from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
 from adaskip_passes.ir.graph import fake_tensor
@@ -44,7 +44,7 @@ from adaskip_passes.stream.find_stream import ResidualStream
 from adaskip_passes.stream.state import find_counters, output_values
 
 if TYPE_CHECKING:
-    from adaskip_compile.sessions import Session
+    from adaskip_compile.runtime.session import Session
 
 log = logging.getLogger(__name__)
 

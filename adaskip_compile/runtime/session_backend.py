@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture.module_code import CodeState, ModelCode
-from adaskip_compile.sessions import Session
+from adaskip_compile.runtime.session import Session
 from adaskip_passes.errors import CaptureError
 
 

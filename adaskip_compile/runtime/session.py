@@ -17,17 +17,17 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture.dynamo import Place, graph_break, place_in
-from adaskip_compile.dispatch import Dispatcher
 from adaskip_compile.files.model_identity import ModelIdentity, identify, unwrapped
 from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.kv_cache.growing_storage import GrowingStorages
 from adaskip_compile.kv_cache.request_table import RequestTable
-from adaskip_compile.learning import Learner
 from adaskip_compile.lowering.lowering import start_cpu_compiler
 from adaskip_compile.options import Options
 from adaskip_compile.planning.planner import resolve_plan
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.requests import Request
+from adaskip_compile.runtime.dispatch import Dispatcher
+from adaskip_compile.runtime.learning import Learner
+from adaskip_compile.runtime.requests import Request
 from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError

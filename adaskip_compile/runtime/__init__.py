@@ -1,0 +1,1 @@
+"""What runs on each call: session, dispatch, requests, and what they report."""
