@@ -15,7 +15,7 @@ _SCRIPTS = ("costs.js", "charts.js", "sections.js", "history.js", "page.js")
 
 def inspection_page(report: dict[str, Any]) -> str:
     """Return the HTML of a page about ``report``, as :func:`adaskip_compile.inspection.report.inspection_report` gave it."""
-    folder = resources.files("adaskip_compile") / "page"
+    folder = resources.files("adaskip_compile.inspection") / "page"
     data = json.dumps({**report, "producer": producer()}, separators=(",", ":"), allow_nan=False)
     parts = {
         "__TITLE__": html.escape(str(report["model"])),

