@@ -11,7 +11,7 @@ import pytest
 from adaskip_compile.options import Options, _field_docstrings
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.errors import OptionError
-from tests.adaskip_compile.profiling_data import decoder
+from tests.adaskip_compile.profiling.profiling_data import decoder
 
 
 def test_defaults() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from adaskip_compile import Profile
 from adaskip_compile.cli import main
-from tests.adaskip_compile.profiling_data import TINY
+from tests.adaskip_compile.profiling.profiling_data import TINY
 from tests.tiny_checkpoints import save_tiny
 
 ROOT = Path(__file__).parents[3]
@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_read_is_named(
     assert str(folder) in line
 
 
-# export writes a folder, not a file: tests/adaskip_compile/test_export_folders.py; sweep goes on from what it finds.
+# export writes a folder, not a file: tests/adaskip_compile/exporting/test_folders.py; sweep goes on from what it finds.
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("sweep", "export")])
 @pytest.mark.parametrize("kind", ["full", "interrupted"])
 def test_what_cannot_be_written_leaves_nothing(

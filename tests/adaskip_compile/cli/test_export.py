@@ -11,7 +11,7 @@ import pytest
 from adaskip_compile import SkipPlan
 from adaskip_compile.cli import main
 from adaskip_compile.exporting.runner import ExportedModel, read_manifest
-from tests.adaskip_compile.exports import run_alone
+from tests.adaskip_compile.exporting.exports import run_alone
 from tests.tiny_checkpoints import save_tiny
 
 PLAN = replace(SkipPlan.from_scales({"model.layers.0.self_attn": 0.98, "model.layers.1.mlp": 0.95}, window=3), beta=0.9)

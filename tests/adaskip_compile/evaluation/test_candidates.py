@@ -11,7 +11,7 @@ from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import part_shapes
-from tests.adaskip_compile.profiling_data import decoder
+from tests.adaskip_compile.profiling.profiling_data import decoder
 from tests.models import tiny, tokens
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adaskip_compile.requests_alone import IDS, assert_same, go_on, scaled_attentions, use
+from tests.adaskip_compile.kv_cache.requests_alone import IDS, assert_same, go_on, scaled_attentions, use
 from tests.generation import CACHES, generate, make_cache
 from tests.models import FAMILIES, tiny, tokens
 from tests.reference import run_request

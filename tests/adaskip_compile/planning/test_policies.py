@@ -24,7 +24,7 @@ from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import JointStep, LayerProfile, Profile
 from adaskip_compile.runtime.learning import Learner
 from adaskip_passes.errors import OptionError
-from tests.adaskip_compile.profiling_data import TINY, decoder, measured
+from tests.adaskip_compile.profiling.profiling_data import TINY, decoder, measured
 
 # Six layers. Attentions: 0.90, 0.95, 0.80, 0.97, 0.93, 0.85; FFNs: 0.10, 0.91, 0.94, 0.70, 0.96, 0.60.
 ATTENTION = (0.90, 0.95, 0.80, 0.97, 0.93, 0.85)

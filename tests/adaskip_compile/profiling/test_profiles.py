@@ -25,7 +25,7 @@ from adaskip_passes.errors import (
     OptionError,
     ProfileError,
 )
-from tests.adaskip_compile.profiling_data import FINE_TUNED, OTHER, TINY, decoder, measured, profiles
+from tests.adaskip_compile.profiling.profiling_data import FINE_TUNED, OTHER, TINY, decoder, measured, profiles
 
 SHAPE = [("layers.0.self_attn", "attention"), ("layers.0.mlp", "ffn")]
 

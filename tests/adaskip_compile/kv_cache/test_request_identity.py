@@ -16,7 +16,7 @@ import adaskip_compile
 from adaskip_compile import LegalityError, SkipPlan
 from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
-from tests.adaskip_compile.requests_alone import (
+from tests.adaskip_compile.kv_cache.requests_alone import (
     FFN,
     IDS,
     ONE,

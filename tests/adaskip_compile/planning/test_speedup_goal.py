@@ -26,7 +26,7 @@ from adaskip_compile.planning.speedup_goal import Choice, reach_speedup
 from adaskip_compile.profiling.profiles import JointStep, LayerProfile, Profile
 from adaskip_passes.analysis.cost import Cost, Q, T
 from adaskip_passes.errors import OptionError
-from tests.adaskip_compile.profiling_data import TINY, measured
+from tests.adaskip_compile.profiling.profiling_data import TINY, measured
 
 LAYERS = 8
 PATHS = [f"model.layers.{layer}.{part}" for layer in range(LAYERS) for part in ("self_attn", "mlp")]

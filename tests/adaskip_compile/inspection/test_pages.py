@@ -16,7 +16,7 @@ from adaskip_compile.inspection.pages import inspection_page
 from adaskip_compile.inspection.report import inspection_report
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile, SublayerProfile
-from tests.adaskip_compile.browsers import browser
+from tests.adaskip_compile.inspection.browsers import browser
 from tests.models import tiny
 
 MEASURED = Measured(

@@ -35,7 +35,7 @@ from adaskip_passes.errors import (
     PlanError,
     UnknownSublayerError,
 )
-from tests.adaskip_compile.profiling_data import FINE_TUNED, NUMBERS, OTHER, POSITIVE, TINY, decoder, measured
+from tests.adaskip_compile.profiling.profiling_data import FINE_TUNED, NUMBERS, OTHER, POSITIVE, TINY, decoder, measured
 
 # Two samples a sublayer. Means of similarity: 0.625, 0.125, 0.75, 0.875; of the token scale: 1.25, 3, 2, 1.5;
 # of the Frobenius scale: 5, 6, 7, 8.

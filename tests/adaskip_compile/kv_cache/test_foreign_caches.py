@@ -13,7 +13,18 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import LegalityError, SkipPlan
-from tests.adaskip_compile.requests_alone import FFN, IDS, ONE, OTHER, SCALED, alone, assert_same, begin, go_on, use
+from tests.adaskip_compile.kv_cache.requests_alone import (
+    FFN,
+    IDS,
+    ONE,
+    OTHER,
+    SCALED,
+    alone,
+    assert_same,
+    begin,
+    go_on,
+    use,
+)
 from tests.generation import CACHES, make_cache
 from tests.models import plain, tiny, tokens
 
@@ -102,7 +113,7 @@ import pickle, sys
 cache = pickle.load(open(sys.argv[1], "rb"))
 assert "adaskip_compile" not in sys.modules
 print(sorted(vars(cache)["_adaskip_request"]["holes"]))
-from tests.adaskip_compile.requests_alone import *
+from tests.adaskip_compile.kv_cache.requests_alone import *
 from adaskip_compile import LegalityError
 from tests.models import tiny
 model = tiny("llama", num_hidden_layers=4)

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from adaskip_compile import checkpoints
-from adaskip_compile.checkpoints import find_package, load_checkpoint, load_structure
+from adaskip_compile.checkpoints import find_package, load_checkpoint, load_structure, loading
 from adaskip_compile.checkpoints import gguf as gguf_conversion
-from adaskip_compile.checkpoints import loading
 from adaskip_compile.files.model_identity import identify
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 from tests.models import tiny

@@ -16,7 +16,7 @@ from adaskip_compile.runtime import dispatch
 from adaskip_passes.errors import FileError, PassError, VerificationError
 from tests.models import plain, tiny, tokens
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ATTENTION, FFN = "model.layers.0.self_attn", "model.layers.1.mlp"
 
 BROKEN = '''

@@ -198,7 +198,7 @@ PROGRAM = """
 import json, sys, torch
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from tests.adaskip_compile.test_module_code import eager_logits, logits, CHANGES
+from tests.adaskip_compile.capture.test_module_code import eager_logits, logits, CHANGES
 from tests.models import tiny
 
 torch.set_num_threads(1)
