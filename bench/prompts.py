@@ -26,7 +26,7 @@ from adaskip_compile.planning.prompt_skips import PromptSkips
 from adaskip_compile.planning.skip_plan import SkippedSublayer, SkipPlan
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.pipelines import row_passes
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 
 EAGER, FULL = "eager", "full"

@@ -25,7 +25,8 @@ from adaskip_compile.options import Options
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime.session import Session
 from adaskip_passes.errors import AdaSkipError
-from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.stream.stream import ResidualStream
 from tests.models import tokens
 from tests.reference import InterpreterReference
 

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
-from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.stream.stream import ResidualStream
 from tests.models import Captured, capture_all, plain, tiny
 from tests.reference import InterpreterReference
 

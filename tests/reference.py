@@ -22,7 +22,8 @@ import torch
 from torch import fx, nn
 
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
-from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.stream.stream import ResidualStream
 from tests.generation import CACHE_NAME
 
 Skips = Mapping[str, tuple[float, str]]

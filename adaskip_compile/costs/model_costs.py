@@ -19,7 +19,7 @@ from adaskip_passes.errors import DamagedFileError, ProfileError
 from adaskip_passes.ir.expressions import from_text
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.specialise.append_in_place import find_appends
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 REST = "embedding, final norm and head"
 _SYMBOLS = {symbol.name: symbol for symbol in (B, Q, T)}

@@ -29,7 +29,7 @@ from adaskip_passes.specialise.fold_scales import BakeScales
 from adaskip_passes.specialise.replacements import map_input
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.specialise.stream_maps import FORMS
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 RUNNER = "generate.py"
 

@@ -16,7 +16,7 @@ from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import FORMS
-from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
 _HELD_OUT = 4

@@ -20,9 +20,9 @@ from adaskip_compile.planning.skip_plan import SkippedSublayer
 from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
+from adaskip_passes.ir.graph import output_values
 from adaskip_passes.specialise.outline_regions import outline_regions
-from adaskip_passes.stream.find_stream import ResidualStream
-from adaskip_passes.stream.state import output_values
+from adaskip_passes.stream.stream import ResidualStream
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
 _HELD_OUT = 4

@@ -28,7 +28,7 @@ from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.specialise.stream_maps import FORMS
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 # Relative to the root mean square of each tensor: one rate for weights and shifts of any model.
 _RATE = 0.03

@@ -12,7 +12,7 @@ from adaskip_compile.files.model_identity import unwrapped
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 
 def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:

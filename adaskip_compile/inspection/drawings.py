@@ -12,9 +12,8 @@ import torch
 
 from adaskip_compile.costs.timers import Timer, predict
 from adaskip_compile.inspection.inspection import InspectedSublayer, Inspection
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor, op_name
 from adaskip_passes.ir.module_paths import module_path, normalise_source
 
 NODE_VALUES = ("share", "similarity")

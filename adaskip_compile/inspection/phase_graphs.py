@@ -22,7 +22,7 @@ from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 # A prompt longer than a sliding window tells its cache from that of full attention.
 _PROMPT, _LONGEST_PROMPT = 20, 16_384

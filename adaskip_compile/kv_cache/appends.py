@@ -13,7 +13,7 @@ from adaskip_compile.kv_cache.growing_storage import GrowingStorages
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.append_in_place import GROWN_INPUT, AppendInPlace, find_appends
 from adaskip_passes.specialise.merge_equal_nodes import MergeEqualNodes
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from adaskip_passes.lower.fold_rows import fold_rows
 from adaskip_passes.lower.use_banded_attention import choose_many_query_attention
 from adaskip_passes.lower.use_many_row_linear import choose_many_row_products
 from adaskip_passes.specialise.outline_regions import outline_regions
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
 Runnable = Callable[..., Any]

@@ -16,8 +16,7 @@ from torch import fx
 from torch.utils._sympy.printers import PythonPrinter
 
 from adaskip_passes.errors import LegalityError
-from adaskip_passes.ir.graph import fake_tensor, fake_value, size_expression
-from adaskip_passes.stream.state import output_values
+from adaskip_passes.ir.graph import fake_tensor, fake_value, output_values, size_expression
 
 
 class ShapeCheck:

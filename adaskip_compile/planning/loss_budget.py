@@ -36,7 +36,7 @@ from adaskip_compile.profiling.profiling import show_progress
 from adaskip_compile.texts import held_out_texts, longest_held_out, most_held_out, profiling_texts, windows
 from adaskip_passes.analysis.flops import count_flops
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError, ProfileError
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.insert_probes import InsertProbes
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 Item = TypeVar("Item")
 

@@ -26,7 +26,7 @@ from adaskip_passes.errors import AdaSkipError, FileError
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.ir.serializer import write_graph
 from adaskip_passes.pipeline.pipeline import Pass, PassResult, PipelineResult, pass_text, run_pipeline
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
 

@@ -34,14 +34,14 @@ from adaskip_compile.runtime.debug_folders import run_passes
 from adaskip_compile.runtime.requests import Request
 from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.errors import LegalityError, PassError, VerificationError
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor, output_values
 from adaskip_passes.pipeline.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
 from adaskip_passes.specialise.append_in_place import AppendInPlace
 from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
-from adaskip_passes.stream.find_stream import ResidualStream
-from adaskip_passes.stream.state import find_counters, output_values
+from adaskip_passes.stream.find_stream import find_counters
+from adaskip_passes.stream.stream import ResidualStream
 
 if TYPE_CHECKING:
     from adaskip_compile.runtime.session import Session

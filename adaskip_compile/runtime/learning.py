@@ -19,7 +19,7 @@ from adaskip_compile.planning.policies import largest_skip
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import LayerProfile, Profile, SublayerProfile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 
 class Learner:

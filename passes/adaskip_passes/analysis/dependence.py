@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import Effects, op_name
-from adaskip_passes.ir.graph import fake_value
+from adaskip_passes.analysis.effects import Effects
+from adaskip_passes.ir.graph import fake_value, op_name
 
 # Their result has the shape or dtype of a tensor, and nothing of its values.
 SHAPE_ONLY = frozenset(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.ir.graph import fake_value
+from adaskip_passes.ir.graph import fake_value, op_name
 
 _VIEWS = frozenset(
     "alias as_strided broadcast_to chunk contiguous detach diagonal expand expand_as flatten getattr _get_data_attr "
@@ -40,16 +40,6 @@ SCOPES = OPENING | CLOSING | {"lazy_load_decompositions", "_set_grad_enabled"}
 _ACTS = _CHECKS | SCOPES
 # PyTorch calls it impure, so that no wait is lost. It waits for its own value: where that goes, the collective goes too.
 _WAITS = frozenset({"wait_tensor"})
-
-
-def op_name(node: fx.Node) -> str:
-    """Return the bare name of what ``node`` calls: ``add`` for ``operator.add``, ``torch.add``, ``Tensor.add``, ``aten.add.Tensor``."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.rpartition("::")[2]
-    return getattr(target, "__name__", str(target))
 
 
 @dataclass(frozen=True)

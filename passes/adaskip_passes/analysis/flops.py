@@ -14,8 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.ir.graph import fake_tensor, size_expression
+from adaskip_passes.ir.graph import fake_tensor, op_name, size_expression
 
 __all__ = ["count_flops", "shape_of", "sizes_product"]
 

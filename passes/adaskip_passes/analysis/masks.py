@@ -16,8 +16,8 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import Effects, op_name
-from adaskip_passes.ir.graph import fake_tensor, fake_value, size_expression
+from adaskip_passes.analysis.effects import Effects
+from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name, size_expression
 
 ROW, HEAD, QUERY, KEY = sympy.symbols("row head query key", integer=True, nonnegative=True)
 # From the differences of both sides: what has to be zero or more.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name, written_inputs
+from adaskip_passes.analysis.effects import written_inputs
 from adaskip_passes.analysis.token_layouts import (
     Blank,
     Counts,
@@ -31,7 +31,7 @@ from adaskip_passes.analysis.token_layouts import (
     UnprovenError,
 )
 from adaskip_passes.analysis.token_rules import CASTS, EXACT, SHAPE_RULES, Rule, row_by_row, tensor_of, tokens_of
-from adaskip_passes.ir.graph import fake_tensor, fake_value, named_arguments
+from adaskip_passes.ir.graph import fake_tensor, fake_value, named_arguments, op_name
 
 # Their second result is positions in a dimension: whole numbers from 0.
 _CHOICES = frozenset("topk max min sort".split())

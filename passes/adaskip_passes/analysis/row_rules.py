@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name, written_inputs
-from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, fake_value, named_arguments, size_expression
+from adaskip_passes.analysis.effects import written_inputs
+from adaskip_passes.ir.graph import (
+    ATTENTION_ARGUMENTS,
+    fake_tensor,
+    fake_value,
+    named_arguments,
+    op_name,
+    size_expression,
+)
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 
 _ELEMENTWISE = frozenset(

@@ -14,12 +14,12 @@ import sympy
 from torch import fx
 
 from adaskip_passes.analysis.dependence import Dependence
-from adaskip_passes.analysis.effects import SCOPES, Effects, op_name, written_inputs
+from adaskip_passes.analysis.effects import SCOPES, Effects, written_inputs
 from adaskip_passes.analysis.routing_rules import find_layout
 from adaskip_passes.analysis.token_layouts import Layouts, Tokens, UnprovenError
 from adaskip_passes.analysis.token_rules import FILLS, VIEWS
-from adaskip_passes.ir.graph import fake_tensor, fake_value, size_expression
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name, size_expression
+from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.analysis.row_rules import Rows, operand_rows, result
 from adaskip_passes.analysis.token_layouts import Blank, Layout, Layouts, Places, Tokens, UnprovenError
-from adaskip_passes.ir.graph import fake_tensor, fake_value, size_expression
+from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name, size_expression
 
 Rule = Callable[[Layouts, fx.Node], Layout]
 

@@ -18,8 +18,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaskip_passes.analysis.effects import CLOSING, OPENING, op_name, written_inputs
-from adaskip_passes.ir.graph import fake_mode, fake_value, size_expression, size_hint
+from adaskip_passes.analysis.effects import CLOSING, OPENING, written_inputs
+from adaskip_passes.ir.graph import fake_mode, fake_value, op_name, size_expression, size_hint
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -13,9 +13,9 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import Effects, op_name
+from adaskip_passes.analysis.effects import Effects
 from adaskip_passes.analysis.flops import shape_of, sizes_product
-from adaskip_passes.ir.graph import fake_tensor, fake_value
+from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name
 from adaskip_passes.ir.module_paths import held_by_module, tensors_behind
 
 __all__ = ["Traffic"]

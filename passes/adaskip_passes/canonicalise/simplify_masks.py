@@ -28,9 +28,17 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import Effects, find_effects, op_name
+from adaskip_passes.analysis.effects import Effects, find_effects
 from adaskip_passes.analysis.masks import HEAD, KEY, QUERY, ROW, MaskReader, UnknownMaskError
-from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, fake_value, named_arguments, size_expression
+from adaskip_passes.ir.graph import (
+    ATTENTION_ARGUMENTS,
+    call,
+    fake_tensor,
+    fake_value,
+    named_arguments,
+    op_name,
+    size_expression,
+)
 from adaskip_passes.ir.plain_tensors import is_plain
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 

@@ -26,11 +26,12 @@ import torch
 from torch import fx
 
 from adaskip_passes.analysis.dependence import Dependence
-from adaskip_passes.analysis.effects import find_effects, op_name
-from adaskip_passes.ir.graph import ADDED_BY, call, fake_tensor, fake_value
+from adaskip_passes.analysis.effects import find_effects
+from adaskip_passes.ir.graph import call, fake_tensor, fake_value, op_name
 from adaskip_passes.stream.add_trees import leaves_of
 from adaskip_passes.stream.chain import Link, find_chain, straight_sums
-from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.stream.stream import ResidualStream
 
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -118,7 +119,7 @@ def _add_in_turn(graph: fx.Graph, link: Link, dependence: Dependence) -> None:
         written = [node for branch in part.branches for node in dependence.written_since(branch, add)]
         latest = max(latest, *part.branches, *written, key=order.__getitem__)
         with graph.inserting_after(latest) if contributed in order else graph.inserting_before(add):
-            total = _captured(call(graph, torch.add, total, contributed))
+            total = call(graph, torch.add, total, contributed)
         order[total], latest = order[latest], total
     add.op, add.target, add.kwargs = "call_function", torch.add, dict[str, Any]()
     add.args = (total, _sum(graph, add, link.parts[-1].branches))
@@ -130,14 +131,8 @@ def _sum(graph: fx.Graph, before: fx.Node, branches: Iterable[fx.Node]) -> fx.No
     first, *others = branches
     with graph.inserting_before(before):
         for other in others:
-            first = _captured(call(graph, torch.add, first, other))
+            first = call(graph, torch.add, first, other)
     return first
-
-
-def _captured(node: fx.Node) -> fx.Node:
-    """Let a new node pass for one of the model's own, which it replaces."""
-    node.meta.pop(ADDED_BY, None)
-    return node
 
 
 def _inner_adds(add: fx.Node) -> list[fx.Node]:

@@ -6,7 +6,7 @@ Dynamo-level graphs keep a node's fake value in ``meta["example_value"]``, aten-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,9 +16,6 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
-
-# The key in ``node.meta`` that tells nodes added by passes from those that were captured.
-ADDED_BY = "adaskip_added_by"
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -36,6 +33,22 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def op_name(node: fx.Node) -> str:
+    """Return the bare name of what ``node`` calls: ``add`` for ``operator.add``, ``torch.add``, ``Tensor.add``, ``aten.add.Tensor``."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2]
+    return getattr(target, "__name__", str(target))
+
+
+def output_values(gm: fx.GraphModule) -> Iterator[fx.Node | None]:
+    """Yield the graph's outputs in order, None for each that is a constant."""
+    for value in gm.graph.output_node().args[0]:  # type: ignore[union-attr]
+        yield value if isinstance(value, fx.Node) else None
+
+
 def call(
     graph: fx.Graph,
     target: Callable[..., Any] | str,
@@ -51,7 +64,6 @@ def call(
     """
     op = "call_method" if isinstance(target, str) else "call_function"
     node = graph.create_node(op, target, args, kwargs)
-    node.meta[ADDED_BY] = "adaskip"
     if like is not None:
         node.meta["example_value"] = like
         return node

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.ir.expressions import from_tree, to_tree
-from adaskip_passes.ir.graph import ADDED_BY, fake_value
+from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.module_paths import NAMES
 from adaskip_passes.ir.values import ValueReader, write_value
 
@@ -45,8 +45,6 @@ def _write_node(gm: fx.GraphModule, node: fx.Node, symbols: dict[str, Any]) -> d
         entry["module"] = list(stack.values())[-1][0]
     if NAMES in node.meta:
         entry["names"] = list(node.meta[NAMES])
-    if ADDED_BY in node.meta:
-        entry[ADDED_BY] = node.meta[ADDED_BY]
     if node.op in ("get_attr", "call_module"):
         entry["attribute"] = _write_attribute(gm, str(node.target))
     return entry
@@ -107,8 +105,6 @@ def _read_graph(data: dict[str, Any], reader: ValueReader) -> fx.GraphModule:
             node._dynamo_source = _Source(entry["source"])  # type: ignore[attr-defined]
         if "names" in entry:
             node.meta[NAMES] = tuple(map(str, entry["names"]))
-        if ADDED_BY in entry:
-            node.meta[ADDED_BY] = entry[ADDED_BY]
         nodes[entry["name"]] = node
     return fx.GraphModule(root, graph)
 

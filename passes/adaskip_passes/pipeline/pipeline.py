@@ -19,7 +19,7 @@ from torch import fx
 from adaskip_passes.errors import AdaSkipError, PassError
 from adaskip_passes.ir.graph import copy_graph
 from adaskip_passes.pipeline.verifier import Contract, verify
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import OPENING, find_effects, op_name
+from adaskip_passes.analysis.effects import OPENING, find_effects
 from adaskip_passes.analysis.touched_values import ValueCheck
 from adaskip_passes.errors import VerificationError
-from adaskip_passes.ir.graph import fake_tensor, size_hint
-from adaskip_passes.stream.find_stream import ResidualStream
-from adaskip_passes.stream.state import output_values
+from adaskip_passes.ir.graph import fake_tensor, op_name, output_values, size_hint
+from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,19 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.ir.graph import add_placeholder, call, fake_mode, fake_tensor, fake_value, named_arguments
+from adaskip_passes.ir.graph import (
+    add_placeholder,
+    call,
+    fake_mode,
+    fake_tensor,
+    fake_value,
+    named_arguments,
+    op_name,
+    output_values,
+)
 from adaskip_passes.ir.module_paths import held_by_module
 from adaskip_passes.pipeline.pipeline import PassResult
-from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
-from adaskip_passes.stream.state import output_values
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 GROWN_INPUT = "adaskip_grown"
 # Keys and values are (batch, heads, tokens, head_dim); tokens come last but one in every layout known here.

@@ -9,7 +9,7 @@ from torch import fx
 
 from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.pipeline.pipeline import PassResult
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import fx
 from adaskip_passes.errors import PassError
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import SCALES_INPUT
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)

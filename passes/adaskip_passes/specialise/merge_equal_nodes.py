@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.ir.graph import fake_tensor, fake_value
+from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name
 from adaskip_passes.pipeline.pipeline import PassResult
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 # They never copy, so what is written through one is seen through all.
 _VIEWS = frozenset("expand getitem narrow permute select squeeze transpose unflatten unsqueeze view".split())

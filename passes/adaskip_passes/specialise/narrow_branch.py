@@ -13,12 +13,11 @@ import sympy
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.analysis.row_rules import Rows
 from adaskip_passes.analysis.token_branches import TokenBranch, operands
 from adaskip_passes.analysis.token_layouts import Tokens
 from adaskip_passes.analysis.token_rules import FILLS, VIEWS
-from adaskip_passes.ir.graph import call, computed_value, fake_tensor, fake_value, size_expression
+from adaskip_passes.ir.graph import call, computed_value, fake_tensor, fake_value, op_name, size_expression
 
 
 class NarrowBranch:

@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.analysis.row_rules import SHAPED, Rows, operand_rows, result, shape_argument, sliced_rows
 from adaskip_passes.ir.graph import (
     ATTENTION_ARGUMENTS,
@@ -32,12 +31,13 @@ from adaskip_passes.ir.graph import (
     computed_value,
     fake_tensor,
     named_arguments,
+    op_name,
     size_expression,
 )
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.needed_rows import ALL, NeededRows, count_of_queries, hides_by_position, needed_rows
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)

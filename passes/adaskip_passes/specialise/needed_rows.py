@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import find_effects, op_name
+from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.analysis.row_rules import Demand, Rows, operand_rows, sliced_rows
 from adaskip_passes.analysis.token_branches import TokenBranch, TokenBranches
-from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, fake_value, named_arguments, size_expression
+from adaskip_passes.ir.graph import (
+    ATTENTION_ARGUMENTS,
+    fake_tensor,
+    fake_value,
+    named_arguments,
+    op_name,
+    size_expression,
+)
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.specialise.narrow_branch import NarrowBranch
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
 

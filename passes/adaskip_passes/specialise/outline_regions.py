@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from adaskip_passes.analysis.dependence import SHAPE_ONLY
-from adaskip_passes.analysis.effects import CLOSING, OPENING, find_effects, op_name
+from adaskip_passes.analysis.effects import CLOSING, OPENING, find_effects
 from adaskip_passes.analysis.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import fake_tensor, fake_value, graph_module
-from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
+from adaskip_passes.ir.graph import fake_tensor, fake_value, graph_module, op_name
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_tensor
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import Replacements
-from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 _ROWS = 1  # of a stream (batch, rows, d_model)
 

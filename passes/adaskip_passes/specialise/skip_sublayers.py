@@ -10,11 +10,10 @@ from torch import fx
 
 from adaskip_passes.analysis.effects import is_check
 from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import call, fake_tensor, size_hint
+from adaskip_passes.ir.graph import call, fake_tensor, output_values, size_hint
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import Replacements
-from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
-from adaskip_passes.stream.state import output_values
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 
 @dataclass(frozen=True)

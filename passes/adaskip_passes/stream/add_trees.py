@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from adaskip_passes.analysis.dependence import Dependence
-from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor, op_name
 from adaskip_passes.ir.module_paths import held_by_module
 
 _ADDS = frozenset({"add", "add_", "iadd", "__add__", "__radd__"})

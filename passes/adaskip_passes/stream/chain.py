@@ -15,11 +15,10 @@ import torch
 from torch import fx
 
 from adaskip_passes.analysis.dependence import Dependence
-from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor, op_name, output_values
 from adaskip_passes.stream.add_trees import AddTree, find_add_trees, find_weighted, is_add, leaves_of
 from adaskip_passes.stream.problems import entries_outside, stream_problems
-from adaskip_passes.stream.state import State, find_state, output_values
+from adaskip_passes.stream.state import State, find_state
 
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "imatmul", "__matmul__"})
 _ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention"})

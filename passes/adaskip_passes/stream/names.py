@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import module_path, shared_by_modules, tensors_behind
-
-if TYPE_CHECKING:
-    from adaskip_passes.stream.find_stream import Sublayer
+from adaskip_passes.stream.stream import Sublayer
 
 
 def name_sublayers(sublayers: Sequence[Sublayer], dependence: Dependence) -> tuple[Sublayer, ...]:

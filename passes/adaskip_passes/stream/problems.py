@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from adaskip_passes.analysis.dependence import Dependence
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor, output_values
 from adaskip_passes.stream.add_trees import AddTree, is_add
-from adaskip_passes.stream.state import output_values
 
 
 def stream_problems(

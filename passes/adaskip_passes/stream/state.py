@@ -7,19 +7,15 @@ they lie in no region and survive a skip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import Effects, find_effects
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.analysis.effects import Effects
+from adaskip_passes.ir.graph import fake_tensor, output_values
 from adaskip_passes.ir.module_paths import module_path
-
-if TYPE_CHECKING:
-    from adaskip_passes.stream.find_stream import ResidualStream
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,6 @@ def _only(writes: Mapping[fx.Node, fx.Node], owner: Mapping[fx.Node, int]) -> di
     return {root: next(iter(found)) for root, found in owners.items() if len(found) == 1}
 
 
-def output_values(gm: fx.GraphModule) -> Iterator[fx.Node | None]:
-    """Yield the graph's outputs in order, None for each that is a constant."""
-    for value in gm.graph.output_node().args[0]:  # type: ignore[union-attr]
-        yield value if isinstance(value, fx.Node) else None
-
-
 def _from_outside(root: fx.Node) -> bool:
     return root.op in ("placeholder", "get_attr")
 
@@ -106,14 +96,3 @@ def _may_be_cache(value: torch.Tensor | None) -> bool:
         and value.dim() >= 3
         and value.dtype != torch.bool
     )
-
-
-def find_counters(gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.Node, ...]:
-    """Return the inputs in which a preallocated cache counts its tokens: integer scalars that the graph itself advances."""
-    inside = {node for sublayer in stream.sublayers for node in sublayer.nodes}
-    roots = [write.root for write in find_effects(gm).writes if write.node not in inside]
-    return tuple(dict.fromkeys(root for root in roots if root.op == "placeholder" and _is_counter(fake_tensor(root))))
-
-
-def _is_counter(value: torch.Tensor | None) -> bool:
-    return value is not None and value.dim() == 0 and not value.is_floating_point()

@@ -13,7 +13,7 @@ from torch.nn import functional
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.runtime.session import sessions_of
-from adaskip_passes.analysis.effects import op_name
+from adaskip_passes.ir.graph import op_name
 from tests.models import tokens
 from tests.reference import reference_backend
 

@@ -3,9 +3,9 @@ import torch
 from torch.nn import functional
 
 from adaskip_passes.analysis.dependence import Dependence
-from adaskip_passes.analysis.effects import find_effects, op_name
-from adaskip_passes.stream.find_stream import find_residual_stream
-from adaskip_passes.stream.state import find_counters
+from adaskip_passes.analysis.effects import find_effects
+from adaskip_passes.ir.graph import op_name
+from adaskip_passes.stream.find_stream import find_counters, find_residual_stream
 from tests.captures import first_graph, shared_captures, stream_of
 from tests.models import weights
 

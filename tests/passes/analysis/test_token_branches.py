@@ -11,13 +11,12 @@ import transformers.integrations.moe  # noqa: F401 - it registers the product of
 from torch import fx
 from torch.nn import functional
 
-from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
+from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name, size_hint
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.needed_rows import stopped_at
-from adaskip_passes.stream.find_stream import ResidualStream, Sublayer
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 from tests.captures import first_graph
 
 WIDTH, EXPERTS, CHOSEN = 6, 4, 2

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from adaskip_passes.analysis import touched_values
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import VerificationError
-from adaskip_passes.ir.graph import call
+from adaskip_passes.ir.graph import call, op_name
 from adaskip_passes.pipeline.pipeline import PassResult, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
+from adaskip_passes.ir.graph import output_values
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.append_in_place import GROWN_INPUT, AppendInPlace, find_appends, token_major
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from adaskip_passes.stream.state import output_values
 from tests.captures import run, scales_input, shared_captures, stream_of
 from tests.models import PlainAttention, capture_all, plain
 

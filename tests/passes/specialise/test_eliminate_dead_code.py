@@ -2,10 +2,9 @@ import pytest
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import op_name
-from adaskip_passes.ir.graph import copy_graph
+from adaskip_passes.ir.graph import copy_graph, op_name
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.stream.find_stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 from tests.captures import first_graph, run, shared_captures, stream_of
 
 SQUARE = torch.ones(3, 3)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import PassError
+from adaskip_passes.ir.graph import op_name
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import parse_pass, pass_text, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode

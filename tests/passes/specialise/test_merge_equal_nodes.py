@@ -8,7 +8,8 @@ import torch
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.merge_equal_nodes import MergeEqualNodes
-from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.stream.stream import ResidualStream
 from tests.captures import first_graph, shared_captures
 
 

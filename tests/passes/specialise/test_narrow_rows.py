@@ -9,11 +9,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.analysis.flops import count_flops
 from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import fake_tensor, fake_value, size_hint
+from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name, size_hint
 from adaskip_passes.pipeline.pipeline import PipelineResult, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
@@ -21,7 +20,8 @@ from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from adaskip_passes.stream.find_stream import ResidualStream, find_residual_stream
+from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.stream.stream import ResidualStream
 from tests.captures import first_graph, run, shared_captures, stream_of
 from tests.models import FAMILIES, capture, capture_all, tiny
 

@@ -5,14 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_passes.analysis.effects import op_name
 from adaskip_passes.errors import PassError, UnknownSublayerError
+from adaskip_passes.ir.graph import op_name
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.replacements import SCALES_INPUT
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from adaskip_passes.stream.find_stream import find_residual_stream
-from adaskip_passes.stream.state import find_counters
+from adaskip_passes.stream.find_stream import find_counters, find_residual_stream
 from tests.captures import first_graph, run, run_reference, scales_input, shared_captures, stream_of
 from tests.models import Captured, capture, tiny, weights
 
