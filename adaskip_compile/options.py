@@ -13,7 +13,9 @@ from textwrap import dedent
 from typing import Any
 
 from adaskip_compile.costs.timers import Measured, Roofline
-from adaskip_compile.planning.planner import check_goal, check_plan_options
+from adaskip_compile.files.model_identity import ModelIdentity
+from adaskip_compile.planning.plan_options import PlanOptions
+from adaskip_compile.planning.planner import plan_by_options
 from adaskip_compile.planning.policy_names import PROFILED_POLICIES
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
@@ -112,11 +114,8 @@ class Options:
                 raise OptionError(f"{name}={getattr(self, name)!r}: takes one of {', '.join(known)}")
 
     def _check_planning(self) -> None:
-        choice = {"skip": self.skip, "window": self.window, "scale": self.scale, "seed": self.seed, "phase": self.phase}
-        check_plan_options(speedup=self.speedup, policy=self.policy, compensation=self.compensation, **choice)
         self._check_type("times", Measured, Roofline)
-        timed = self.times is not None
-        check_goal(speedup=self.speedup, policy=self.policy, context=self.context, max_loss=self.max_loss, timed=timed)
+        _ = self.planning  # checks itself
         if self.profile is None and self.plan is None:
             goal = next((name for name in ("context", "max_loss") if getattr(self, name) is not None), None)
             goal = goal or ("compensation" if self.compensation not in ("none", "scale") else None)
@@ -129,6 +128,11 @@ class Options:
                     f"{changed[0]}={getattr(self, changed[0])!r} says what to skip of a model of which nothing is known: give "
                     "profile= too, or learn=20 to learn from the first 20 requests"
                 )
+
+    @property
+    def planning(self) -> PlanOptions:
+        """Those that say what plan to make of a profile."""
+        return PlanOptions(**{field.name: getattr(self, field.name) for field in fields(PlanOptions)})
 
     @property
     def runs_in_full(self) -> bool:
@@ -175,6 +179,32 @@ skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, com
             return
         wanted = " or ".join([*(f"a {kind.__name__}" for kind in types), "the path of a file" if types else "a folder"])
         raise OptionError(f"{name}={value!r}: takes {wanted}, or None")
+
+
+def resolve_plan(options: Options, identity: ModelIdentity | None) -> SkipPlan | None:
+    """Return the plan that ``options`` give, itself or by a profile, read from a file where they name one.
+
+    Args:
+        options: The options; None is returned where they give neither a plan nor a profile.
+        identity: The model that the plan is to be used for; None where there is none to check it against.
+
+    Raises:
+        FileError: A file cannot be used, or the plan or profile was made for another model.
+        OptionError: The options ask for more than the profiled model allows.
+    """
+    if options.plan is not None:
+        given = options.plan
+        found = given if isinstance(given, SkipPlan) else SkipPlan.load(given)
+        if identity is not None:
+            found.check(identity, source="this plan" if found is given else str(given))
+        return found
+    if options.profile is not None:
+        named = options.profile
+        profile = named if isinstance(named, Profile) else Profile.load(named)
+        if identity is not None:
+            profile.check(identity, source="this profile" if profile is named else str(named))
+        return plan_by_options(profile, options.planning)
+    return None
 
 
 def _field_docstrings(cls: type) -> dict[str, str]:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 from adaskip_compile.costs.timers import Timer
-from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.planning.compensated_plans import compensated
+from adaskip_compile.planning.plan_options import PlanOptions
 from adaskip_compile.planning.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
-from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.planning.replacement_costs import stand_in_costs
 from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
 from adaskip_compile.planning.speedup_goal import Choice, in_phase, reach_speedup, within_loss
-from adaskip_compile.profiling.profiles import SCALE_KINDS, Profile, is_finite_number
+from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
-
-if TYPE_CHECKING:
-    from adaskip_compile.options import Options
-
-PHASES = ("both", "prefill", "decode")
 
 
 def plan(
@@ -71,34 +64,49 @@ def plan(
             out of reach, the message says what can be reached.
         FileError: ``times`` names a file that cannot be used.
     """
-    check_plan_options(
+    options = PlanOptions(
         skip=skip,
         speedup=speedup,
         policy=policy,
+        context=context,
         window=window,
         scale=scale,
         seed=seed,
         phase=phase,
+        max_loss=max_loss,
+        times=times,
         compensation=compensation,
     )
-    check_goal(speedup=speedup, policy=policy, context=context, max_loss=max_loss, timed=times is not None)
-    if max_loss is not None:
-        chosen = within_loss(profile, max_loss, compensation)
+    return plan_by_options(profile, options)
+
+
+def plan_by_options(profile: Profile, options: PlanOptions) -> SkipPlan:
+    """Return the plan that ``options`` ask for of ``profile``; :func:`plan` tells what they mean, and what is raised."""
+    policy, phase, scale, compensation = options.policy, options.phase, options.scale, options.compensation
+    if options.max_loss is not None:
+        chosen = within_loss(profile, options.max_loss, compensation)
         made = _fixed(profile, in_phase(profile, chosen, phase), "loss_greedy", scale)
-    elif context is not None:
-        assert speedup is not None
-        costs = stand_in_costs(profile, compensation)
+    elif options.context is not None:
+        assert options.speedup is not None
         goal = reach_speedup(
-            profile, speedup, context, policy=policy, times=times, phase=phase, seed=seed, stand_ins=costs
+            profile,
+            options.speedup,
+            options.context,
+            policy=policy,
+            times=options.times,
+            phase=phase,
+            seed=options.seed,
+            stand_ins=stand_in_costs(profile, compensation),
         )
         made = _fixed(profile, goal, policy, scale)
     else:
-        made = _of_count(profile, _choose(profile, policy, skip, speedup, seed), policy, phase, window, scale)
+        made = _of_count(profile, _choose(profile, policy, options.skip, options.speedup, options.seed), options)
     return compensated(made, profile, compensation)
 
 
-def _of_count(profile: Profile, chosen: tuple[str, ...], policy: str, phase: str, window: int, scale: str) -> SkipPlan:
-    """Return the plan that skips ``chosen`` in ``phase``, and what the policy adds while a request is decoded."""
+def _of_count(profile: Profile, chosen: tuple[str, ...], options: PlanOptions) -> SkipPlan:
+    """Return the plan that skips ``chosen`` in the phase asked for, and what the policy adds while a request is decoded."""
+    policy, phase, window, scale = options.policy, options.phase, options.window, options.scale
     if policy == "skip_decode" and phase == "decode":
         return _skip_decode_ramp(profile, chosen, window, scale)
     made = _fixed(profile, in_phase(profile, chosen, phase), policy, scale)
@@ -106,96 +114,6 @@ def _of_count(profile: Profile, chosen: tuple[str, ...], policy: str, phase: str
         return made
     beta = min((found.mean_similarity for found in profile.sublayers if found.path in chosen), default=None)
     return SkipPlan(made.skipped, beta, window, policy, scale, profile.model, made.ramp)
-
-
-def check_plan_options(
-    *,
-    skip: int,
-    speedup: float | None,
-    policy: str,
-    window: int,
-    scale: str,
-    seed: int = 0,
-    phase: str = "both",
-    compensation: str = "scale",
-) -> None:
-    """Raise :class:`OptionError` for a value that no model could be planned with."""
-    if type(skip) is not int or skip < 0:
-        raise OptionError(f"skip={skip!r}: takes a number of sublayers, 0 or more")
-    if speedup is not None and (not is_finite_number(speedup) or speedup < 1):
-        raise OptionError(f"speedup={speedup!r}: takes a ratio of 1 or more, such as 1.14, or None")
-    for name, value, known in (
-        ("policy", policy, POLICIES),
-        ("scale", scale, SCALE_KINDS),
-        ("phase", phase, PHASES),
-        ("compensation", compensation, COMPENSATIONS),
-    ):
-        if value not in known:
-            raise OptionError(f"{name}={value!r}: takes one of {', '.join(known)}")
-    if type(window) is not int or window < 0:
-        raise OptionError(f"window={window!r}: takes a number of decoded tokens, 0 or more")
-    if type(seed) is not int:
-        raise OptionError(f"seed={seed!r}: takes an integer")
-
-
-def check_goal(*, speedup: float | None, policy: str, context: int | None, max_loss: float | None, timed: bool) -> None:
-    """Raise :class:`OptionError` for goals that make no sense, by themselves or together."""
-    if context is not None and (type(context) is not int or context < 2):
-        raise OptionError(f"context={context!r}: takes a number of tokens, 2 or more, or None")
-    if max_loss is not None and (not is_finite_number(max_loss) or max_loss < 0):
-        raise OptionError(f"max_loss={max_loss!r}: takes nats a token, 0 or more, or None")
-    if context is not None and speedup is None:
-        raise OptionError(f"context={context}: is where speedup= is to be reached; give that too, or leave it out")
-    if timed and context is None:
-        raise OptionError("times= tells times at context= tokens: give speedup= and context= too, or leave it out")
-    if max_loss is not None and speedup is not None:
-        raise OptionError("max_loss and speedup are two goals: give one of them")
-    if max_loss is not None and policy not in ("adaskip", "loss_greedy"):
-        raise OptionError(f"policy={policy!r} knows no loss: max_loss= goes by that of loss_greedy")
-
-
-def plan_by_options(profile: Profile, options: Options) -> SkipPlan:
-    """Return the plan that ``options`` ask for of ``profile``."""
-    return plan(
-        profile,
-        skip=options.skip,
-        speedup=options.speedup,
-        policy=options.policy,
-        context=options.context,
-        window=options.window,
-        scale=options.scale,
-        seed=options.seed,
-        phase=options.phase,
-        max_loss=options.max_loss,
-        times=options.times,
-        compensation=options.compensation,
-    )
-
-
-def resolve_plan(options: Options, identity: ModelIdentity | None) -> SkipPlan | None:
-    """Return the plan that ``options`` give, itself or by a profile, read from a file where they name one.
-
-    Args:
-        options: The options; None is returned where they give neither a plan nor a profile.
-        identity: The model that the plan is to be used for; None where there is none to check it against.
-
-    Raises:
-        FileError: A file cannot be used, or the plan or profile was made for another model.
-        OptionError: The options ask for more than the profiled model allows.
-    """
-    if options.plan is not None:
-        given = options.plan
-        found = given if isinstance(given, SkipPlan) else SkipPlan.load(given)
-        if identity is not None:
-            found.check(identity, source="this plan" if found is given else str(given))
-        return found
-    if options.profile is not None:
-        named = options.profile
-        profile = named if isinstance(named, Profile) else Profile.load(named)
-        if identity is not None:
-            profile.check(identity, source="this profile" if profile is named else str(named))
-        return plan_by_options(profile, options)
-    return None
 
 
 def _choose(profile: Profile, policy: str, skip: int, speedup: float | None, seed: int) -> tuple[str, ...]:

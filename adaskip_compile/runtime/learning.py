@@ -75,7 +75,7 @@ class Learner:
     def plan(self, profile: Profile) -> SkipPlan:
         """Return the plan that the options ask for; where this model allows it not, the most below that it does."""
         try:
-            return plan_by_options(profile, self.options)
+            return plan_by_options(profile, self.options.planning)
         except OptionError as error:
             found = self._most_allowed(profile)
             self._note(f"{error}; skips {len(found.all_paths)}")
@@ -85,10 +85,10 @@ class Learner:
         limit = largest_skip(profile, self.options.policy, self.options.seed)
         for count in range(limit if self.options.speedup is not None else min(limit, self.options.skip), 0, -1):
             try:
-                return plan_by_options(profile, replace(self.options, skip=count, speedup=None))
+                return plan_by_options(profile, replace(self.options.planning, skip=count, speedup=None))
             except OptionError:  # no whole layers
                 continue
-        return plan_by_options(profile, replace(self.options, skip=0, speedup=None))
+        return plan_by_options(profile, replace(self.options.planning, skip=0, speedup=None))
 
 
 def make_profile(

@@ -22,8 +22,7 @@ from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.kv_cache.growing_storage import GrowingStorages
 from adaskip_compile.kv_cache.request_table import RequestTable
 from adaskip_compile.lowering.lowering import start_cpu_compiler
-from adaskip_compile.options import Options
-from adaskip_compile.planning.planner import resolve_plan
+from adaskip_compile.options import Options, resolve_plan
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime.dispatch import Dispatcher
 from adaskip_compile.runtime.learning import Learner

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adaskip_compile.files.model_identity import ModelIdentity
-from adaskip_compile.options import Options
-from adaskip_compile.planning.planner import plan, plan_by_options, resolve_plan
+from adaskip_compile.options import Options, resolve_plan
+from adaskip_compile.planning.planner import plan, plan_by_options
 from adaskip_compile.planning.policies import largest_skip
 from adaskip_compile.planning.skip_plan import (
     PLAN_FORMAT,
@@ -399,7 +399,7 @@ class TestResolve:
 
     def test_every_planning_option_counts(self) -> None:
         options = Options(profile=BY_HAND, speedup=1.33, window=7, scale="frobenius", policy="adaskip")
-        by_options = plan_by_options(decoder(32), options)
+        by_options = plan_by_options(decoder(32), options.planning)
         assert by_options == plan(decoder(32), speedup=1.33, window=7, scale="frobenius", policy="adaskip")
         assert len(by_options.skipped) == 16
 
