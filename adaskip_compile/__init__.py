@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from adaskip_compile.options import Options
     from adaskip_compile.planning.loss_budget import plan_within_loss
     from adaskip_compile.planning.planner import plan
-    from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
+    from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
+    from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
     from adaskip_compile.profiling.profiles import Profile, SublayerProfile
     from adaskip_compile.profiling.profiling import profile
     from adaskip_compile.runtime.reports import Report, report
@@ -91,7 +92,7 @@ _HOMES = {
     "RampStep": "planning.skip_plan",
     "Report": "runtime.reports",
     "SkipPlan": "planning.skip_plan",
-    "SkippedSublayer": "planning.skip_plan",
+    "SkippedSublayer": "planning.skipped_sublayer",
     "SublayerProfile": "profiling.profiles",
     "analyze": "inspection.analyze",
     "compile": "backend",

@@ -26,6 +26,7 @@ from adaskip_compile.files.model_identity import unwrapped
 from adaskip_compile.options import Options
 from adaskip_compile.planning.loss_budget import kept_plan
 from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.runtime.admission import admit, restore_graph
 from adaskip_compile.runtime.session import Session, forget_sessions, session_for
 from adaskip_compile.runtime.session_backend import AdmittedGraph, WatchedForward
 from adaskip_passes.errors import OptionError
@@ -52,7 +53,7 @@ def adaskip(
     session = session_for(_model_of(example_inputs), Options.from_mapping(options or {}))
     _tell_that_nothing_is_skipped(session)
     # Equal options are one backend to Dynamo, whatever the model.
-    return AdmittedGraph(session, session.admit(gm, example_inputs, guard=True))
+    return AdmittedGraph(session, admit(session, gm, example_inputs, guard=True))
 
 
 def _model_of(inputs: Sequence[Any]) -> nn.Module | None:
@@ -172,7 +173,10 @@ def _require_module(model: object) -> None:
 
 def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:
     """Return the forward of ``model`` compiled under ``session``, with the captures that earlier processes kept."""
-    keeper = capture_keeper(session, model)
+    keeper = None
+    if session.options.keep_captures:
+        folder = session.options.cache_folder
+        keeper = capture_keeper(session, model, folder, admit=admit, take_up=restore_graph)
     if keeper is None:
         return WatchedForward(session, model)
     return keeper.compiled(model._call_impl)

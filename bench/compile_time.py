@@ -120,7 +120,7 @@ def _backend(model: Any, way: str) -> float:
     if way == "adaskip":
         graphs = [graph for session in sessions_of(model) for graph in session.graphs]
         taken += sum(variant.seconds for graph in graphs for variant in graph.variants.values())
-        taken += sum(graph.lowering.waited for graph in graphs)
+        taken += sum(graph.variants.lowering.waited for graph in graphs)
     return taken
 
 

@@ -28,8 +28,7 @@ from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli.measure import Generation, generate, take_turns
 from adaskip_compile.lowering.executor import Executor
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.runtime.dispatch import Dispatcher
-from adaskip_compile.runtime.session import sessions_of
+from adaskip_compile.runtime.session import CapturedGraph, sessions_of
 from adaskip_passes.analysis.regions import Region
 from bench.recording import bench_parser, cell, generate_under, numbers, ratios, write
 
@@ -155,7 +154,7 @@ def _shares(model: Any, ids: torch.Tensor, arguments: argparse.Namespace) -> dic
 
 
 @contextmanager
-def _timed(graphs: Sequence[Dispatcher], found: dict[str, dict[str, list[float]]]) -> Iterator[None]:
+def _timed(graphs: Sequence[CapturedGraph], found: dict[str, dict[str, list[float]]]) -> Iterator[None]:
     """Have the full variant of each of ``graphs`` note how many seconds of every call each sublayer takes."""
     before = []
     for graph in graphs:
@@ -163,7 +162,7 @@ def _timed(graphs: Sequence[Dispatcher], found: dict[str, dict[str, list[float]]
         if variant is None or not isinstance(variant.run, Executor):
             continue
         # Of a prompt, the graph of the rows that are read.
-        gm, stream = graph._prepared[graph.lowering, None, graph.stream.phase == "prefill"]
+        gm, stream = graph.variants.prepared[graph.variants.lowering, None, graph.stream.phase == "prefill"]
         calls = [node for node in gm.graph.nodes if isinstance(node.target, Region)]
         owner = {sublayer.branch: sublayer.path for sublayer in stream.sublayers}
         executor = variant.run
@@ -175,13 +174,13 @@ def _timed(graphs: Sequence[Dispatcher], found: dict[str, dict[str, list[float]]
             for step in executor._steps
         ]
         noted = replace(variant, run=_noting(executor, taken, found[stream.phase]))
-        graph.variants.update({key: noted for key, one in graph.variants.items() if one is variant})
+        graph.variants.made.update({key: noted for key, one in graph.variants.made.items() if one is variant})
     try:
         yield
     finally:
         for graph, executor, steps, variant in before:
             executor._steps = steps
-            graph.variants.update({key: variant for key, one in graph.variants.items() if not one.skipped})
+            graph.variants.made.update({key: variant for key, one in graph.variants.made.items() if not one.skipped})
 
 
 def _clocked(function: Callable[..., Any], path: str | None, taken: dict[str, float]) -> Callable[..., Any]:

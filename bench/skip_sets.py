@@ -85,7 +85,7 @@ def _memory() -> int:
 
 
 def _compiled(model: Any) -> int:
-    return sum(graph.lowering.compiled for session in sessions_of(model) for graph in session.graphs)
+    return sum(graph.variants.lowering.compiled for session in sessions_of(model) for graph in session.graphs)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from adaskip_compile.capture.dynamo import constant_floats, graph_break
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.options import Options
 from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.runtime.admission import admit
 from adaskip_compile.runtime.session import Session
 from adaskip_passes.errors import AdaSkipError
 from adaskip_passes.stream.find_stream import find_residual_stream
@@ -73,7 +74,7 @@ class Switch:
         self.compiled = constant_floats(torch.compile(model._call_impl, backend=self, dynamic=True))
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        dispatch = self.session.admit(gm, inputs)
+        dispatch = admit(self.session, gm, inputs)
         # What the driver refuses, and runs unskipped, has no stream for the reference either.
         stream = getattr(dispatch, "stream", None) or replace(find_residual_stream(gm), sublayers=())
         self.graphs.append(gm)

@@ -23,32 +23,59 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture.dynamo import collector_paused, place_in
+from adaskip_compile.capture.dynamo import Place, collector_paused, place_in
 from adaskip_compile.capture.module_code import CodeState, ModelCode
 from adaskip_compile.capture.package import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.files.atomic_write import replace_file
 from adaskip_compile.kv_cache.cache_object import CachePlace
-from adaskip_compile.runtime.dispatch import Dispatcher
-from adaskip_compile.runtime.session import Session
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import name_modules
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.ir.serializer import read_graph, write_graph
+from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
 
 FOLDER = "captures"
-_FORMAT = 5
+_FORMAT = 6
 # A model has a few graphs: phases, kinds of cache, one sequence or several. Each takes half a second to install.
 _MOST = 8
 _numbers = itertools.count()
 _called = threading.local()
+
+
+class CaptureOwner(Protocol):
+    """What is asked of the session whose captures are kept."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model."""
+
+    @property
+    def model_name(self) -> str:
+        """What to call it."""
+
+    def note(self, text: str) -> None:
+        """Record something that the user should know."""
+
+
+@runtime_checkable
+class AdmittedRun(Protocol):
+    """What stands for a graph that may be kept; one that is to run in full has neither."""
+
+    stream: ResidualStream
+    place: CachePlace | None
+
+
+# (owner, graph, inputs, place in the model) to what Dynamo shall call; and (owner, graph, place of the cache) likewise.
+Admit = Callable[[Any, fx.GraphModule, list[Any], Place], Callable[..., Any]]
+TakeUp = Callable[[Any, fx.GraphModule, "CachePlace | None"], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +116,7 @@ class CaptureFolder:
                 if hashlib.sha256(data).hexdigest().encode() != digest:
                     raise CaptureError("it is damaged")
                 yield pickle.loads(data)
-            except (OSError, CaptureError) as error:
+            except (OSError, CaptureError, ImportError, AttributeError, pickle.UnpicklingError) as error:
                 log.warning("%s is passed over, and the graph captured again: %s", file, error)
 
     def _files(self) -> list[Path]:
@@ -101,8 +128,11 @@ class CaptureKeeper:
 
     __name__ = "adaskip"
 
-    def __init__(self, session: Session, model: nn.Module) -> None:
+    def __init__(
+        self, session: CaptureOwner, model: nn.Module, cache_folder: Path, admit: Admit, take_up: TakeUp
+    ) -> None:
         self.session, self._code, self._key = session, ModelCode(model), _key(model)
+        self._cache_folder, self._admit, self._take_up = cache_folder, admit, take_up
         self._admitted: tuple[dict[str, Any], str, CachePlace | None] | None = None
         self._restored: list[_RestoredGraph] = []
 
@@ -136,9 +166,9 @@ class CaptureKeeper:
         name_modules(gm, example_inputs, self.session.module)  # what is kept goes by these names
         place = place_in(self.session.module, gm, example_inputs)
         data, again = _read_again(gm)
-        run = self.session.admit(gm if again is None else again, example_inputs, place)
-        kept = data is not None and isinstance(run, Dispatcher)
-        self._admitted = (data, run.stream.phase, run.place) if kept else None  # type: ignore[assignment]
+        run = self._admit(self.session, gm if again is None else again, example_inputs, place)
+        kept = data is not None and isinstance(run, AdmittedRun)
+        self._admitted = (data, run.stream.phase, run.place) if kept else None  # type: ignore[union-attr, assignment]
         return run
 
     def _keep(self, capture: Capture) -> None:
@@ -153,7 +183,7 @@ class CaptureKeeper:
             log.info("%s: captures are not kept: %s", self.session.model_name, code.why_passing)
             return None
         key = hashlib.sha256((self._key + code.digest).encode()).hexdigest()[:32]
-        return CaptureFolder(self.session.options.cache_folder / FOLDER / key)
+        return CaptureFolder(self._cache_folder / FOLDER / key)
 
     def _restore(self) -> None:
         code = self._code.state()
@@ -161,7 +191,7 @@ class CaptureKeeper:
         # A graph whose guards fail costs each call the time of checking them, and there are more steps than prompts.
         found = () if folder is None else folder.read()
         for kept in sorted(found, key=lambda kept: kept.phase != "decode"):
-            graph = _RestoredGraph(kept, self.session, code)
+            graph = _RestoredGraph(kept, self.session, code, self._take_up)
             try:
                 install(kept.capture, graph.caller(), name=f"__adaskip_graph_{next(_numbers)}", applies=graph.applies)
             except Exception as error:  # noqa: BLE001 - Dynamo's innards raise anything; without it the graph is captured
@@ -190,9 +220,9 @@ class _RestoredGraph:
     holds the session, and with it a model's caches, by a weak reference alone.
     """
 
-    def __init__(self, kept: KeptCapture, session: Session, code: CodeState) -> None:
-        self._kept, self._session, self._code = kept, weakref.ref(session), code
-        self._dispatcher: Dispatcher | None = None
+    def __init__(self, kept: KeptCapture, session: CaptureOwner, code: CodeState, take_up: TakeUp) -> None:
+        self._kept, self._session, self._code, self._restore = kept, weakref.ref(session), code, take_up
+        self._run: Callable[..., Any] | None = None
         self._usable = True
         self._lock = threading.Lock()
 
@@ -208,36 +238,39 @@ class _RestoredGraph:
         def run(*inputs: Any) -> Any:
             graph = target()
             assert graph is not None  # its session has made the call
-            return (graph._dispatcher or graph._take_up())(*inputs)
+            return (graph._run or graph._take_up())(*inputs)
 
         return run
 
-    def _take_up(self) -> Dispatcher:
+    def _take_up(self) -> Callable[..., Any]:
         with self._lock:
-            if self._dispatcher is None:
+            if self._run is None:
                 session = self._session()
                 assert session is not None
                 try:
                     with collector_paused():
                         graph = read_graph(self._kept.graph, stand_ins=False)
-                        self._dispatcher = session.restore(graph, self._kept.place)
+                        self._run = self._restore(session, graph, self._kept.place)
                 except AdaSkipError as error:
                     self._usable = False
                     raise _UnusableError(
                         f"a graph that an earlier process captured is captured again: {error}"
                     ) from error
-            return self._dispatcher
+            return self._run
 
 
-def capture_keeper(session: Session, model: nn.Module) -> CaptureKeeper | None:
-    """Return what keeps the captures of ``model``; None where they cannot be, or shall not be."""
-    if not session.options.keep_captures:
-        return None
+def capture_keeper(
+    session: CaptureOwner, model: nn.Module, cache_folder: Path, *, admit: Admit, take_up: TakeUp
+) -> CaptureKeeper | None:
+    """Return what keeps the captures of ``model`` in ``cache_folder``; None where they cannot be kept.
+
+    ``admit`` and ``take_up`` say what stands for a graph that was captured now, or by an earlier process.
+    """
     reason = why_not()
     if reason is not None:
         log.info("captures are not kept: %s", reason)
         return None
-    return CaptureKeeper(session, model)
+    return CaptureKeeper(session, model, cache_folder, admit, take_up)
 
 
 def _key(model: nn.Module) -> str:

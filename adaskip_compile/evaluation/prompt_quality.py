@@ -21,8 +21,7 @@ from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
 from adaskip_compile.options import Options
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiling import evaluating
-from adaskip_compile.runtime.dispatch import Dispatcher
-from adaskip_compile.runtime.session import Session
+from adaskip_compile.runtime.session import CapturedGraph, Session
 from adaskip_compile.runtime.session_backend import SessionBackend
 
 # Tokens a call after the prompt: too few to be taken for a prompt.
@@ -56,7 +55,7 @@ class PromptJudge:
         self._forward = constant_floats(torch.compile(forward, backend=SessionBackend(self.session), dynamic=True))
 
     @property
-    def prompt_graph(self) -> Dispatcher:
+    def prompt_graph(self) -> CapturedGraph:
         """The graph of a prompt with an empty cache, once something was measured."""
         return next(graph for graph in self.session.graphs if graph.stream.phase == "prefill")
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from adaskip_compile.files.model_identity import unwrapped
 from adaskip_compile.fitting.least_squares import BranchStatistics, StreamMap, fit_map
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, PromptSkips
-from adaskip_compile.planning.skip_plan import SkippedSublayer
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError

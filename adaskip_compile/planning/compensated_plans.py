@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.planning.policy_names import COMPENSATIONS
-from adaskip_compile.planning.skip_plan import SkippedSublayer, SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
 

@@ -29,7 +29,8 @@ from adaskip_compile.fitting.sequence import SequenceFitter
 from adaskip_compile.inspection.phase_graphs import longest_context
 from adaskip_compile.options import Options
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
-from adaskip_compile.planning.skip_plan import SkippedSublayer, SkipPlan
+from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import is_finite_number
 from adaskip_compile.profiling.profiling import show_progress
@@ -232,7 +233,7 @@ class _Search:
         """Return how much less a prompt of ``context`` tokens multiplies, keys and values, edges and maps counted."""
         graph = self._judge.prompt_graph
         body = skips.as_pass(graph.stream.paths)
-        full, short = (prompt_flops(graph.narrowed(one).gm, self._context) for one in (None, body))
+        full, short = (prompt_flops(graph.variants.narrowed(one).gm, self._context) for one in (None, body))
         return full / short
 
 

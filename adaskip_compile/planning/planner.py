@@ -11,7 +11,8 @@ from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.plan_options import PlanOptions
 from adaskip_compile.planning.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
 from adaskip_compile.planning.replacement_costs import stand_in_costs
-from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer, SkipPlan
+from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.planning.speedup_goal import Choice, in_phase, reach_speedup, within_loss
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError

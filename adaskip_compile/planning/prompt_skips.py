@@ -17,7 +17,7 @@ from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 
 if TYPE_CHECKING:
     from adaskip_compile.fitting.least_squares import StreamMap
-    from adaskip_compile.planning.skip_plan import SkippedSublayer
+    from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 
 HEAD, TAIL = 1, 16
 _LEAST_ROWS = 4  # for each row that runs in full

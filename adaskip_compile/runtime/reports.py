@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from adaskip_compile.lowering.cuda_graphs import RecordedRun
-from adaskip_compile.runtime.dispatch import Dispatcher
 from adaskip_compile.runtime.requests import Request
-from adaskip_compile.runtime.session import Session, sessions_of
+from adaskip_compile.runtime.session import CapturedGraph, Session, sessions_of
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _session_report(session: Session) -> SessionReport:
     )
 
 
-def _graph_report(graph: Dispatcher) -> GraphReport:
+def _graph_report(graph: CapturedGraph) -> GraphReport:
     variants = tuple(
         VariantReport(
             len(variant.skipped),

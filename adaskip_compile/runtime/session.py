@@ -11,29 +11,39 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
-from adaskip_compile.capture.dynamo import Place, graph_break, place_in
 from adaskip_compile.files.model_identity import ModelIdentity, identify, unwrapped
-from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
+from adaskip_compile.kv_cache.cache_object import CachePlace
 from adaskip_compile.kv_cache.growing_storage import GrowingStorages
 from adaskip_compile.kv_cache.request_table import RequestTable
 from adaskip_compile.lowering.lowering import start_cpu_compiler
 from adaskip_compile.options import Options, resolve_plan
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.runtime.dispatch import Dispatcher
 from adaskip_compile.runtime.learning import Learner
 from adaskip_compile.runtime.requests import Request
-from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
-from adaskip_passes.errors import CaptureError
-from adaskip_passes.ir.module_paths import held_by_module, name_modules
-from adaskip_passes.ir.plain_tensors import other_layout
+from adaskip_compile.runtime.variants import VariantCache
+from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
+
+
+class CapturedGraph(Protocol):
+    """What a session, and who reports on it, asks of a graph that was admitted to it."""
+
+    gm: fx.GraphModule
+    stream: ResidualStream
+    place: CachePlace | None
+    calls: int
+    restored: bool
+    captured_because: str | None
+    variants: VariantCache
+
+    def prepare(self, request: Request) -> None:
+        """Make the variant that ``request`` will begin to decode with."""
 
 
 class Session:
@@ -43,13 +53,13 @@ class Session:
         self.options = options
         self.requests = RequestTable(module)
         self.storages = GrowingStorages()
-        self.graphs: list[Dispatcher] = []
+        self.graphs: list[CapturedGraph] = []
         self.unskipped: list[str] = []
         self.notes: list[str] = []
         self._module = weakref.ref(module) if module is not None else None
         self._identity: ModelIdentity | None = None
         self.compiled: Callable[..., Any] | None = None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.plan: SkipPlan | None = SkipPlan.none() if options.runs_in_full else resolve_plan(options, self.identity)
         self.learner = None if self.plan is not None else self._learner()
         if options.inner == "inductor" and self._on_cpu():
@@ -85,7 +95,7 @@ class Session:
         """Let requests that start from now on follow ``plan``; running ones keep theirs. No graph is captured again."""
         if self.identity is not None:
             plan.check(self.identity, source=source)
-        with self._lock:
+        with self.lock:
             self.plan, self.learner = plan, None
 
     def plan_for_new_request(self) -> SkipPlan:
@@ -94,7 +104,7 @@ class Session:
 
     def learn(self, rows: torch.Tensor, stream: Any, tokens: int) -> None:
         """Take the probes of one learning request; after enough of them, plan and specialise."""
-        with self._lock:
+        with self.lock:
             if self.learner is None:
                 return
             profile = self.learner.add(rows, stream, tokens)
@@ -107,7 +117,7 @@ class Session:
 
     def note(self, text: str) -> None:
         """Record something that the user should know, once, and log it."""
-        with self._lock:
+        with self.lock:
             if text not in self.notes:
                 self.notes.append(text)
                 log.warning("%s: %s", self.model_name, text)
@@ -123,91 +133,6 @@ class Session:
         if self.module is not None and self.module.training:
             return "the model is in training mode: it runs unskipped; call model.eval() first"
         return None
-
-    def admit(
-        self, gm: fx.GraphModule, inputs: list[Any], place: Place | None = None, *, guard: bool = False
-    ) -> Callable[..., Any]:
-        """Return what Dynamo shall call in place of the graph that it captured.
-
-        Args:
-            gm: The graph.
-            inputs: What it is called with, in order.
-            place: Where in the model it lies, where ``gm`` is not the very graph that Dynamo made.
-            guard: Have it serve this model alone: where Dynamo takes the backend of another one for the same.
-        """
-        if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
-            return self._refuse(gm, inputs, "gradients are needed: runs unskipped; call it under torch.no_grad()")
-        layout = other_layout(inputs)
-        if layout is not None:
-            return self._refuse(gm, inputs, f"an input is a tensor of layout {layout}, without strides: runs unskipped")
-        place = place or place_in(self.module, gm, inputs)
-        name_modules(gm, inputs, self.module)
-        drop_implied_masks(gm)
-        stream = straightened_stream(gm)
-        problem = "; ".join(stream.problems) or self._shared(place)
-        if problem:
-            stop = graph_break(gm)
-            why = f"capture broke the forward in pieces: {stop}" if stop else problem
-            return self._refuse(gm, inputs, f"no residual stream: {why}; runs unskipped")
-        if guard:
-            place.guard()
-        log.info("%s: captured a %s graph of %d sublayers", self.model_name, stream.phase, len(stream.sublayers))
-        with self._lock:
-            if self.graphs and self.graphs[0].stream.paths != stream.paths:
-                missing = sorted({*self.graphs[0].stream.paths} ^ {*stream.paths})
-                return self._refuse(
-                    gm, inputs, f"a graph has other sublayers than the first one ({missing[0]}); it runs unskipped"
-                )
-            dispatcher = Dispatcher(self, gm, stream)
-            self.graphs.append(dispatcher)
-        return dispatcher
-
-    def restore(self, gm: fx.GraphModule, place: CachePlace | None) -> Dispatcher:
-        """Take up a graph that an earlier process captured, with the names that it had there.
-
-        ``place`` is where its cache objects are.
-
-        Raises:
-            CaptureError: It has no residual stream, or other sublayers than the session's graphs.
-        """
-        drop_implied_masks(gm)
-        stream = straightened_stream(gm)
-        if stream.problems or (self.graphs and self.graphs[0].stream.paths != stream.paths):
-            raise CaptureError("; ".join(stream.problems) or "it has other sublayers than the others")
-        dispatcher = Dispatcher(self, gm, stream, restored=True, place=place)
-        with self._lock:
-            self.graphs.append(dispatcher)
-        return dispatcher
-
-    def _shared(self, place: Place) -> str | None:
-        """Tell of a piece of a broken forward that it is no one part of the model, or return None.
-
-        Weights are inputs of a graph: Dynamo runs what it captured of one layer for all of them.
-        """
-        if place.root is None or place.module is place.root:
-            return None
-        if place.module is None:
-            return "it is the rest of a function behind a graph break" if place.resumed else None
-        alike = sum(type(module) is type(place.module) for module in place.root.modules())
-        return f"it is a piece of each of the {alike} {type(place.module).__name__}s" if alike > 1 else None
-
-    def _refuse(self, gm: fx.GraphModule, inputs: list[Any], reason: str) -> Callable[..., Any]:
-        self.note(reason)
-        self.unskipped.append(reason)
-        run = gm.forward
-        if self.options.inner != "eager" and other_layout(inputs) is None:  # Inductor reads by strides
-            run = torch._dynamo.lookup_backend(self.options.inner)(gm, inputs)
-
-        place = find_cache_place(node for node in gm.graph.find_nodes(op="placeholder") if not held_by_module(node))
-
-        def unskipped(*values: Any) -> Any:
-            objects = [] if place is None else place.objects()
-            owner = self.requests.look_up(objects, [value for value in values if isinstance(value, torch.Tensor)])
-            if owner is not None:
-                owner.check(frozenset(), because=reason)
-            return run(*values)
-
-        return unskipped
 
     def _learner(self) -> Learner:
         learner = Learner(self.options, self.identity, self.note)

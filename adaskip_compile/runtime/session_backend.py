@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.capture.module_code import CodeState, ModelCode
+from adaskip_compile.runtime.admission import admit
 from adaskip_compile.runtime.session import Session
 from adaskip_passes.errors import CaptureError
 
@@ -43,7 +44,7 @@ class SessionBackend:
         session = self._session()
         if session is None:
             raise CaptureError("this compiled call is of a model that was restored since: compile the model again")
-        return session.admit(gm, example_inputs)
+        return admit(session, gm, example_inputs)
 
 
 class WatchedForward:

@@ -206,19 +206,19 @@ def test_maps_of_one_form_are_one_compiled_region():
     request(scaled, 11)
     graphs = sessions_of(model)[0].graphs
     assert [graph.stream.phase for graph in graphs] == ["prefill", "decode"]
-    known = [set(graph.lowering._artifacts) for graph in graphs]
-    assert [graph.lowering.compiled for graph in graphs] == [len(keys) for keys in known] == [4, 4]
+    known = [set(graph.variants.lowering._artifacts) for graph in graphs]
+    assert [graph.variants.lowering.compiled for graph in graphs] == [len(keys) for keys in known] == [4, 4]
     for plan, length in ((first, 11), (second, 17), (first, 23)):
         got = request(plan, length)
         for graph, keys in zip(graphs, known, strict=True):
-            assert graph.lowering.compiled == 5
-            [added] = graph.lowering._artifacts.keys() - keys
+            assert graph.variants.lowering.compiled == 5
+            [added] = graph.variants.lowering._artifacts.keys() - keys
             run = list(graph.variants.values())[-1].run
             if isinstance(run, AssumptionCheck):  # whether sizes are assumed depends on what else was compiled before
                 run = run._compiled
             assert isinstance(run, Executor)
             steps = [step.function for step in run._steps]
-            assert steps.count(graph.lowering._artifacts[added]) == len(plan.maps)
+            assert steps.count(graph.variants.lowering._artifacts[added]) == len(plan.maps)
             assert not any(step in (functional.linear, functional.rms_norm) for step in steps)
         torch.testing.assert_close(got, request(plan, length, inner="eager"), rtol=1e-4, atol=1e-4)
         model._compiled_call_impl = None

@@ -12,7 +12,8 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.kv_cache.cache_argument import cache_argument
-from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer
+from adaskip_compile.planning.skip_plan import RampStep
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from tests.models import tokens
 from tests.reference import omit_sublayers, run_request
 

@@ -15,7 +15,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule, r
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.kv_cache.cache_argument import cache_argument
-from adaskip_compile.planning.skip_plan import RampStep, SkippedSublayer
+from adaskip_compile.planning.skip_plan import RampStep
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from tests.generation import CACHES, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers

@@ -14,7 +14,7 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.lowering import cuda_graphs
 from adaskip_compile.lowering.cuda_graphs import RecordedRun, recordable
-from adaskip_compile.runtime import dispatch
+from adaskip_compile.runtime import variants
 from adaskip_passes.analysis.effects import positions_written
 from tests.captures import first_graph
 from tests.generation import generate, left_padded, make_cache
@@ -197,7 +197,7 @@ def test_threads_take_turns(device):
 
 @pytest.mark.newest("Inductor of older ones cannot compile padded rows for a CPU")
 def test_decode_steps_of_whole_requests_are_replayed(device, monkeypatch):
-    monkeypatch.setattr(dispatch, "recordable", lambda gm: True)
+    monkeypatch.setattr(variants, "recordable", lambda gm: True)
     skipped = {"model.layers.0.self_attn": 0.97, "model.layers.2.mlp": 1.03}
     model = tiny("llama", num_hidden_layers=3)
     plan = replace(SkipPlan.from_scales(skipped, window=6), beta=-2.0)
@@ -220,7 +220,7 @@ def test_decode_steps_of_whole_requests_are_replayed(device, monkeypatch):
 
 
 def test_it_can_be_turned_off(device, monkeypatch):
-    monkeypatch.setattr(dispatch, "recordable", lambda gm: True)
+    monkeypatch.setattr(variants, "recordable", lambda gm: True)
     model = tiny("llama")
     adaskip_compile.compile(model, SkipPlan.none(), cuda_graphs=False, keep_captures=False)
     ids, mask = left_padded([tokens(1, 11)[0]])

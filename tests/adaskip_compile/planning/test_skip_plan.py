@@ -17,11 +17,8 @@ from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.options import Options, resolve_plan
 from adaskip_compile.planning.planner import plan, plan_by_options
 from adaskip_compile.planning.policies import largest_skip
-from adaskip_compile.planning.skip_plan import (
-    PLAN_FORMAT,
-    SkippedSublayer,
-    SkipPlan,
-)
+from adaskip_compile.planning.skip_plan import PLAN_FORMAT, SkipPlan
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_compile.runtime.window import extra_sublayers
 from adaskip_passes.errors import (

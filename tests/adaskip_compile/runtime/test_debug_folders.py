@@ -12,7 +12,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.runtime import dispatch
+from adaskip_compile.runtime import variants
 from adaskip_passes.errors import FileError, PassError, VerificationError
 from tests.models import plain, tiny, tokens
 
@@ -69,14 +69,14 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "widen_output", raising=False)
     module = importlib.import_module("widen_output")
-    skip_passes = dispatch.skip_passes
+    skip_passes = variants.skip_passes
 
     def install(**options: bool) -> None:
         def passes(*how):
             probes, skips, dead = skip_passes(*how)
             return probes, skips, module.WidenOutput(**options), dead
 
-        monkeypatch.setattr(dispatch, "skip_passes", passes)
+        monkeypatch.setattr(variants, "skip_passes", passes)
 
     return install
 

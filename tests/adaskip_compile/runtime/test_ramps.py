@@ -15,7 +15,8 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import LegalityError, PlanError, SkipPlan
-from adaskip_compile.planning.skip_plan import PLAN_FORMAT, RampStep, SkippedSublayer
+from adaskip_compile.planning.skip_plan import PLAN_FORMAT, RampStep
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.runtime.session import sessions_of
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens

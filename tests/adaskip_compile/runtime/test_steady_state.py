@@ -14,7 +14,7 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.kv_cache.cache_argument import cache_argument
-from adaskip_compile.runtime import dispatch
+from adaskip_compile.runtime import variants
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request
@@ -100,7 +100,7 @@ def test_a_switch_of_plan_captures_nothing(llama):
 
 
 def test_only_the_last_variants_are_kept(llama, monkeypatch):
-    monkeypatch.setattr(dispatch, "_VARIANTS", 2)
+    monkeypatch.setattr(variants, "_VARIANTS", 2)
     prompt, forced = tokens(1, 9), tokens(1, 3, seed=1)
     plans = [{f"model.layers.{layer}.mlp": 0.9} for layer in (0, 1, 2, 3, 0)]
     for scales in plans:
