@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from adaskip_compile.exporting.export import ExportedGraphs, export
     from adaskip_compile.fitting.fit import fit
     from adaskip_compile.fitting.joint_order import order_by_loss
+    from adaskip_compile.fitting.loss_budget import plan_within_loss
     from adaskip_compile.fitting.tune import tune
     from adaskip_compile.inspection.analyze import analyze
     from adaskip_compile.options import Options
-    from adaskip_compile.planning.loss_budget import plan_within_loss
     from adaskip_compile.planning.planner import plan
     from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
     from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
@@ -100,7 +100,7 @@ _HOMES = {
     "fit": "fitting.fit",
     "order_by_loss": "fitting.joint_order",
     "plan": "planning.planner",
-    "plan_within_loss": "planning.loss_budget",
+    "plan_within_loss": "fitting.loss_budget",
     "profile": "profiling.profiling",
     "report": "runtime.reports",
     "restore": "backend",

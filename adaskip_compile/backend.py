@@ -23,8 +23,8 @@ from adaskip_compile.capture.dynamo import (
 )
 from adaskip_compile.capture.store import capture_keeper
 from adaskip_compile.files.model_identity import unwrapped
+from adaskip_compile.fitting.loss_budget import kept_plan
 from adaskip_compile.options import Options
-from adaskip_compile.planning.loss_budget import kept_plan
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime.admission import admit, restore_graph
 from adaskip_compile.runtime.session import Session, forget_sessions, session_for
@@ -73,7 +73,7 @@ def compile(
 
     With a ``tokenizer`` and no plan, one is found that makes prompts faster and loses at most ``max_loss`` nats a token
     (0.02, 2 % of perplexity, by default) and 5 % of what the model finds in a prompt of ``context`` tokens (1,024). That
-    takes minutes, once: the plan is kept in the cache directory (:func:`adaskip_compile.planning.loss_budget.plan_within_loss`).
+    takes minutes, once: the plan is kept in the cache directory (:func:`adaskip_compile.fitting.loss_budget.plan_within_loss`).
     Without one, and with nothing else that says what to skip, nothing is skipped.
 
     ``plan`` is a plan or the file of one; ``options`` are the other fields of :class:`Options`. Calling

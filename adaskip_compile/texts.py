@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ DOMAINS: tuple[Domain, ...] = ("english", "code")
 
 # Shorter paragraphs (headings, grammar rules) recur in many topics and say nothing of one quoting another.
 _TELLING_PARAGRAPH = 80
+
+# Enough characters that a window of so many tokens fits, for tokenizers of up to this many characters a token.
+_CHARACTERS_PER_TOKEN = 5
 
 # A piece of text begins at a line, unless that would leave less than this share of it.
 _ENOUGH = 0.9
@@ -109,6 +113,14 @@ def windows(
         whole = max(len(ids) // room, 1 if ids else 0)
         for index in range(whole if per_text is None else min(whole, per_text)):
             yield torch.tensor([*prefix, *ids[index * room : (index + 1) * room]])
+
+
+def choose_samples(tokenizer: Any, texts: Iterable[str] | None, count: int, length: int) -> list[torch.Tensor]:
+    """Return up to ``count`` windows of ``length`` token ids from ``texts``, or from built-in text to profile on."""
+    if texts is not None:
+        return list(islice(windows(tokenizer, texts, length), count))
+    built_in = profiling_texts(count, characters=_CHARACTERS_PER_TOKEN * length)
+    return list(windows(tokenizer, (text.text for text in built_in), length, per_text=1))
 
 
 def _from_a_beginning(piece: str) -> str:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import adaskip_compile
-from adaskip_compile.cli.measure import Generation, Spread, generate, take_turns
 from adaskip_compile.evaluation.candidates import FULL
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import Measure, Sizes, kind_of, make_measures
 from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT, SweepResults
+from adaskip_compile.evaluation.timing import Generation, Spread, generate, take_turns
 from adaskip_compile.files.model_identity import identify
 from adaskip_compile.files.versioned_json import digest
 from adaskip_compile.planning.policy_names import POLICIES

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import take_turns
+from adaskip_compile.evaluation.timing import take_turns
 from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import adaskip_compile
-from adaskip_compile.cli.measure import Generation, generate
+from adaskip_compile.evaluation.timing import Generation, generate
 from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.recording import cell, numbers, write
 

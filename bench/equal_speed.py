@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from adaskip_compile.cli.measure import Generation, take_turns
 from adaskip_compile.evaluation.domains import mixed_windows
+from adaskip_compile.evaluation.timing import Generation, take_turns
 from adaskip_compile.inspection.inspection import PHASES
 from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.skip_plan import SkipPlan

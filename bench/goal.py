@@ -18,14 +18,14 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.calibration import calibrate
-from adaskip_compile.cli.measure import take_turns
-from adaskip_compile.cli.profile import choose_samples
 from adaskip_compile.costs.timers import Measured
+from adaskip_compile.evaluation.calibration import calibrate
+from adaskip_compile.evaluation.timing import take_turns
 from adaskip_compile.inspection.inspection import inspect_model
 from adaskip_compile.planning.predicted_times import predict_times
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
+from adaskip_compile.texts import choose_samples
 from bench.recording import bench_parser, cell, generate_under, ratios, write
 
 FULL = "full"

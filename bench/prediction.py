@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.calibration import calibrate
-from adaskip_compile.cli.measure import Spread, take_turns
 from adaskip_compile.costs.timers import ROOFLINES, Timer, predict
+from adaskip_compile.evaluation.calibration import calibrate
+from adaskip_compile.evaluation.timing import Spread, take_turns
 from adaskip_compile.inspection.inspection import Inspection, inspect_model
 from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.recording import bench_parser, generate_under, write

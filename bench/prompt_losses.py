@@ -21,9 +21,9 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
+from adaskip_compile.fitting.loss_budget import BudgetSizes, confirm, deepest, layers_from_the_end, samples_to_fit
 from adaskip_compile.fitting.sequence import SequenceFitter
 from adaskip_compile.inspection.phase_graphs import capture_phases
-from adaskip_compile.planning.loss_budget import BudgetSizes, confirm, deepest, layers_from_the_end, samples_to_fit
 from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.prompts import pair
 from bench.recording import bench_parser, write

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import take_turns
-from adaskip_compile.fitting.least_squares import StreamMap
+from adaskip_compile.evaluation.timing import take_turns
+from adaskip_compile.fitting.loss_budget import deepest, layers_from_the_end, prompt_flops
 from adaskip_compile.inspection.phase_graphs import capture_phases
-from adaskip_compile.planning.loss_budget import deepest, layers_from_the_end, prompt_flops
 from adaskip_compile.planning.prompt_skips import PromptSkips
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.pipelines import row_passes
 from adaskip_passes.stream.stream import ResidualStream

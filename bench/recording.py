@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import adaskip_compile
-from adaskip_compile.cli.measure import Generation, Spread, generate
+from adaskip_compile.evaluation.timing import Generation, Spread, generate
 from adaskip_compile.planning.skip_plan import SkipPlan
 
 _DTYPES = ("float32", "bfloat16")

@@ -25,7 +25,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import Generation, generate, take_turns
+from adaskip_compile.evaluation.timing import Generation, generate, take_turns
 from adaskip_compile.lowering.executor import Executor
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime.session import CapturedGraph, sessions_of

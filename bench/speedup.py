@@ -19,7 +19,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import Generation, take_turns
+from adaskip_compile.evaluation.timing import Generation, take_turns
 from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 

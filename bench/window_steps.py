@@ -18,7 +18,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli.measure import take_turns
+from adaskip_compile.evaluation.timing import take_turns
 from adaskip_compile.planning.skip_plan import SkipPlan
 from bench.recording import bench_parser, cell, generate_under, numbers, write
 

@@ -11,7 +11,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.cli.measure import cache_bytes
+from adaskip_compile.evaluation.timing import cache_bytes
 from adaskip_compile.lowering.cuda_graphs import RecordedRun
 from adaskip_compile.runtime.session import sessions_of
 from tests.generation import CACHES, generate, left_padded, make_cache

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.cli.measure import Generation
 from adaskip_compile.evaluation.likelihood import decoded_nlls
+from adaskip_compile.evaluation.timing import Generation
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_passes.errors import ForeignFileError
 from bench import baselines, compensation, equal_speed, error_growth, quantized_cache, studies

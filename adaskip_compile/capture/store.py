@@ -28,11 +28,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture.cache_object import CachePlace
 from adaskip_compile.capture.dynamo import Place, collector_paused, place_in
 from adaskip_compile.capture.module_code import CodeState, ModelCode
 from adaskip_compile.capture.package import Capture, CaptureRecorder, install, why_not
 from adaskip_compile.files.atomic_write import replace_file
-from adaskip_compile.kv_cache.cache_object import CachePlace
 from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import name_modules

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaskip_compile.cli.measure import Generation
-    from adaskip_compile.evaluation.quality import Quality
+    from adaskip_compile.evaluation.timing import Generation
+    from adaskip_compile.planning.quality import Quality
 
 EAGER, FULL, PAPER = "eager, full", "adaskip, full", "adaskip, the paper's choice"
 

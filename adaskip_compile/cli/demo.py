@@ -20,14 +20,13 @@ from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli import plan as planning
 from adaskip_compile.cli.comparison import EAGER, FULL, PAPER, Comparison, within
 from adaskip_compile.cli.output import Output
-from adaskip_compile.cli.profile import choose_samples
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
 
-    from adaskip_compile.cli.measure import Generation
-    from adaskip_compile.planning.loss_budget import BudgetSizes
+    from adaskip_compile.evaluation.timing import Generation
+    from adaskip_compile.fitting.loss_budget import BudgetSizes
 
 _QUESTION = "Summarise the following page in a few sentences.\n\n"
 _FIRST_WORDS = 40
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     from adaskip_compile.cli import demo_tables
-    from adaskip_compile.planning.loss_budget import confirm, plans_within_losses
+    from adaskip_compile.fitting.loss_budget import confirm, plans_within_losses
 
     if arguments.new_tokens < arguments.window + 3:
         raise OptionError(
@@ -100,7 +99,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _sizes(arguments: argparse.Namespace) -> BudgetSizes:
-    from adaskip_compile.planning.loss_budget import BudgetSizes
+    from adaskip_compile.fitting.loss_budget import BudgetSizes
 
     return BudgetSizes(
         prompt=arguments.length,
@@ -113,6 +112,7 @@ def _sizes(arguments: argparse.Namespace) -> BudgetSizes:
 def _paper(model: Any, tokenizer: Any, arguments: argparse.Namespace, watched: bool) -> Any:
     import adaskip_compile
     from adaskip_compile.evaluation.candidates import complete_profile
+    from adaskip_compile.texts import choose_samples
 
     samples = choose_samples(tokenizer, None, arguments.samples, arguments.length)
     profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=watched)
@@ -128,7 +128,7 @@ def _race(
     import torch
 
     import adaskip_compile
-    from adaskip_compile.cli.measure import generate, take_turns
+    from adaskip_compile.evaluation.timing import generate, take_turns
     from adaskip_compile.planning.skip_plan import SkipPlan
 
     def eager() -> Generation:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import plan as planning
 from adaskip_compile.cli.comparison import EAGER, PAPER, Comparison
-from adaskip_compile.cli.measure import Spread
 from adaskip_compile.cli.output import Output, add_row, new_table
+from adaskip_compile.evaluation.timing import Spread
 
 if TYPE_CHECKING:
     from rich.table import Table

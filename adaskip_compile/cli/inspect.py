@@ -131,7 +131,7 @@ def _timer(arguments: argparse.Namespace, found: Inspection, output: Output) -> 
         return _calibrate(arguments, found, output)
     if arguments.calibration:
         measured = Measured.load(arguments.calibration)
-        measured.check(found)
+        measured.check(found.model, found.phases, len(found.groups))
         return measured
     kind = "cuda" if str(arguments.device).startswith("cuda") else "cpu"
     peaks = {"flops": arguments.flops, "bandwidth": arguments.bandwidth}
@@ -142,7 +142,7 @@ def _timer(arguments: argparse.Namespace, found: Inspection, output: Output) -> 
 
 
 def _calibrate(arguments: argparse.Namespace, found: Inspection, output: Output) -> Measured:
-    from adaskip_compile.cli.calibration import calibrate, steps
+    from adaskip_compile.evaluation.calibration import calibrate, steps
 
     if arguments.model is None:
         raise OptionError("--calibrate runs the real model: name a MODEL, not only its --config")
@@ -158,7 +158,7 @@ def _calibrate(arguments: argparse.Namespace, found: Inspection, output: Output)
 
 
 def _contexts(arguments: argparse.Namespace, found: Inspection) -> tuple[int, ...]:
-    from adaskip_compile.cli.calibration import NEW_TOKENS
+    from adaskip_compile.evaluation.calibration import NEW_TOKENS
 
     asked = arguments.contexts or _CALIBRATION_CONTEXTS
     most = found.longest or max(asked) + NEW_TOKENS

@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _within_loss(arguments: argparse.Namespace, output: Output) -> Any:
-    from adaskip_compile.planning.loss_budget import plan_within_loss
+    from adaskip_compile.fitting.loss_budget import plan_within_loss
 
     unset = argparse.ArgumentParser()
     add_policy_arguments(unset)

@@ -23,9 +23,6 @@ from adaskip_compile.cli.output import Output
 if TYPE_CHECKING:
     import torch
 
-# Enough characters that a window of so many tokens fits, for tokenizers of up to this many characters a token.
-_CHARACTERS_PER_TOKEN = 5
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this command takes."""
@@ -56,6 +53,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     import adaskip_compile
     from adaskip_compile.cli.tables import profile_table
+    from adaskip_compile.texts import choose_samples
 
     texts = common.read_texts(arguments.texts) if arguments.texts else None
     model, tokenizer = common.load_model(arguments)
@@ -96,18 +94,6 @@ def _learn_more(
             model, profile, samples, compensation=tried_with, most=arguments.joint, progress=output.watched
         )
     return profile
-
-
-def choose_samples(tokenizer: Any, texts: list[str] | None, count: int, length: int) -> list[torch.Tensor]:
-    """Return up to ``count`` windows of ``length`` token ids from ``texts``, or from built-in text."""
-    from itertools import islice
-
-    from adaskip_compile.texts import profiling_texts, windows
-
-    if texts is not None:
-        return list(islice(windows(tokenizer, texts, length), count))
-    built_in = profiling_texts(count, characters=_CHARACTERS_PER_TOKEN * length)
-    return list(windows(tokenizer, (text.text for text in built_in), length, per_text=1))
 
 
 def describe(profile: Any) -> list[dict[str, Any]]:

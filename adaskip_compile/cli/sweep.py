@@ -26,9 +26,9 @@ from adaskip_compile.cli.output import Output
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
-    from adaskip_compile.cli.tradeoff import Row
     from adaskip_compile.evaluation.candidates import Candidate
     from adaskip_compile.evaluation.domains import Domain
+    from adaskip_compile.evaluation.tradeoff import Row
     from adaskip_compile.profiling.profiles import Profile
 
 
@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     _check(arguments)
     from adaskip_compile.cli import sweep_tables
-    from adaskip_compile.cli.tradeoff import make_rows, recommend
     from adaskip_compile.evaluation.candidates import make_candidates
     from adaskip_compile.evaluation.domains import read_domains
     from adaskip_compile.evaluation.sweep_results import SweepResults
+    from adaskip_compile.evaluation.tradeoff import make_rows, recommend
 
     domains = read_domains(arguments.texts)
     model, tokenizer = common.load_model(arguments)
@@ -195,7 +195,7 @@ def _time(
     from functools import partial
 
     import adaskip_compile
-    from adaskip_compile.cli.measure import Generation, generate, take_turns
+    from adaskip_compile.evaluation.timing import Generation, generate, take_turns
 
     full, *others = candidates
     lacking = [one for one in others if results.timed(one.name) < arguments.rounds]
@@ -222,7 +222,7 @@ def _time(
 
 
 def _write(rows: Sequence[Row], arguments: argparse.Namespace, output: Output) -> None:
-    from adaskip_compile.cli.tradeoff import as_csv, draw_curve
+    from adaskip_compile.evaluation.tradeoff import as_csv, draw_curve
     from adaskip_compile.files.atomic_write import write_text
 
     if arguments.csv:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adaskip_compile.cli.output import Output, add_row, new_table
-from adaskip_compile.cli.tradeoff import Row
+from adaskip_compile.evaluation.tradeoff import Row
 
 _MEBI = 2**-20
 

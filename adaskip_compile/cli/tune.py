@@ -16,7 +16,6 @@ import argparse
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
 from adaskip_compile.cli.plan import describe
-from adaskip_compile.cli.profile import choose_samples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     import adaskip_compile
+    from adaskip_compile.texts import choose_samples
 
     plan = adaskip_compile.SkipPlan.load(arguments.plan)
     texts = common.read_texts(arguments.texts) if arguments.texts else None

@@ -3,7 +3,7 @@
 Two ways to tell the time of a sublayer. :class:`Roofline` takes the larger of its operations at the machine's
 peak and its bytes at the memory's bandwidth: rough, but it needs nothing but the cost expressions, and a ratio
 of two times depends on the ratio of the two peaks alone. :class:`Measured` interpolates times that were
-measured on this machine (:mod:`adaskip_compile.cli.calibration`).
+measured on this machine (:mod:`adaskip_compile.evaluation.calibration`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import sympy
 
@@ -21,9 +21,6 @@ from adaskip_compile.costs.model_costs import Costed, Group
 from adaskip_compile.files.versioned_json import DocumentFormat
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
-
-if TYPE_CHECKING:
-    from adaskip_compile.inspection.inspection import Inspection
 
 CALIBRATION_FORMAT = DocumentFormat(
     "adaskip-calibration", 2, remedy="measure this machine with `adaskip inspect MODEL --calibrate --calibration PATH`"
@@ -101,13 +98,13 @@ class Measured:
         except ValueError as error:
             raise CALIBRATION_FORMAT.damaged(path, error) from error
 
-    def check(self, found: Inspection) -> None:
-        """Raise :class:`OptionError` unless these times are of a model with as many groups and the same phases."""
-        for phase in found.phases:
-            if len(self.tables.get(phase, ())) != len(found.groups) + 1:
+    def check(self, model: str, phases: Collection[str], groups: int) -> None:
+        """Raise :class:`OptionError` unless these times are of a model with so many ``groups`` in each of ``phases``."""
+        for phase in phases:
+            if len(self.tables.get(phase, ())) != groups + 1:
                 raise OptionError(
                     f"the calibration was measured on another model: it has {len(self.tables.get(phase, ())) - 1} groups of "
-                    f"sublayers in {phase}, and {found.model} has {len(found.groups)}; measure again with --calibrate"
+                    f"sublayers in {phase}, and {model} has {groups}; measure again with --calibrate"
                 )
 
 
@@ -179,36 +176,3 @@ def predict(found: Costed, timer: Timer, phase: str, context: int) -> PhaseTime:
     groups = tuple(timer.seconds(group, group.cost[phase], phase, context) for group in found.groups)
     rest = timer.seconds(None, found.rest[phase], phase, context)
     return PhaseTime(groups, rest, rest + math.fsum(groups[one.group] for one in found.sublayers))
-
-
-def likely_skips(found: Inspection, count: int) -> frozenset[str]:
-    """Return ``count`` sublayers to predict with where there is no plan.
-
-    The most similar ones where a profile is given; otherwise attentions, which are the most similar as a
-    rule, spread evenly, and never all of them.
-    """
-    if any(one.similarity is not None for one in found.sublayers):
-        ranked = sorted(found.sublayers, key=lambda one: -(one.similarity or 0.0))
-        return frozenset(one.path for one in ranked[:count])
-    attentions = [one.path for one in found.sublayers if one.kind == "attention"] or [
-        one.path for one in found.sublayers
-    ]
-    count = min(count, len(attentions) - 1)
-    return (
-        frozenset(attentions[index * len(attentions) // count] for index in range(count)) if count > 0 else frozenset()
-    )
-
-
-def default_contexts(context: int, longest: int | None = None) -> tuple[int, ...]:
-    """Return the context lengths to predict at: powers of two from 256 to ``longest`` (or 128 k), and ``context``.
-
-    >>> default_contexts(3000, 4096)
-    (256, 512, 1024, 2048, 3000, 4096)
-    """
-    most = longest or 2**17
-    return tuple(sorted({context, *(2**power for power in range(8, 21) if 2**power <= most)}))
-
-
-def as_plain(value: Any) -> Any:
-    """Return ``value`` rounded to what a person or a page reads of it: six figures."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value

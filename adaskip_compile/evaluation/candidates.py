@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-import adaskip_compile
+from adaskip_compile.fitting.fit import fit
+from adaskip_compile.fitting.joint_order import order_by_loss
+from adaskip_compile.planning.planner import plan
 from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
@@ -60,14 +62,12 @@ def complete_profile(
     held = {(path, one.form) for path, ones in profile.maps.items() for one in ones}
     forms = [name for name in compensations if name in FORMS]
     if not {*product(every, forms)} <= held:
-        profile = adaskip_compile.fit(
+        profile = fit(
             model, profile, samples, forms=forms, sublayers=every, max_samples=len(samples), progress=progress
         )
     if "loss_greedy" in policies and len(profile.joint_order) < most:
         tried_with = next(iter(forms), "scale")
-        profile = adaskip_compile.order_by_loss(
-            model, profile, samples, compensation=tried_with, most=most, progress=progress
-        )
+        profile = order_by_loss(model, profile, samples, compensation=tried_with, most=most, progress=progress)
     return profile
 
 
@@ -82,6 +82,6 @@ def make_candidates(
     check_names(policies, compensations)
     found = [Candidate("", 0, "", SkipPlan.none())]
     for policy, compensation, skip in product(policies, compensations, sorted({*skips} - {0})):
-        plan = adaskip_compile.plan(profile, skip=skip, policy=policy, compensation=compensation, **options)
-        found.append(Candidate(policy, skip, compensation, plan))
+        made = plan(profile, skip=skip, policy=policy, compensation=compensation, **options)
+        found.append(Candidate(policy, skip, compensation, made))
     return tuple(found)

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
 from adaskip_compile.capture.graph_breaks import why_not_captured
+from adaskip_compile.checkpoints.model_config import longest_context
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import CaptureError, OptionError
@@ -84,22 +85,6 @@ def capture_steps(
     finally:
         model.train(was_training)
     return StaticSteps(steps[0], steps[1], cache_tensors(cache))
-
-
-def longest_context(model: nn.Module) -> int | None:
-    """Return how many positions the configuration of ``model`` allows, or None where it does not say."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
-
-
-def end_tokens(model: nn.Module) -> list[int]:
-    """Return the ids of the tokens that end a text, as the model's own ``generate`` knows them."""
-    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(settings, "eos_token_id", None)
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
 
 
 def _require_transformers_model(model: nn.Module) -> None:

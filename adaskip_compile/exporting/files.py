@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaskip_compile.exporting.capture import CapturedPhase, StaticSteps, end_tokens
+from adaskip_compile.checkpoints.model_config import end_tokens
+from adaskip_compile.exporting.capture import CapturedPhase, StaticSteps
 from adaskip_compile.files.atomic_write import native_file
 from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.files.versioned_json import producer

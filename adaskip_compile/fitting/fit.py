@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.files.model_identity import identify, unwrapped
-from adaskip_compile.fitting.least_squares import BranchStatistics, StreamMap, fit_map
+from adaskip_compile.fitting.least_squares import BranchStatistics, fit_map
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_compile.profiling.profiling import run_samples, show_progress
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import FORMS

@@ -14,10 +14,11 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.files.model_identity import unwrapped
-from adaskip_compile.fitting.least_squares import BranchStatistics, StreamMap, fit_map
+from adaskip_compile.fitting.least_squares import BranchStatistics, fit_map
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiling import run_samples, show_progress
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from adaskip_passes.ir.graph import output_values

@@ -17,9 +17,9 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.files.model_identity import identify, unwrapped
-from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiling import evaluating, show_progress, token_ids
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
 from adaskip_passes.ir.graph import fake_tensor

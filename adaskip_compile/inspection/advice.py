@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from adaskip_compile.costs.timers import Measured, PhaseTime, Timer, default_contexts, likely_skips, predict
+from adaskip_compile.costs.timers import Measured, PhaseTime, Timer, predict
+from adaskip_compile.inspection.forecasts import default_contexts, likely_skips
 from adaskip_compile.inspection.inspection import Inspection
 
 # Below this a speed-up is lost in the noise of a machine.

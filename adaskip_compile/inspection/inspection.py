@@ -13,8 +13,9 @@ from functools import cached_property
 
 from torch import fx, nn
 
+from adaskip_compile.checkpoints.model_config import longest_context
 from adaskip_compile.costs.model_costs import Group, find_model_costs
-from adaskip_compile.inspection.phase_graphs import PhaseGraph, capture_phases, longest_context
+from adaskip_compile.inspection.phase_graphs import PhaseGraph, capture_phases
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.analysis.cost import Cost

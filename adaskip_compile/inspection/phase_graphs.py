@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaskip_compile.capture.dynamo import constant_floats
 from adaskip_compile.capture.graph_breaks import GraphBreaks, why_not_captured
+from adaskip_compile.checkpoints.model_config import longest_context, text_config
 from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
@@ -143,20 +144,9 @@ def _run(model: Any, recorder: _Recorder, call: Any) -> None:
 
 def prompt_length(model: nn.Module) -> int:
     """Return how many tokens to capture a prefill of: more than a sliding window where the model has one."""
-    window = getattr(_text_config(model), "sliding_window", None)
+    window = getattr(text_config(model), "sliding_window", None)
     wanted = _PROMPT + window if isinstance(window, int) and window < _LONGEST_PROMPT else _PROMPT
     return min(wanted, (longest_context(model) or _LONGEST_PROMPT) - 4)
-
-
-def longest_context(model: nn.Module) -> int | None:
-    """Return the longest context that ``model`` is made for, None where its configuration does not say."""
-    found = getattr(_text_config(model), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
-
-
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _phase_graph(gm: fx.GraphModule, on_cpu: bool) -> PhaseGraph:

@@ -7,19 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from adaskip_compile.costs.model_costs import Group
-from adaskip_compile.costs.timers import (
-    PARTS,
-    Measured,
-    PhaseTime,
-    Roofline,
-    Timer,
-    as_plain,
-    cost_at,
-    default_contexts,
-    likely_skips,
-    predict,
-)
+from adaskip_compile.costs.timers import PARTS, Measured, PhaseTime, Roofline, Timer, cost_at, predict
 from adaskip_compile.inspection.advice import advise
+from adaskip_compile.inspection.forecasts import as_plain, default_contexts, likely_skips
 from adaskip_compile.inspection.inspection import InspectedSublayer, Inspection
 from adaskip_compile.planning.skip_plan import PLAN_FORMAT
 from adaskip_passes.analysis.cost import Cost

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.planning.policy_names import COMPENSATIONS
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiles import Profile
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import OptionError
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adaskip_compile.evaluation.quality import Quality
+from adaskip_compile.planning.quality import Quality
 from adaskip_passes.errors import PlanError
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 
 if TYPE_CHECKING:
-    from adaskip_compile.fitting.least_squares import StreamMap
     from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
+    from adaskip_compile.profiling.stream_maps import StreamMap
 
 HEAD, TAIL = 1, 16
 _LEAST_ROWS = 4  # for each row that runs in full

@@ -16,13 +16,14 @@ from typing import Any
 
 from torch import nn
 
-from adaskip_compile.evaluation.quality import Quality
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
-from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade
+from adaskip_compile.planning.quality import Quality
+from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.map_files import read_maps, write_maps
 from adaskip_compile.profiling.profiles import SCALE_KINDS, is_finite_number
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import FileError, LegalityError, PlanError, ProfileError, UnknownSublayerError
 from adaskip_passes.ir.module_paths import submodule_paths
 

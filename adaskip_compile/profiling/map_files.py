@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from adaskip_compile.files.atomic_write import replace_file
-from adaskip_compile.fitting.least_squares import StreamMap
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError, ProfileError
 
 _SEPARATOR = "/"  # no module path holds one

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
 
 from adaskip_compile.costs.model_costs import ModelCosts
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
-from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.profiling.map_files import read_maps, write_maps
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import DamagedFileError, OptionError, ProfileError
+from adaskip_passes.stream.stream import ResidualStream
 
 SCALE_KINDS = ("token", "frobenius")
 
@@ -313,3 +316,35 @@ def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def make_profile(
+    identity: ModelIdentity | None,
+    stream: ResidualStream,
+    rows: list[torch.Tensor],
+    tokens: list[int],
+    layers: Sequence[tuple[str, ...]] = (),
+    costs: ModelCosts | None = None,
+) -> Profile:
+    """Return the profile of ``rows``, one ``f32[sublayers + layers, 3]`` a sample in the order of ``insert-probes``.
+
+    ``layers`` are those that were measured as one, beside the sublayers; ``costs`` is what all of them cost.
+    """
+    table = torch.stack(rows).double().cpu().tolist()
+    sublayers = tuple(
+        SublayerProfile(
+            path=sublayer.path,
+            kind=sublayer.kind,
+            stateful=sublayer.stateful,
+            similarity=tuple(sample[index][0] for sample in table),
+            scale_token=tuple(sample[index][1] for sample in table),
+            scale_frobenius=tuple(sample[index][2] for sample in table),
+            tokens=tuple(tokens),
+        )
+        for index, sublayer in enumerate(stream.sublayers)
+    )
+    measured = tuple(
+        LayerProfile(layer, tuple(sample[index][0] for sample in table))
+        for index, layer in enumerate(layers, start=len(sublayers))
+    )
+    return Profile(identity, sublayers, measured, costs)

@@ -15,8 +15,7 @@ from adaskip_compile.capture.graph_breaks import GraphBreaks
 from adaskip_compile.costs.model_costs import ModelCosts, costs_of_prefill
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.profiling.layers import find_layers
-from adaskip_compile.profiling.profiles import Profile
-from adaskip_compile.runtime.learning import make_profile
+from adaskip_compile.profiling.profiles import Profile, make_profile
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.ir.module_paths import naming

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaskip_compile.capture.cache_object import CachePlace, find_cache_place
 from adaskip_compile.capture.dynamo import Place, graph_break, place_in
-from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.runtime.dispatch import Dispatcher
 from adaskip_compile.runtime.session import Session
 from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaskip_compile.capture.cache_object import CachePlace, find_cache_place
 from adaskip_compile.capture.dynamo import capture_reason, forget_marks
 from adaskip_compile.kv_cache.appends import CacheGrowth
-from adaskip_compile.kv_cache.cache_object import CachePlace, find_cache_place
 from adaskip_compile.kv_cache.holes_seen import find_holes
-from adaskip_compile.kv_cache.request_table import ForeignRequest
 from adaskip_compile.kv_cache.shared_holes import HoleMemory
+from adaskip_compile.runtime.request_table import ForeignRequest
 from adaskip_compile.runtime.requests import Request
 from adaskip_compile.runtime.session import Session
 from adaskip_compile.runtime.signature import GraphSignature

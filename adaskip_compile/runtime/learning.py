@@ -5,19 +5,18 @@ What is remembered is the profile: it holds whatever options the next process pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from adaskip_compile.costs.model_costs import ModelCosts
 from adaskip_compile.files.model_identity import ModelIdentity
 from adaskip_compile.options import Options
 from adaskip_compile.planning.planner import plan_by_options
 from adaskip_compile.planning.policies import largest_skip
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_compile.profiling.profiles import LayerProfile, Profile, SublayerProfile
+from adaskip_compile.profiling.profiles import Profile, make_profile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -89,35 +88,3 @@ class Learner:
             except OptionError:  # no whole layers
                 continue
         return plan_by_options(profile, replace(self.options.planning, skip=0, speedup=None))
-
-
-def make_profile(
-    identity: ModelIdentity | None,
-    stream: ResidualStream,
-    rows: list[torch.Tensor],
-    tokens: list[int],
-    layers: Sequence[tuple[str, ...]] = (),
-    costs: ModelCosts | None = None,
-) -> Profile:
-    """Return the profile of ``rows``, one ``f32[sublayers + layers, 3]`` a sample in the order of ``insert-probes``.
-
-    ``layers`` are those that were measured as one, beside the sublayers; ``costs`` is what all of them cost.
-    """
-    table = torch.stack(rows).double().cpu().tolist()
-    sublayers = tuple(
-        SublayerProfile(
-            path=sublayer.path,
-            kind=sublayer.kind,
-            stateful=sublayer.stateful,
-            similarity=tuple(sample[index][0] for sample in table),
-            scale_token=tuple(sample[index][1] for sample in table),
-            scale_frobenius=tuple(sample[index][2] for sample in table),
-            tokens=tuple(tokens),
-        )
-        for index, sublayer in enumerate(stream.sublayers)
-    )
-    measured = tuple(
-        LayerProfile(layer, tuple(sample[index][0] for sample in table))
-        for index, layer in enumerate(layers, start=len(sublayers))
-    )
-    return Profile(identity, sublayers, measured, costs)

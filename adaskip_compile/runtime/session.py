@@ -16,14 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture.cache_object import CachePlace
 from adaskip_compile.files.model_identity import ModelIdentity, identify, unwrapped
-from adaskip_compile.kv_cache.cache_object import CachePlace
 from adaskip_compile.kv_cache.growing_storage import GrowingStorages
-from adaskip_compile.kv_cache.request_table import RequestTable
 from adaskip_compile.lowering.lowering import start_cpu_compiler
 from adaskip_compile.options import Options, resolve_plan
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime.learning import Learner
+from adaskip_compile.runtime.request_table import RequestTable
 from adaskip_compile.runtime.requests import Request
 from adaskip_compile.runtime.variants import VariantCache
 from adaskip_passes.stream.stream import ResidualStream

@@ -1,6 +1,6 @@
 """Compute a branch again, of fewer tokens.
 
-A branch that :mod:`adaskip_passes.analysis.token_branches` has found is copied, with the rows that are wanted in place of
+A branch that :mod:`adaskip_passes.specialise.token_branches` has found is copied, with the rows that are wanted in place of
 those of all tokens. Its sizes follow: what is reshaped, expanded, filled or counted is given as many rows as there are now.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from adaskip_passes.analysis.row_rules import Rows
-from adaskip_passes.analysis.token_branches import TokenBranch, operands
 from adaskip_passes.analysis.token_layouts import Tokens
 from adaskip_passes.analysis.token_rules import FILLS, VIEWS
 from adaskip_passes.ir.graph import call, computed_value, fake_tensor, fake_value, op_name, size_expression
+from adaskip_passes.specialise.token_branches import TokenBranch, operands
 
 
 class NarrowBranch:

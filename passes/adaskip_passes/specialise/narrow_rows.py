@@ -11,7 +11,7 @@ Attention needs keys and values of all rows, and of a query, its scores and its 
 a caller asks for the logits of the last token, the last layer runs for that token alone but for its keys and values.
 
 Where rows change places within a sublayer, as in a mixture of experts, all of it is computed again from the rows of the
-stream, if it is proven to keep tokens apart (:mod:`adaskip_passes.analysis.token_branches`).
+stream, if it is proven to keep tokens apart (:mod:`adaskip_passes.specialise.token_branches`).
 """
 
 from __future__ import annotations

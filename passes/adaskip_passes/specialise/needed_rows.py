@@ -2,7 +2,7 @@
 
 Slices ``x[:, :k]`` and ``x[:, -k:]`` say which rows are read. From there the demand goes up, as far as operations work row by
 row (:mod:`adaskip_passes.analysis.row_rules`); where rows change places, a branch may compute those that are wanted of the
-stream's (:mod:`adaskip_passes.analysis.token_branches`).
+stream's (:mod:`adaskip_passes.specialise.token_branches`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import fx
 
 from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.analysis.row_rules import Demand, Rows, operand_rows, sliced_rows
-from adaskip_passes.analysis.token_branches import TokenBranch, TokenBranches
 from adaskip_passes.ir.graph import (
     ATTENTION_ARGUMENTS,
     fake_tensor,
@@ -28,6 +27,7 @@ from adaskip_passes.ir.graph import (
 )
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.specialise.narrow_branch import NarrowBranch
+from adaskip_passes.specialise.token_branches import TokenBranch, TokenBranches
 from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)

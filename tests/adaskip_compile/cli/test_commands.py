@@ -9,8 +9,8 @@ import pytest
 
 from adaskip_compile import Profile, SkipPlan
 from adaskip_compile.cli import main
-from adaskip_compile.planning import loss_budget
-from adaskip_compile.planning.loss_budget import BudgetSizes
+from adaskip_compile.fitting import loss_budget
+from adaskip_compile.fitting.loss_budget import BudgetSizes
 from tests.tiny_checkpoints import save_tiny
 
 ATTENTION = "model.layers.{}.self_attn"

@@ -139,7 +139,7 @@ def test_results_of_another_sweep_are_refused(
     sweeps: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sweep, "_time", lambda *_: None)
-    monkeypatch.setattr("adaskip_compile.cli.tradeoff.make_rows", lambda *_: [])
+    monkeypatch.setattr("adaskip_compile.evaluation.tradeoff.make_rows", lambda *_: [])
     monkeypatch.setattr("adaskip_compile.cli.sweep_tables.show", lambda *_: None)
     assert sweeps("--skips", "2") == 0
     before = (tmp_path / "sweep.json").read_text()

@@ -7,8 +7,8 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.evaluation.candidates import complete_profile, make_candidates
-from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.profiling.profiles import Profile
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import part_shapes
 from tests.adaskip_compile.profiling.profiling_data import decoder

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from adaskip_compile.evaluation.needles import make_needles, retrieved
+from adaskip_compile.evaluation.retrieval import retrieved
+from adaskip_compile.needles import make_needles
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.evaluation.readers import Reader
 from tests.made_up_texts import made_up

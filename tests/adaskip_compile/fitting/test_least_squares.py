@@ -10,9 +10,10 @@ from torch.nn import functional
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.fitting.least_squares import BranchStatistics, StreamMap, fit_map
+from adaskip_compile.fitting.least_squares import BranchStatistics, fit_map
 from adaskip_compile.lowering.executor import Executor
 from adaskip_compile.lowering.shape_checks import AssumptionCheck
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_compile.runtime.session import sessions_of
 from adaskip_passes.errors import DamagedFileError, MissingFileError, OptionError, PlanError, ProfileError
 from adaskip_passes.specialise.stream_maps import FORMS, part_shapes

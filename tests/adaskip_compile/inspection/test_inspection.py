@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from adaskip_compile.costs.model_costs import REST
-from adaskip_compile.costs.timers import ROOFLINES, Measured, Roofline, likely_skips, predict
+from adaskip_compile.costs.timers import ROOFLINES, Measured, Roofline, predict
 from adaskip_compile.files.model_identity import identify
+from adaskip_compile.inspection.forecasts import likely_skips
 from adaskip_compile.inspection.inspection import inspect_model
 from adaskip_compile.inspection.phase_graphs import capture_phases, hollow_copy
 from adaskip_compile.inspection.report import inspection_report
@@ -179,7 +180,9 @@ def test_noise_never_has_a_longer_context_take_no_time():
 def test_a_calibration_of_another_model_is_refused():
     found = inspect_model(on_meta("llama"))
     with pytest.raises(OptionError, match="measured on another model"):
-        Measured((16,), {"prefill": ((1.0,),) * 2, "decode": ((1.0,),) * 2}).check(found)
+        Measured((16,), {"prefill": ((1.0,),) * 2, "decode": ((1.0,),) * 2}).check(
+            found.model, found.phases, len(found.groups)
+        )
 
 
 def test_without_a_plan_attentions_are_spread_and_never_all_skipped():

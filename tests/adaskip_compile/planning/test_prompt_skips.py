@@ -11,9 +11,9 @@ from torch import nn
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.fitting.least_squares import StreamMap
 from adaskip_compile.planning.prompt_skips import PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
+from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import LegalityError, PlanError
 from adaskip_passes.ir.module_paths import naming
 from tests.generation import CACHE_NAME, CACHES, generate, left_padded, make_cache

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaskip_compile.cli.measure import Spread
 from adaskip_compile.evaluation.candidates import FULL, Candidate
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.evaluation.suite import kind_of
 from adaskip_compile.evaluation.sweep_results import SweepResults
+from adaskip_compile.evaluation.timing import Spread
 from adaskip_passes.errors import PlanError
 
 

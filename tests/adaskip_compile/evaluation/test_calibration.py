@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from adaskip_compile.cli import calibration
-from adaskip_compile.cli.calibration import calibrate, steps
-from adaskip_compile.cli.measure import Generation
 from adaskip_compile.costs.timers import Measured, predict
+from adaskip_compile.evaluation import calibration
+from adaskip_compile.evaluation.calibration import calibrate, steps
+from adaskip_compile.evaluation.timing import Generation
 from adaskip_compile.inspection.inspection import inspect_model
 from tests.models import tiny
 
@@ -16,7 +16,7 @@ from tests.models import tiny
 def machine(monkeypatch: pytest.MonkeyPatch):
     """Let time pass as on a machine where an attention takes (3 + t / 100) ms a token, an FFN 2 ms, and the rest 5 ms."""
     plans: list = []
-    monkeypatch.setattr(calibration.adaskip_compile, "compile", lambda model, plan, inner: plans.append(plan))
+    monkeypatch.setattr(calibration, "compile", lambda model, plan, inner: plans.append(plan))
 
     def generate(model, ids, new_tokens):
         layers, context = model.config.num_hidden_layers, ids.shape[1]
@@ -46,7 +46,7 @@ def test_the_time_of_each_sublayer_is_found_by_leaving_it_out(tmp_path: Path):
 
 def test_neither_a_lucky_run_nor_a_slower_machine_changes_what_is_measured(monkeypatch: pytest.MonkeyPatch):
     plans: list = []
-    monkeypatch.setattr(calibration.adaskip_compile, "compile", lambda model, plan, inner: plans.append(plan))
+    monkeypatch.setattr(calibration, "compile", lambda model, plan, inner: plans.append(plan))
     full = iter((1.0, 0.5, 1.0, 1.0, 1.0))  # the first is not timed, the second is lucky
 
     def generate(model, ids, new_tokens):
@@ -75,7 +75,7 @@ def test_a_real_model_is_measured():
 def test_parts_that_seem_more_than_the_whole_are_brought_down_to_it(monkeypatch: pytest.MonkeyPatch):
     """Noise may have each half of the model save 80 % of the time."""
     plans: list = []
-    monkeypatch.setattr(calibration.adaskip_compile, "compile", lambda model, plan, inner: plans.append(plan))
+    monkeypatch.setattr(calibration, "compile", lambda model, plan, inner: plans.append(plan))
     monkeypatch.setattr(
         calibration,
         "generate",

@@ -20,15 +20,15 @@ import sympy
 import torch
 from torch import fx, nn
 
-from adaskip_compile.evaluation.needles import Needle, distractors_in, make_needles
-from adaskip_compile.evaluation.prompt_quality import PromptJudge
-from adaskip_compile.evaluation.quality import Answers, Quality
+from adaskip_compile.checkpoints.model_config import longest_context
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.files.versioned_json import digest, producer
+from adaskip_compile.fitting.prompt_quality import PromptJudge
 from adaskip_compile.fitting.sequence import SequenceFitter
-from adaskip_compile.inspection.phase_graphs import longest_context
+from adaskip_compile.needles import Needle, distractors_in, make_needles
 from adaskip_compile.options import Options
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
+from adaskip_compile.planning.quality import Answers, Quality
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.layers import find_layers

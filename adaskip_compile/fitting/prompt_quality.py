@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
-from adaskip_compile.evaluation.needles import Needle
-from adaskip_compile.evaluation.quality import Answers, Quality
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
+from adaskip_compile.needles import Needle
 from adaskip_compile.options import Options
+from adaskip_compile.planning.quality import Answers, Quality
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiling import evaluating
 from adaskip_compile.runtime.session import CapturedGraph, Session

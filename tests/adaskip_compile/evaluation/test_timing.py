@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from adaskip_compile.cli.measure import Generation, Spread, cache_bytes, generate, take_turns
+from adaskip_compile.evaluation.timing import Generation, Spread, cache_bytes, generate, take_turns
 from tests.models import tiny, tokens
 
 

@@ -22,8 +22,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaskip_compile.kv_cache.holes_seen import HolesSeen
-from adaskip_compile.kv_cache.request_marks import Pickled, RequestMark, marks_on
 from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.runtime.request_marks import Pickled, RequestMark, marks_on
 from adaskip_compile.runtime.requests import Request, window_of
 from adaskip_passes.errors import LegalityError
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from adaskip_compile import SkipPlan
-from adaskip_compile.cli.tradeoff import as_csv, make_rows, recommend
 from adaskip_compile.evaluation.candidates import FULL, Candidate
 from adaskip_compile.evaluation.sweep_results import SweepResults
+from adaskip_compile.evaluation.tradeoff import as_csv, make_rows, recommend
 from adaskip_passes.errors import PlanError
 
 CANDIDATES = (

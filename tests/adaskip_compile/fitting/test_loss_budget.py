@@ -11,14 +11,14 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.evaluation.needles import Needle, make_needles
-from adaskip_compile.evaluation.prompt_quality import PromptJudge
-from adaskip_compile.evaluation.quality import Quality
+from adaskip_compile.fitting import loss_budget
+from adaskip_compile.fitting.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
+from adaskip_compile.fitting.prompt_quality import PromptJudge
 from adaskip_compile.fitting.sequence import SequenceFitter, fit_prompt_skips
 from adaskip_compile.inspection.phase_graphs import capture_phases
-from adaskip_compile.planning import loss_budget
-from adaskip_compile.planning.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
+from adaskip_compile.needles import Needle, make_needles
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
+from adaskip_compile.planning.quality import Quality
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from tests.models import tiny, tokens
 from tests.reference import decoder_layers

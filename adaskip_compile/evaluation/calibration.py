@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-import adaskip_compile
-from adaskip_compile.cli.measure import Generation, generate
+from adaskip_compile.backend import compile
 from adaskip_compile.costs.timers import Measured
+from adaskip_compile.evaluation.timing import Generation, generate
 from adaskip_compile.inspection.inspection import Inspection
 from adaskip_compile.planning.skip_plan import SkipPlan
 
@@ -50,7 +50,7 @@ def calibrate(
         taken: dict[int, list[Generation]] = {way: [] for way in ways}
         for turn in range(rounds + 1):  # the first turn captures and compiles; not timed
             for way in _rotated(list(ways), turn):
-                adaskip_compile.compile(model, ways[way], inner=inner)
+                compile(model, ways[way], inner=inner)
                 generation = generate(model, ids, new_tokens)
                 if turn:
                     taken[way].append(generation)

@@ -1,4 +1,4 @@
-"""Needle retrieval, in the style of RULER's keys and values (arXiv 2404.06654): is a fact in a long text still found?
+"""Needles: prompts that ask for a fact in a long text, in the style of RULER's keys and values (arXiv 2404.06654).
 
 A filler text holds sentences that give codes to names; the prompt ends by asking for one of them. Everything is drawn
 from a seed.
@@ -7,15 +7,13 @@ from a seed.
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 
-from adaskip_compile.evaluation.generation import continue_greedily
 from adaskip_passes.errors import OptionError
 
 _FIRST = "amber brave calm dusty eager faint golden hollow icy jolly".split()
@@ -26,7 +24,7 @@ _QUESTION = "\n\nWhat is the code of the {name}?\nThe code of the {name} is"
 
 # Depths at which the needle that is asked for stands, as shares of the text.
 DEPTHS = (0.1, 0.5, 0.9)
-_DIGITS = 5
+DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def make_needles(
         OptionError: ``context`` leaves no room for filler.
     """
     draw = random.Random(seed)
-    texts = [_ids(tokenizer, text) for text in filler]
+    texts = [token_ids(tokenizer, text) for text in filler]
     return [
         _make_needle(tokenizer, texts[index % len(texts)], context, depths[index % len(depths)], distractors, draw)
         for index in range(count)
@@ -66,28 +64,18 @@ def make_needles(
 
 def distractors_in(tokenizer: Any, context: int, share: float) -> int:
     """Return how many further facts take about ``share`` of a prompt of ``context`` tokens: of different names, 1 or more."""
-    fact = _ids(tokenizer, _FACT.format(name=f"{_FIRST[0]} {_SECOND[0]}", code="1" * _DIGITS))
+    fact = token_ids(tokenizer, _FACT.format(name=f"{_FIRST[0]} {_SECOND[0]}", code="1" * DIGITS))
     return min(max(1, int(share * context / len(fact))), len(_FIRST) * len(_SECOND) - 1)
-
-
-def retrieved(model: Any, tokenizer: Any, needles: Iterable[Needle]) -> tuple[float, ...]:
-    """Return for each needle whether the greedy continuation begins with its code: 1 or 0."""
-    room = len(_ids(tokenizer, " " + "0" * _DIGITS)) + 1  # and one to see that the number ends there
-    found = []
-    for needle in needles:
-        text = tokenizer.decode(continue_greedily(model, needle.ids, room))
-        found.append(float(re.match(rf"\s*{needle.code}(?!\d)", text) is not None))
-    return tuple(found)
 
 
 def _make_needle(
     tokenizer: Any, filler: list[int], context: int, depth: float, distractors: int, draw: random.Random
 ) -> Needle:
     names = draw.sample([" ".join(pair) for pair in product(_FIRST, _SECOND)], 1 + distractors)
-    codes = [str(draw.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)) for _ in names]
-    facts = [_ids(tokenizer, _FACT.format(name=name, code=code)) for name, code in zip(names, codes, strict=True)]
-    head = [*tokenizer("").input_ids, *_ids(tokenizer, _HEAD)]
-    question = _ids(tokenizer, _QUESTION.format(name=names[0]))
+    codes = [str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for _ in names]
+    facts = [token_ids(tokenizer, _FACT.format(name=name, code=code)) for name, code in zip(names, codes, strict=True)]
+    head = [*tokenizer("").input_ids, *token_ids(tokenizer, _HEAD)]
+    question = token_ids(tokenizer, _QUESTION.format(name=names[0]))
     room = context - len(head) - len(question) - sum(map(len, facts))
     if room < 1:
         raise OptionError(
@@ -101,5 +89,6 @@ def _make_needle(
     return Needle(torch.tensor([*head, *body, *question]), codes[0], depth)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of ``text`` alone, without what the tokenizer puts before any text."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,0 +1,85 @@
+"""Maps of the stream: what may stand in the place of a skipped sublayer instead of its scale.
+
+:mod:`adaskip_compile.fitting.least_squares` fits them, and :mod:`adaskip_passes.specialise.stream_maps` puts them into graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from adaskip_passes.errors import ProfileError
+from adaskip_passes.specialise.stream_maps import EPSILON, FORMS, part_shapes
+
+
+@dataclass(frozen=True, eq=False)
+class StreamMap:
+    """A map that stands in the place of a sublayer.
+
+    Args:
+        form: ``channel``, ``low_rank`` or ``affine``.
+        tensors: Its tensors by the names in ``stream_maps.FORMS``, ``f32`` on the CPU.
+        error: What part of the branch's energy it misses on held-out tokens, or on the fitted ones where none
+            were held out: 0 is perfect, and 1 no better than leaving the branch out. None for a map that was tuned
+            together with others: it imitates no single branch any more.
+
+    Raises:
+        ProfileError: The tensors are not those of such a map.
+    """
+
+    form: str
+    tensors: Mapping[str, torch.Tensor]
+    error: float | None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ProfileError(f"a map's form is one of {', '.join(FORMS)}, not {self.form!r}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if "shift" not in shapes or shapes != part_shapes(self.form, shapes["shift"][-1], self.rank):
+            raise ProfileError(f"a map of form {self.form} does not have tensors of the shapes {shapes}")
+        if not all(tensor.isfinite().all() for tensor in self.tensors.values()):
+            raise ProfileError(f"a map of form {self.form} holds NaN or an infinity")
+
+    @property
+    def rank(self) -> int:
+        """The rank of a ``low_rank`` map, 0 of others."""
+        return int(self.tensors["down"].shape[0]) if "down" in self.tensors else 0
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds: what a decoded token reads, and half of its operations."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def __str__(self) -> str:
+        form = f"{self.form} of rank {self.rank}" if self.rank else self.form
+        return f"{form}, tuned" if self.error is None else f"{form}, misses {self.error:.0%}"
+
+    def parts(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return its tensors in the order, and contiguous as the layout, that graphs take them in."""
+        return tuple(self.tensors[name].to(device, dtype).contiguous() for name in FORMS[self.form])
+
+    def __call__(self, a: torch.Tensor) -> torch.Tensor:
+        """Return b for the stream ``a``, ``(..., d)``."""
+        parts = {name: tensor.to(a) for name, tensor in self.tensors.items()}
+        if self.form == "channel":
+            return parts["gain"] * a + parts["shift"]
+        x = normalised(a)
+        for name in FORMS[self.form][:-1]:
+            x = x @ parts[name].mT
+        return a + x + parts["shift"]
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether both are the same map."""
+        if not isinstance(other, StreamMap) or self.form != other.form:
+            return NotImplemented if not isinstance(other, StreamMap) else False
+        return all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+
+    def __hash__(self) -> int:
+        return hash((self.form, self.error))
+
+
+def normalised(a: torch.Tensor) -> torch.Tensor:
+    """Return ``a`` over the root of the mean square of its last dimension: what maps read."""
+    return a * torch.rsqrt(a.square().mean(-1, keepdim=True) + EPSILON)
