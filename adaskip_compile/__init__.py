@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adaskip_compile.fitting.joint_order import order_by_loss
     from adaskip_compile.fitting.loss_budget import plan_within_loss
     from adaskip_compile.fitting.tune import tune
-    from adaskip_compile.inspection.analyze import analyze
+    from adaskip_compile.inspection.analyze import analyze, capture_graph
     from adaskip_compile.options import Options
     from adaskip_compile.planning.planner import plan
     from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
@@ -71,6 +71,7 @@ __all__ = [
     "UnknownSublayerError",
     "VerificationError",
     "analyze",
+    "capture_graph",
     "compile",
     "export",
     "fit",
@@ -95,6 +96,7 @@ _HOMES = {
     "SkippedSublayer": "planning.skipped_sublayer",
     "SublayerProfile": "profiling.profiles",
     "analyze": "inspection.analyze",
+    "capture_graph": "inspection.analyze",
     "compile": "backend",
     "export": "exporting.export",
     "fit": "fitting.fit",

@@ -6,8 +6,8 @@ import ast
 import difflib
 import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -20,6 +20,7 @@ from adaskip_compile.planning.policy_names import PROFILED_POLICIES
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.errors import OptionError
+from adaskip_passes.pipeline.pipeline import Pass
 
 CACHE_VARIABLE = "ADASKIP_CACHE_DIR"
 # What is chosen by, once something is known of the model.
@@ -84,8 +85,11 @@ class Options:
     keep_captures: bool = True
     """Whether `adaskip_compile.compile` keeps captured graphs there, so that the next process need not trace the model again."""
 
-    inner: str = "inductor"
-    """What compiles the rewritten graphs: `inductor` or `eager`."""
+    inner: str | Callable[..., Any] = "inductor"
+    """What compiles the rewritten graphs: `inductor`, `eager`, or a function of a graph and example inputs, as `torch.compile` takes for a backend."""
+
+    passes: Sequence[Pass] = ()
+    """Passes of your own: each captured graph goes through them first, verified and recorded like the others ([passes](passes.md))."""
 
     regions: str = "shared"
     """What is compiled as one: `shared` regions, each distinct one once, or the `whole` graph."""
@@ -109,9 +113,25 @@ class Options:
         for name in ("keep_captures", "cuda_graphs"):
             if type(getattr(self, name)) is not bool:
                 raise OptionError(f"{name}={getattr(self, name)!r}: takes True or False")
-        for name, known in (("inner", INNER_BACKENDS), ("regions", REGIONS)):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r}: takes one of {', '.join(known)}")
+        if self.inner not in INNER_BACKENDS and not callable(self.inner):
+            raise OptionError(
+                f"inner={self.inner!r}: takes one of {', '.join(INNER_BACKENDS)}, or a backend's function"
+            )
+        if self.regions not in REGIONS:
+            raise OptionError(f"regions={self.regions!r}: takes one of {', '.join(REGIONS)}")
+        self._check_passes()
+
+    def _check_passes(self) -> None:
+        if isinstance(self.passes, str) or not isinstance(self.passes, Iterable):
+            raise OptionError(f"passes={self.passes!r}: takes a list of passes")
+        object.__setattr__(self, "passes", tuple(self.passes))
+        for item in self.passes:
+            named = isinstance(getattr(item, "name", None), str) and callable(getattr(item, "apply", None))
+            if isinstance(item, type) or not is_dataclass(item) or not named:
+                raise OptionError(
+                    f"passes: {item!r} is no pass; one is an object of a frozen dataclass that has a name and a method "
+                    "apply(gm, stream)"
+                )
 
     def _check_planning(self) -> None:
         self._check_type("times", Measured, Roofline)
@@ -149,7 +169,7 @@ class Options:
         >>> Options.from_mapping({"polcy": "adaskip"})
         Traceback (most recent call last):
         adaskip_passes.errors.OptionError: unknown option 'polcy': did you mean 'policy'? Options are plan, profile, \
-skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, keep_captures, inner, regions, cuda_graphs, debug_dir
+skip, speedup, policy, seed, phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, keep_captures, inner, passes, regions, cuda_graphs, debug_dir
         """
         known = [field.name for field in fields(cls)]
         for name in options or {}:

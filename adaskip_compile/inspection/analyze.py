@@ -18,9 +18,16 @@ from adaskip_passes.stream.stream import ResidualStream
 def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
     """Return the residual stream of ``model`` as captured from one forward on ``example_inputs``.
 
+    ``.problems`` says why where no stream was found; :func:`capture_graph` tells what the inputs are, and what is raised.
+    """
+    return capture_graph(model, **example_inputs)[1]
+
+
+def capture_graph(model: nn.Module, **example_inputs: Any) -> tuple[fx.GraphModule, ResidualStream]:
+    """Return the graph of one forward of ``model`` on ``example_inputs``, as passes get it, and its residual stream.
+
     Without inputs, eight random token ids ``(1, 8)`` are tried as ``input_ids``. The forward really
-    runs, once, on the model's device; a model on the meta device costs nothing. ``.problems`` says why
-    where no stream was found.
+    runs, once, on the model's device; a model on the meta device costs nothing.
 
     Raises:
         CaptureError: The forward was captured in several pieces, or in none.
@@ -54,4 +61,4 @@ def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
         raise CaptureError(
             f"the forward was captured in {len(runs)} pieces, and an analysis needs one graph; {breaks.first()}"
         )
-    return straightened_stream(graphs[0])
+    return graphs[0], straightened_stream(graphs[0])

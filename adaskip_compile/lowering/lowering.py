@@ -66,8 +66,8 @@ def start_cpu_compiler() -> None:
 class Lowering:
     """Compiles the variants of one captured graph, and keeps what they share.
 
-    ``inner`` is ``"inductor"`` or ``"eager"``. With ``regions="shared"`` the graph is cut into regions,
-    passes run on the wiring between them, and each distinct region is compiled once, so that another
+    ``inner`` is ``"inductor"``, ``"eager"``, or a function of a graph and example inputs. With ``regions="shared"`` the
+    graph is cut into regions, passes run on the wiring between them, and each distinct region is compiled once, so that another
     skip set compiles nothing; with ``"whole"`` each variant is compiled as one graph. ``uncut`` says why a
     graph could not be cut: it is then compiled as a whole.
 
@@ -80,7 +80,9 @@ class Lowering:
     ``note`` is told where that does not hold.
     """
 
-    def __init__(self, inner: str, regions: str, note: Callable[[str], None] = log.warning) -> None:
+    def __init__(
+        self, inner: str | Callable[..., Runnable], regions: str, note: Callable[[str], None] = log.warning
+    ) -> None:
         self.inner, self.regions, self.note = inner, regions, note
         self.compiled = 0
         self.assumed: list[sympy.Basic] = []
@@ -120,6 +122,8 @@ class Lowering:
         if self.inner == "eager":
             return gm.forward
         self.compiled += 1
+        if callable(self.inner):
+            return self.inner(gm, example_inputs(gm))
         spell_out_one_row_products(gm)
         spell_out_one_query_attention(gm)
         choose_many_row_products(gm)

@@ -94,11 +94,15 @@ def _shared(place: Place) -> str | None:
 
 
 def _refuse(session: Session, gm: fx.GraphModule, inputs: list[Any], reason: str) -> Callable[..., Any]:
+    if session.options.passes:
+        reason += "; passes= are left out"
     session.note(reason)
     session.unskipped.append(reason)
     run = gm.forward
-    if session.options.inner != "eager" and other_layout(inputs) is None:  # Inductor reads by strides
-        run = torch._dynamo.lookup_backend(session.options.inner)(gm, inputs)
+    inner = session.options.inner
+    if inner != "eager" and other_layout(inputs) is None:  # Inductor reads by strides
+        compile_graph = inner if callable(inner) else torch._dynamo.lookup_backend(inner)
+        run = compile_graph(gm, inputs)
 
     place = find_cache_place(node for node in gm.graph.find_nodes(op="placeholder") if not held_by_module(node))
 

@@ -24,6 +24,7 @@ from adaskip_compile.capture.dynamo import capture_reason, forget_marks
 from adaskip_compile.kv_cache.appends import CacheGrowth
 from adaskip_compile.kv_cache.holes_seen import find_holes
 from adaskip_compile.kv_cache.shared_holes import HoleMemory
+from adaskip_compile.runtime.debug_folders import run_passes
 from adaskip_compile.runtime.request_table import ForeignRequest
 from adaskip_compile.runtime.requests import Request
 from adaskip_compile.runtime.session import Session
@@ -52,6 +53,10 @@ class Dispatcher:
         restored: bool = False,
         place: CachePlace | None = None,
     ) -> None:
+        if session.options.passes:
+            title = f"{session.model_name}-{stream.phase}-own-passes"
+            rewritten = run_passes(gm, stream, session.options.passes, debug_dir=session.options.debug_dir, title=title)
+            gm, stream = rewritten.gm, rewritten.stream
         self.session, self.gm, self.stream = session, gm, stream
         self.restored = restored
         self.calls = 0

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from adaskip_compile.files.model_identity import ModelIdentity
+from adaskip_compile.files.versioned_json import digest
 from adaskip_compile.options import Options
 from adaskip_compile.planning.planner import plan_by_options
 from adaskip_compile.planning.policies import largest_skip
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile, make_profile
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError
+from adaskip_passes.pipeline.pipeline import pass_text
 from adaskip_passes.stream.stream import ResidualStream
 
 
@@ -43,7 +45,9 @@ class Learner:
         """Where this model's profile is remembered, or None for a model that cannot be told from others."""
         if self.identity is None or self.identity.weights is None:
             return None
-        return self.options.cache_folder / "profiles" / f"{self.identity.key}.json"
+        # Passes of the user's own may change what the sublayers compute.
+        own = "-" + digest(" ".join(map(pass_text, self.options.passes))) if self.options.passes else ""
+        return self.options.cache_folder / "profiles" / f"{self.identity.key}{own}.json"
 
     def remembered(self) -> Profile | None:
         """Return the profile that an earlier process left, or None; one that is unusable counts as none."""

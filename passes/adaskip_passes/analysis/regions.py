@@ -106,7 +106,9 @@ class _Reference:
 def _target_text(target: Any) -> str:
     if isinstance(target, str):
         return target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+    # Functions that were made by a function, and lambdas, share their names.
+    return f"{name}@{id(target):x}" if "<" in name else name
 
 
 def _value_text(value: Any, symbols: dict[str, str]) -> str:
