@@ -80,7 +80,8 @@ def halved(model: Any) -> Any:
 def logits(model: Any, call_it: Any, cache: str = "dynamic") -> list[torch.Tensor]:
     """Return the logits of a prompt of nine tokens and two steps after it."""
     ids, held = tokens(1, 12, seed=3), make_cache(cache, model)
-    found, position = [], 0
+    found: list[torch.Tensor] = []
+    position = 0
     with torch.no_grad():
         for length in (9, 1, 1):
             span = torch.arange(position, position + length)
