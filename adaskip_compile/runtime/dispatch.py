@@ -26,7 +26,7 @@ from adaskip_compile.kv_cache.holes_seen import find_holes
 from adaskip_compile.kv_cache.shared_holes import HoleMemory
 from adaskip_compile.runtime.debug_folders import run_passes
 from adaskip_compile.runtime.request_table import ForeignRequest
-from adaskip_compile.runtime.requests import Request
+from adaskip_compile.runtime.requests import Choice, Request
 from adaskip_compile.runtime.session import Session
 from adaskip_compile.runtime.signature import GraphSignature
 from adaskip_compile.runtime.variants import Variant, VariantCache
@@ -86,14 +86,13 @@ class Dispatcher:
         phase = self._phase(request)
         if phase != "prefill":
             request.take_ramp_steps(self._stateful)
-        request.check(frozenset(request.skipped))
         tokens = self._signature.rows_and_tokens(inputs)[1]
-        variant = self._variant_for(request, phase, tokens)
+        choice = self._choice(request, phase, tokens)
+        variant = choice.variant
         if variant.body is not None:
             request.body_tokens += tokens - variant.body.head - variant.body.tail
         started = time.perf_counter()
-        added = (*self._grown(variant, inputs), *self._stand_ins(request, variant))
-        outputs = variant.run(*inputs, *added)
+        outputs = variant.run(*inputs, *self._grown(variant, inputs), *choice.replacements)
         request.seconds[phase] += time.perf_counter() - started
         variant.shapes.check(inputs, outputs)
         if phase == "prefill":
@@ -114,7 +113,7 @@ class Dispatcher:
 
     def prepare(self, request: Request) -> None:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
-        upcoming = replace(request, scales=dict(request.scales), extra=dict(request.extra), stand_ins={})
+        upcoming = replace(request, scales=dict(request.scales), extra=dict(request.extra), chosen={})
         upcoming.take_ramp_steps(self._stateful)
         self._variant_for(upcoming, self._phase(upcoming), 1)
 
@@ -195,29 +194,40 @@ class Dispatcher:
         """Return the cache entries as this call shall leave them, with room for its tokens."""
         return self._growth.entries(variant.grown, variant.skipped, inputs, *self._signature.rows_and_tokens(inputs))
 
-    def _stand_ins(self, request: Request, variant: Variant) -> tuple[torch.Tensor, ...]:
+    def _choice(self, request: Request, phase: str, tokens: int) -> Choice:
+        """Return what ``request`` calls for in ``phase``, for so many ``tokens`` a row.
+
+        A decoded token finds what the one before it has found: that changes only where the request forgets it.
+        """
+        key = (id(self), phase, self.session.learning)
+        known = request.chosen.get(key)
+        if known is not None and phase != "prefill":
+            return known
+        request.check(frozenset(request.skipped))
+        variant = self._variant_for(request, phase, tokens)
+        if known is None or known.variant is not variant:
+            known = request.chosen[key] = Choice(variant, self._replacements(request, variant))
+        return known
+
+    def _replacements(self, request: Request, variant: Variant) -> tuple[torch.Tensor, ...]:
         """Return what ``variant`` takes in place of what it skips: scales and tensors of maps; nothing where it skips nothing."""
         if not variant.skipped and variant.body is None:
             return ()
-        key = (variant.skipped, variant.body)
-        known = request.stand_ins.get(key)
-        if known is None:
-            body = request.plan.prompt if variant.body is not None else None
-            scales = {**request.skipped, **(dict[str, float]() if body is None else body.scales)}
-            # In the order of the stream, as the passes have added their inputs.
-            maps = [] if body is None else [(path, body.maps.get(path)) for path in self.stream.paths]
-            maps += [(path, request.plan.maps.get(path)) for path in variant.skipped]
-            first = fake_tensor(self.stream.sublayers[0].stream_in)
-            assert first is not None
-            values = [scales.get(path, 1.0) for path in self.stream.paths]
-            held = [torch.tensor(values, dtype=torch.float32, device=first.device)]
-            for path, one in maps:
-                if one is not None:
-                    stream = fake_tensor(self.stream.by_path(path).stream_in)
-                    assert stream is not None
-                    held += one.parts(stream.dtype, stream.device)
-            known = request.stand_ins[key] = tuple(held)
-        return known
+        body = request.plan.prompt if variant.body is not None else None
+        scales = {**request.skipped, **(dict[str, float]() if body is None else body.scales)}
+        # In the order of the stream, as the passes have added their inputs.
+        maps = [] if body is None else [(path, body.maps.get(path)) for path in self.stream.paths]
+        maps += [(path, request.plan.maps.get(path)) for path in variant.skipped]
+        first = fake_tensor(self.stream.sublayers[0].stream_in)
+        assert first is not None
+        values = [scales.get(path, 1.0) for path in self.stream.paths]
+        held = [torch.tensor(values, dtype=torch.float32, device=first.device)]
+        for path, one in maps:
+            if one is not None:
+                stream = fake_tensor(self.stream.by_path(path).stream_in)
+                assert stream is not None
+                held += one.parts(stream.dtype, stream.device)
+        return tuple(held)
 
     def _variant_for(self, request: Request, phase: str, tokens: int) -> Variant:
         """Return the variant that ``request`` calls for in ``phase``, for so many ``tokens`` a row."""
@@ -249,6 +259,7 @@ class Dispatcher:
                 request.record_window(rows, variant.probed)
         elif phase == "window":
             request.window_left = 0  # every FFN is skipped already: nothing to measure
+            request.chosen.clear()
         self._hole_memory.share(request.holes, inputs)
         for position in self._signature.cache_outputs:
             forget_marks(outputs[position])

@@ -232,5 +232,5 @@ class RequestTable:
     def _drop_expired(self) -> None:
         self._by_storage = {key: entry for key, entry in self._by_storage.items() if not entry[0].expired()}
         for past in self.history:
-            if past.stand_ins and past.storages and past.ended:
-                past.stand_ins = {}  # made again, should its cache come back in other memory
+            if past.chosen and past.storages and past.ended:
+                past.chosen = {}  # made again, should its cache come back in other memory

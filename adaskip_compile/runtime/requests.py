@@ -10,8 +10,17 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
+from adaskip_compile.runtime.variants import Variant
 from adaskip_compile.runtime.window import extra_sublayers
 from adaskip_passes.errors import LegalityError
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a call runs, and the tensors that it takes for what is skipped."""
+
+    variant: Variant
+    replacements: tuple[torch.Tensor, ...]
 
 
 @dataclass(eq=False)
@@ -23,7 +32,8 @@ class Request:
     ``ramp`` are the steps of the plan's ramp that are still to come. ``captures`` says which graphs had to be
     captured for it, and why. ``length`` is the number of tokens that its cache held after its last call, as far as it
     grows; ``storages`` are the cache's memory by address, and ``mark`` is what the cache carries. ``body_tokens`` are those
-    of a row for which the plan's prompt skips applied.
+    of a row for which the plan's prompt skips applied. ``chosen`` is what its calls run, by graph and phase: forgotten
+    whenever what it skips or measures changes.
     """
 
     number: int
@@ -44,7 +54,7 @@ class Request:
     storages: dict[int, StorageWeakRef] = field(default_factory=dict)
     mark: weakref.ref[Any] | None = None
     length: int = 0
-    stand_ins: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    chosen: dict[Any, Choice] = field(default_factory=dict)
     ramp: tuple[RampStep, ...] = ()
     body_tokens: int = 0
 
@@ -75,7 +85,7 @@ class Request:
             seconds=dict(self.seconds),
             notes=[*self.notes, f"copied from request {self.number}"],
             captures=[],
-            stand_ins={},
+            chosen={},
             storages={},
             mark=None,
         )
@@ -126,7 +136,7 @@ class Request:
                 self.extra.pop(sublayer.path, None)
             self.holes |= frozenset(sublayer.path for sublayer in step.skipped) & stateful
             self.ramp = tuple(later)
-            self.stand_ins.clear()
+            self.chosen.clear()
 
     def record_window(self, rows: torch.Tensor, paths: tuple[str, ...]) -> None:
         """Take the statistics of one decoded token, ``f32[len(paths), 3]``; after the last one, choose the extra FFNs."""
@@ -148,7 +158,7 @@ class Request:
         column = 1 if self.plan.scale_kind == "token" else 2
         measured = {path: (row[0], row[column]) for path, row in zip(self.window_paths, means, strict=True)}
         self.extra = extra_sublayers(self.plan, measured, stateful=self.holes)
-        self.stand_ins.clear()
+        self.chosen.clear()
 
 
 def _rows_of(rows: torch.Tensor, paths: tuple[str, ...], wanted: tuple[str, ...]) -> torch.Tensor:
