@@ -25,7 +25,7 @@ from adaskip_passes.errors import CaptureError, LegalityError, OptionError, Plan
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.pipeline.pipeline import Pass, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.specialise.fold_scales import BakeScales
+from adaskip_passes.specialise.fold_scales import FoldScales
 from adaskip_passes.specialise.replacements import map_input
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.specialise.stream_maps import FORMS
@@ -167,7 +167,7 @@ def _passes(plan: SkipPlan, stream: ResidualStream) -> tuple[Pass, ...]:
     paths = tuple(path for path in stream.paths if path in plan.scales)
     return (
         SkipSublayers(paths, plan.map_forms(paths)),
-        BakeScales(tuple((path, plan.scales[path]) for path in paths)),  # the skips put in what it reads
+        FoldScales(tuple((path, plan.scales[path]) for path in paths)),  # the skips put in what it reads
         EliminateDeadCode(),  # last: what the skips have cut off
     )
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from adaskip_compile.capture.dynamo import constant_floats
 from adaskip_compile.capture.graph_breaks import GraphBreaks, why_not_captured
 from adaskip_compile.checkpoints.model_config import longest_context, text_config
-from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
+from adaskip_passes.canonicalise.simplify_masks import simplify_masks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
@@ -151,6 +151,6 @@ def prompt_length(model: nn.Module) -> int:
 
 def _phase_graph(gm: fx.GraphModule, on_cpu: bool) -> PhaseGraph:
     if on_cpu:
-        drop_implied_masks(gm)  # the copy is there, whatever the model is on; elsewhere windows stay masks
+        simplify_masks(gm)  # the copy is there, whatever the model is on; elsewhere windows stay masks
     stream = straightened_stream(gm)
     return PhaseGraph(stream.phase, gm, stream)

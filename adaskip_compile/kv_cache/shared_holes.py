@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class HoleMemory:
+class SharedHoles:
     """Has the preallocated entries of a request's holes share memory, for one captured graph.
 
     ``written`` are the positions, among the inputs of the graph, of the entries that each sublayer writes in place.

@@ -25,11 +25,11 @@ from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.analysis.regions import Region
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_mode, fake_tensor
-from adaskip_passes.lower.decompose_one_query_attention import spell_out_one_query_attention
-from adaskip_passes.lower.decompose_one_row_linear import spell_out_one_row_products
+from adaskip_passes.lower.decompose_one_query_attention import decompose_one_query_attention
+from adaskip_passes.lower.decompose_one_row_linear import decompose_one_row_linear
 from adaskip_passes.lower.fold_rows import fold_rows
-from adaskip_passes.lower.use_banded_attention import choose_many_query_attention
-from adaskip_passes.lower.use_many_row_linear import choose_many_row_products
+from adaskip_passes.lower.use_banded_attention import use_banded_attention
+from adaskip_passes.lower.use_many_row_linear import use_many_row_linear
 from adaskip_passes.specialise.outline_regions import outline_regions
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -124,10 +124,10 @@ class Lowering:
         self.compiled += 1
         if callable(self.inner):
             return self.inner(gm, example_inputs(gm))
-        spell_out_one_row_products(gm)
-        spell_out_one_query_attention(gm)
-        choose_many_row_products(gm)
-        choose_many_query_attention(gm)
+        decompose_one_row_linear(gm)
+        decompose_one_query_attention(gm)
+        use_many_row_linear(gm)
+        use_banded_attention(gm)
         fold_rows(gm)
         _pin_layout(gm)
         environment = getattr(fake_mode(gm.graph), "shape_env", None)

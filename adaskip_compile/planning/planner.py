@@ -10,7 +10,7 @@ from adaskip_compile.costs.timers import Timer
 from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.plan_options import PlanOptions
 from adaskip_compile.planning.policies import LAYER_POLICIES, choose, keeps_enough, largest_skip, layer_choices
-from adaskip_compile.planning.replacement_costs import stand_in_costs
+from adaskip_compile.planning.replacement_costs import replacement_costs
 from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.planning.speedup_goal import Choice, in_phase, reach_speedup, within_loss
@@ -97,7 +97,7 @@ def plan_by_options(profile: Profile, options: PlanOptions) -> SkipPlan:
             times=options.times,
             phase=phase,
             seed=options.seed,
-            stand_ins=stand_in_costs(profile, compensation),
+            stand_ins=replacement_costs(profile, compensation),
         )
         made = _fixed(profile, goal, policy, scale)
     else:

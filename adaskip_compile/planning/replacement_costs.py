@@ -43,7 +43,7 @@ def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 
     )
 
 
-def stand_in_costs(profile: Profile, compensation: str) -> dict[str, Cost] | None:
+def replacement_costs(profile: Profile, compensation: str) -> dict[str, Cost] | None:
     """Return what ``compensation`` costs in place of each sublayer that the profile has such a map of; None for no map."""
     if compensation in ("none", "scale"):
         return None

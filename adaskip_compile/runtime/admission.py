@@ -13,7 +13,7 @@ from adaskip_compile.capture.cache_object import CachePlace, find_cache_place
 from adaskip_compile.capture.dynamo import Place, graph_break, place_in
 from adaskip_compile.runtime.dispatch import Dispatcher
 from adaskip_compile.runtime.session import Session
-from adaskip_passes.canonicalise.simplify_masks import drop_implied_masks
+from adaskip_passes.canonicalise.simplify_masks import simplify_masks
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import held_by_module, name_modules
@@ -41,7 +41,7 @@ def admit(
         return _refuse(session, gm, inputs, f"an input is a tensor of layout {layout}, without strides: runs unskipped")
     place = place or place_in(session.module, gm, inputs)
     name_modules(gm, inputs, session.module)
-    drop_implied_masks(gm)
+    simplify_masks(gm)
     stream = straightened_stream(gm)
     problem = "; ".join(stream.problems) or _shared(place)
     if problem:
@@ -70,7 +70,7 @@ def restore_graph(session: Session, gm: fx.GraphModule, place: CachePlace | None
     Raises:
         CaptureError: It has no residual stream, or other sublayers than the session's graphs.
     """
-    drop_implied_masks(gm)
+    simplify_masks(gm)
     stream = straightened_stream(gm)
     if stream.problems or (session.graphs and session.graphs[0].stream.paths != stream.paths):
         raise CaptureError("; ".join(stream.problems) or "it has other sublayers than the others")

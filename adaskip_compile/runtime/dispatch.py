@@ -23,7 +23,7 @@ from adaskip_compile.capture.cache_object import CachePlace, find_cache_place
 from adaskip_compile.capture.dynamo import capture_reason, forget_marks
 from adaskip_compile.kv_cache.appends import CacheGrowth
 from adaskip_compile.kv_cache.holes_seen import find_holes
-from adaskip_compile.kv_cache.shared_holes import HoleMemory
+from adaskip_compile.kv_cache.shared_holes import SharedHoles
 from adaskip_compile.runtime.debug_folders import run_passes
 from adaskip_compile.runtime.request_table import ForeignRequest
 from adaskip_compile.runtime.requests import Choice, Request
@@ -62,7 +62,7 @@ class Dispatcher:
         self.calls = 0
         self.captured_because = None if restored else capture_reason()
         self._signature = GraphSignature.of(gm, stream)
-        self._hole_memory = HoleMemory(self._signature.written)
+        self._shared_holes = SharedHoles(self._signature.written)
         held = [node for sublayer in stream.sublayers for node in sublayer.cache_inputs]
         self.place = place if restored else find_cache_place(held)
         self._growth = CacheGrowth(gm, stream, session.storages)
@@ -129,7 +129,7 @@ class Dispatcher:
             return self._start()
         length = self._growth.length(inputs)
         if length == 0 or (self.stream.phase == "prefill" and self._signature.starts_over(inputs)):
-            self._hole_memory.separate(inputs)
+            self._shared_holes.separate(inputs)
             return self._start()
         known = self.session.requests.find(objects, cache, length)
         if not isinstance(known, Request):
@@ -260,7 +260,7 @@ class Dispatcher:
         elif phase == "window":
             request.window_left = 0  # every FFN is skipped already: nothing to measure
             request.chosen.clear()
-        self._hole_memory.share(request.holes, inputs)
+        self._shared_holes.share(request.holes, inputs)
         for position in self._signature.cache_outputs:
             forget_marks(outputs[position])
         cache = self._signature.cache_after(inputs, outputs)

@@ -46,7 +46,7 @@ from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 _WIDEST = 256
 
 
-def drop_implied_masks(gm: fx.GraphModule) -> int:
+def simplify_masks(gm: fx.GraphModule) -> int:
     """Rewrite the attentions of ``gm`` whose masks say no more than causality or a window, in place; return how many there were."""
     calls = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.scaled_dot_product_attention)
     masked = [

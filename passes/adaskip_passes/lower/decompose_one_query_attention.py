@@ -21,7 +21,7 @@ from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, name
 from adaskip_passes.ir.plain_tensors import is_plain
 
 
-def spell_out_one_query_attention(gm: fx.GraphModule) -> int:
+def decompose_one_query_attention(gm: fx.GraphModule) -> int:
     """Rewrite the attentions of ``gm`` that have one query a row, on the CPU, in place; return how many there were.
 
     16-bit floats are multiplied and summed in 32 bits, as the kernels do.

@@ -23,7 +23,7 @@ from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_a
 from adaskip_passes.ir.plain_tensors import is_plain
 
 
-def spell_out_one_row_products(gm: fx.GraphModule) -> int:
+def decompose_one_row_linear(gm: fx.GraphModule) -> int:
     """Rewrite the one-row ``linear`` calls of ``gm`` on the CPU in place; return how many there were.
 
     Products of 16-bit floats are summed in 32 bits, as ``linear`` does.

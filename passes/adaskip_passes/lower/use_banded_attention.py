@@ -23,7 +23,7 @@ from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 _ALL_KEYS = sys.maxsize
 
 
-def choose_many_query_attention(gm: fx.GraphModule) -> int:
+def use_banded_attention(gm: fx.GraphModule) -> int:
     """Rewrite the causal attentions of ``gm`` in place that are of 32-bit floats on the CPU and of any number of queries.
 
     Returns:

@@ -16,7 +16,7 @@ from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)
-class BakeScales:
+class FoldScales:
     """Turn the scales that ``skip-sublayers`` reads from its input into numbers.
 
     ``scales`` are pairs of a sublayer's path and its scale (AdaSkip Eq. 4)::
@@ -28,7 +28,7 @@ class BakeScales:
     The input itself stays, and has no readers left.
     """
 
-    name: ClassVar[str] = "bake-scales"
+    name: ClassVar[str] = "fold-scales"
     scales: tuple[tuple[str, float], ...] = ()
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:

@@ -11,8 +11,7 @@ from adaskip_compile import SkipPlan
 from adaskip_compile.capture.dynamo import example_inputs
 from adaskip_compile.lowering import lowering
 from adaskip_compile.lowering.lowering import Lowering
-from adaskip_passes.kernels import banded_attention, onednn
-from adaskip_passes.lower import use_many_row_linear as many_row_products
+from adaskip_passes.kernels import banded_attention, many_row_linear, onednn
 from tests.captures import first_graph
 from tests.generation import generate, make_cache
 from tests.models import tiny, tokens
@@ -61,7 +60,7 @@ def test_prompts_are_multiplied_by_the_faster_library(kind, monkeypatch):
         return multiply(x, weight, bias)
 
     # As on a machine where oneDNN is faster, and with a prompt that is long already.
-    for module in (banded_attention, many_row_products):
+    for module in (banded_attention, many_row_linear):
         monkeypatch.setattr(module, "onednn_pays", lambda *_: True)
     monkeypatch.setattr(banded_attention, "_MANY", 32)
     monkeypatch.setattr(onednn, "multiply", counted)

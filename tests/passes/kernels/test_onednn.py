@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaskip_passes.kernels import banded_attention, onednn
+from adaskip_passes.kernels import banded_attention, many_row_linear, onednn
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.lower import use_many_row_linear as many_row_products
-from adaskip_passes.lower.use_many_row_linear import MANY_ROW_LINEAR
+from adaskip_passes.kernels.many_row_linear import MANY_ROW_LINEAR
 
 
 @pytest.fixture
@@ -42,9 +41,9 @@ def test_one_slow_trial_decides_nothing(takes):
 
 
 def test_it_is_not_taken_where_it_is_missing_or_turned_off(monkeypatch):
-    for module in (many_row_products, banded_attention):
+    for module in (many_row_linear, banded_attention):
         monkeypatch.setattr(module, "onednn_pays", pytest.fail)
-    monkeypatch.setattr(many_row_products, "onednn_pays_for_batch", pytest.fail)
+    monkeypatch.setattr(many_row_linear, "onednn_pays_for_batch", pytest.fail)
     x = torch.randn(1, 1, 2048, 8)
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(MANY_ROW_LINEAR(x, x[0, 0], None), torch.nn.functional.linear(x, x[0, 0]))
@@ -57,15 +56,15 @@ def test_it_is_not_taken_where_it_is_missing_or_turned_off(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trial_leaves_random_numbers_alone_and_needs_no_defaults(dtype, monkeypatch):
-    monkeypatch.setattr(many_row_products, "_TRIAL", 8)
-    monkeypatch.setattr(many_row_products, "_BATCH_TRIAL", (8, 8))
+    monkeypatch.setattr(many_row_linear, "_TRIAL", 8)
+    monkeypatch.setattr(many_row_linear, "_BATCH_TRIAL", (8, 8))
     monkeypatch.setattr(banded_attention, "_MANY", 64)
     state = torch.get_rng_state()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            many_row_products.onednn_pays.__wrapped__(1)
-            many_row_products.onednn_pays_for_batch.__wrapped__(1, 2)
+            many_row_linear.onednn_pays.__wrapped__(1)
+            many_row_linear.onednn_pays_for_batch.__wrapped__(1, 2)
             banded_attention.onednn_pays.__wrapped__(1, 4, 2, 8)
     finally:
         torch.set_default_dtype(torch.float32)

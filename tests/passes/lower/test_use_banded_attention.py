@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.lower.use_banded_attention import choose_many_query_attention
+from adaskip_passes.lower.use_banded_attention import use_banded_attention
 
 
 def inputs(groups=4, queries=50, keys=50, dtype=torch.float32, device="cpu"):
@@ -28,7 +28,7 @@ def rewritten(function, values, *, dynamic=True):
     counts = []
 
     def backend(gm, _):
-        counts.append(choose_many_query_attention(gm))
+        counts.append(use_banded_attention(gm))
         assert [node.target for node in gm.graph.nodes].count(BANDED_ATTENTION) == counts[-1]
         return gm.forward
 

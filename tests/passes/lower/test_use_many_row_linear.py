@@ -10,17 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from adaskip_passes.kernels import onednn
-from adaskip_passes.lower import use_many_row_linear as many_row_products
-from adaskip_passes.lower.use_many_row_linear import MANY_ROW_LINEAR, choose_many_row_products
+from adaskip_passes.kernels import many_row_linear, onednn
+from adaskip_passes.kernels.many_row_linear import MANY_ROW_LINEAR
+from adaskip_passes.lower.use_many_row_linear import use_many_row_linear
 from tests.models import weights
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "linear"], autouse=True)
 def faster(request, monkeypatch):
     """Each answer that a machine may give, whatever this one's is."""
-    monkeypatch.setattr(many_row_products, "onednn_pays", lambda threads: request.param)
-    monkeypatch.setattr(many_row_products, "onednn_pays_for_batch", lambda threads, batch: request.param)
+    monkeypatch.setattr(many_row_linear, "onednn_pays", lambda threads: request.param)
+    monkeypatch.setattr(many_row_linear, "onednn_pays_for_batch", lambda threads, batch: request.param)
 
 
 def linear_in_float64(x, weight, bias):
@@ -70,8 +70,8 @@ def rewritten(function, values, *, dynamic=True):
     counts = []
 
     def backend(gm, _):
-        counts.append(choose_many_row_products(gm))
-        assert choose_many_row_products(gm) == 0
+        counts.append(use_many_row_linear(gm))
+        assert use_many_row_linear(gm) == 0
         return gm.forward
 
     torch._dynamo.reset()
@@ -102,7 +102,7 @@ def test_a_batch_that_the_graph_counts_is_rewritten(batch):
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 31, 32])
 def test_a_batch_is_multiplied_by_what_a_trial_of_as_many_rows_says(rows, faster, monkeypatch):
     asked = []
-    monkeypatch.setattr(many_row_products, "onednn_pays_for_batch", lambda threads, batch: asked.append(batch))
+    monkeypatch.setattr(many_row_linear, "onednn_pays_for_batch", lambda threads, batch: asked.append(batch))
     MANY_ROW_LINEAR(torch.randn(rows, 1, 8), torch.randn(12, 8), None)
     assert asked == ([rows] if 2 <= rows <= 8 else [])
 
@@ -111,12 +111,12 @@ def test_a_trial_is_made_once_for_a_number_of_rows(monkeypatch):
     monkeypatch.undo()
     tried: list[tuple[int, ...]] = []
     monkeypatch.setattr(onednn, "pays", lambda name, plain, other, x, weight: tried.append(tuple(x.shape)) or True)
-    many_row_products.onednn_pays_for_batch.cache_clear()
+    many_row_linear.onednn_pays_for_batch.cache_clear()
     try:
         for rows in (2, 3, 2):
             MANY_ROW_LINEAR(torch.randn(rows, 8), torch.randn(12, 8), None)
     finally:
-        many_row_products.onednn_pays_for_batch.cache_clear()
+        many_row_linear.onednn_pays_for_batch.cache_clear()
     assert [shape[0] for shape in tried] == [2, 3]
 
 

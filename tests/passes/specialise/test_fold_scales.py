@@ -6,14 +6,14 @@ from adaskip_passes.ir.graph import op_name
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import parse_pass, pass_text, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.specialise.fold_scales import BakeScales
+from adaskip_passes.specialise.fold_scales import FoldScales
 from adaskip_passes.specialise.replacements import SCALES_INPUT
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from tests.captures import run, scales_input, shared_captures, stream_of
 
 SCALES = {"model.layers.0.self_attn": 0.971, "model.layers.1.mlp": 1.0 / 3.0}
 SKIPS = SkipSublayers(tuple(SCALES))
-BAKES = BakeScales(tuple(SCALES.items()))
+BAKES = FoldScales(tuple(SCALES.items()))
 
 
 @pytest.fixture(scope="module", params=["dynamic", "static"])
@@ -52,12 +52,12 @@ def test_laws(captured):
     again = run_pipeline(once.gm, once.stream, (BAKES,))
     assert (again.history[0].modified, again.history[0].matched) == (False, 0)
     assert print_graph(again.gm) == print_graph(once.gm)
-    assert parse_pass(pass_text(BAKES), (SkipSublayers, BakeScales)) == BAKES
+    assert parse_pass(pass_text(BAKES), (SkipSublayers, FoldScales)) == BAKES
 
 
 def test_a_skipped_sublayer_without_a_scale_is_an_error(captured):
     with pytest.raises(PassError, match=r"cannot bake the scale of model\.layers\.1\.mlp"):
-        run_pipeline(captured.gm, stream_of(captured.gm), (SKIPS, BakeScales(BAKES.scales[:1])))
+        run_pipeline(captured.gm, stream_of(captured.gm), (SKIPS, FoldScales(BAKES.scales[:1])))
 
 
 def test_nothing_is_baked_where_nothing_is_skipped(captured):
