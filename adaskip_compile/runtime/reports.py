@@ -59,7 +59,8 @@ class RequestReport:
     added by now, and what the window added. ``resumed`` are those of the prefill set that run again.
     ``kv_bytes`` is the memory that its cache held after its last step, room to grow included. ``captures`` says which
     graphs had to be captured while it ran, and why; none in steady state. ``prompt_skipped`` maps what is skipped with
-    keys and values kept to scales, for ``body_tokens`` tokens of each row.
+    keys and values kept to scales, for ``body_tokens`` tokens of each row. ``began`` is when it began, in seconds on the
+    process's own clock.
     """
 
     number: int
@@ -76,6 +77,7 @@ class RequestReport:
     resumed: tuple[str, ...] = ()
     prompt_skipped: dict[str, float] = field(default_factory=dict)
     body_tokens: int = 0
+    began: float = 0.0
 
     @property
     def phases(self) -> tuple[PhaseReport, ...]:
@@ -113,8 +115,9 @@ class Report:
 
     @property
     def requests(self) -> tuple[RequestReport, ...]:
-        """The requests of all sessions, oldest session first."""
-        return tuple(request for session in self.sessions for request in session.requests)
+        """The requests of all sessions, in the order in which they began."""
+        found = [request for session in self.sessions for request in session.requests]
+        return tuple(sorted(found, key=lambda request: request.began))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, strings and numbers; times are seconds, sizes bytes."""
@@ -179,6 +182,7 @@ def _request_report(request: Request) -> RequestReport:
         resumed=tuple(path for path in request.plan.paths if path not in request.scales),
         prompt_skipped={} if request.plan.prompt is None else request.plan.prompt.scales,
         body_tokens=request.body_tokens,
+        began=request.began,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,7 +34,7 @@ class Request:
     captured for it, and why. ``length`` is the number of tokens that its cache held after its last call, as far as it
     grows; ``storages`` are the cache's memory by address, and ``mark`` is what the cache carries. ``body_tokens`` are those
     of a row for which the plan's prompt skips applied. ``chosen`` is what its calls run, by graph and phase: forgotten
-    whenever what it skips or measures changes.
+    whenever what it skips or measures changes. ``began`` is when it did, in seconds on the process's clock.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Request:
     chosen: dict[Any, Choice] = field(default_factory=dict)
     ramp: tuple[RampStep, ...] = ()
     body_tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def skipped(self) -> dict[str, float]:
@@ -88,6 +90,7 @@ class Request:
             chosen={},
             storages={},
             mark=None,
+            began=time.monotonic(),
         )
 
     def goes_on_like(self, other: Request) -> bool:

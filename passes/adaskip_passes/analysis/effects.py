@@ -22,11 +22,10 @@ from torch import fx
 
 from adaskip_passes.ir.graph import fake_value, op_name
 
+# What may return its input's memory though no schema says so: Python's own, and conversions to the type that it has.
 _VIEWS = frozenset(
-    "alias as_strided broadcast_to chunk contiguous detach diagonal expand expand_as flatten getattr _get_data_attr "
-    "getitem __getitem__ movedim moveaxis narrow permute positive ravel real imag reshape reshape_as select slice split "
-    "split_with_sizes squeeze swapaxes swapdims t tensor_split to transpose type_as unbind unflatten unfold unsqueeze "
-    "view view_as view_as_real view_as_complex _unsafe_view float half bfloat16 double type".split()
+    "getattr _get_data_attr getitem __getitem__ T H type type_as float half bfloat16 double bool byte char short int long "
+    "cuda atleast_1d atleast_2d atleast_3d unsafe_chunk unsafe_split unsafe_split_with_sizes diag _unsafe_view".split()
 )
 _IN_PLACE_OPERATORS = frozenset(
     "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul ilshift irshift".split()
@@ -114,9 +113,18 @@ def _acts(node: fx.Node) -> bool:
 
 def _viewed_input(node: fx.Node) -> fx.Node | None:
     """Return the input whose memory the value of ``node`` may share though ``node`` does not write, or None."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in _VIEWS:
+    if node.op not in ("call_function", "call_method") or not _is_view(op_name(node)):
         return None
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+
+
+@functools.cache
+def _is_view(name: str) -> bool:
+    """Tell whether an operation of this name may return memory of its input, as the schemas of PyTorch's operators say."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = () if packet is None else [getattr(packet, one) for one in packet.overloads()]
+    returns = (value for one in overloads for value in one._schema.returns)
+    return name in _VIEWS or any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
 def written_inputs(node: fx.Node) -> Iterator[fx.Node]:
