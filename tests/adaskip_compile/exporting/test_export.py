@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import adaskip_compile
 from adaskip_compile import (
@@ -184,9 +186,12 @@ def test_rows_of_a_batch(tmp_path):
 def test_what_cannot_be_proved_of_all_lengths_is_checked_at_run_time(tmp_path):
     model, ids = tiny_architecture("llama4_text"), tokens(1, 21)
     adaskip_compile.export(model, None, tmp_path / "out", max_length=64)
-    assert "aten._assert_scalar" in (tmp_path / "out" / "prefill.txt").read_text()
-    wanted = generate(model, ids, torch.ones_like(ids), 24)
-    assert torch.equal(ExportedModel(tmp_path / "out").generate(ids, 24), wanted)
+    # Later versions write their masks so that nothing is left to check.
+    assumes = Version(transformers.__version__) <= Version("5.23.0")
+    assert ("aten._assert_scalar" in (tmp_path / "out" / "prefill.txt").read_text()) >= assumes
+    for length in (5, 16, 21):
+        wanted = generate(model, ids[:, :length], torch.ones(1, length, dtype=torch.long), 24)
+        assert torch.equal(ExportedModel(tmp_path / "out").generate(ids[:, :length], 24), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
