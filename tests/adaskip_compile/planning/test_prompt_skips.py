@@ -235,10 +235,13 @@ def test_experts_run_for_the_edges_alone(family: str, inner: str) -> None:
         torch.testing.assert_close(run(), reference, rtol=2e-5, atol=2e-5)
         with torch.profiler.profile(record_shapes=True) as seen:
             run()
-    products = [one for one in seen.events() or () if one.name == "transformers::grouped_mm_fallback"]
-    rows = [one.input_shapes[0][0] for one in products]
-    # Two experts a token, and two products each: of a layer that skips nothing, and of three that skip the body.
-    assert rows == [2 * 40] * 2 + [2 * (HEAD + TAIL)] * 6
+    config = model.config
+    inside, width = getattr(config, "moe_intermediate_size", config.intermediate_size), config.hidden_size
+    products = [one.input_shapes for one in seen.events() or () if one.name == "aten::mm"]
+    # Two experts a token: of a layer that skips nothing, and of three that skip the body.
+    expected = 2 * 40 + 3 * 2 * (HEAD + TAIL)
+    for weights in ([width, 2 * inside], [inside, width]):
+        assert sum(shapes[0][0] for shapes in products if shapes[1] == weights) == expected
     assert not told(model)
 
 
