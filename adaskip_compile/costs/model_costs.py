@@ -17,7 +17,7 @@ from torch import fx
 from adaskip_passes.analysis.cost import B, Cost, CostTable, Q, T, find_costs
 from adaskip_passes.errors import DamagedFileError, ProfileError
 from adaskip_passes.ir.expressions import from_text
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import tensor_of
 from adaskip_passes.specialise.append_in_place import find_appends
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -143,8 +143,7 @@ def find_model_costs(phases: Mapping[str, tuple[fx.GraphModule, ResidualStream]]
         groups[index] = Group(index, sublayer.kind, groups[index].count + 1, cost)
         sublayers.append(CostedSublayer(sublayer.path, index, sublayer.shared_with))
     rest = {phase: table[REST] for phase, table in tables.items()}
-    stream = fake_tensor(first.sublayers[0].stream_in)
-    assert stream is not None
+    stream = tensor_of(first.sublayers[0].stream_in)
     width, size, device = int(stream.shape[-1]), stream.dtype.itemsize, stream.device.type
     return ModelCosts(tuple(sublayers), tuple(groups), rest, width, size, device)
 

@@ -22,7 +22,7 @@ from adaskip_compile.files.model_identity import ModelIdentity, identify
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import tensor_of
 from adaskip_passes.pipeline.pipeline import Pass, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.fold_scales import FoldScales
@@ -177,8 +177,7 @@ def _map_inputs(plan: SkipPlan, stream: ResidualStream) -> dict[str, torch.Tenso
     found = {}
     for path, one in plan.maps.items():
         sublayer = stream.by_path(path)
-        like = fake_tensor(sublayer.stream_in)
-        assert like is not None
+        like = tensor_of(sublayer.stream_in)
         for name, tensor in zip(FORMS[one.form], one.parts(like.dtype, like.device), strict=True):
             found[map_input(sublayer.index, name)] = tensor
     return found

@@ -22,7 +22,7 @@ from adaskip_compile.profiling.profiling import evaluating, show_progress, token
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import tensor_of
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
@@ -143,8 +143,7 @@ class _Pair:
         yield torch.tensor(scales, dtype=torch.float32, device=self.device)
         for path in paths:
             if path in self.leaves:
-                like = fake_tensor(stream.by_path(path).stream_in)
-                assert like is not None
+                like = tensor_of(stream.by_path(path).stream_in)
                 yield from (self.leaves[path][name].to(like.dtype) for name in FORMS[self.plan.maps[path].form])
 
     def divergence(self, ids: torch.Tensor) -> torch.Tensor:

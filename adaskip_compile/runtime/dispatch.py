@@ -31,7 +31,7 @@ from adaskip_compile.runtime.session import Session
 from adaskip_compile.runtime.signature import GraphSignature
 from adaskip_compile.runtime.variants import Variant, VariantCache
 from adaskip_passes.errors import LegalityError
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import tensor_of
 from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
@@ -218,14 +218,12 @@ class Dispatcher:
         # In the order of the stream, as the passes have added their inputs.
         maps = [] if body is None else [(path, body.maps.get(path)) for path in self.stream.paths]
         maps += [(path, request.plan.maps.get(path)) for path in variant.skipped]
-        first = fake_tensor(self.stream.sublayers[0].stream_in)
-        assert first is not None
+        first = tensor_of(self.stream.sublayers[0].stream_in)
         values = [scales.get(path, 1.0) for path in self.stream.paths]
         held = [torch.tensor(values, dtype=torch.float32, device=first.device)]
         for path, one in maps:
             if one is not None:
-                stream = fake_tensor(self.stream.by_path(path).stream_in)
-                assert stream is not None
+                stream = tensor_of(self.stream.by_path(path).stream_in)
                 held += one.parts(stream.dtype, stream.device)
         return tuple(held)
 

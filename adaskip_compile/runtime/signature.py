@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.ir.graph import fake_tensor
+from adaskip_passes.ir.graph import fake_tensor, tensor_of
 from adaskip_passes.stream.find_stream import find_counters
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -74,8 +74,7 @@ class GraphSignature:
 
 def _token_input(inputs: Sequence[fx.Node], stream: ResidualStream) -> int | None:
     """Return the position of the first input that has the batch and sequence dimensions of the stream."""
-    wanted = fake_tensor(stream.sublayers[0].stream_in)
-    assert wanted is not None
+    wanted = tensor_of(stream.sublayers[0].stream_in)
     for index, node in enumerate(inputs):
         value = fake_tensor(node)
         if (

@@ -17,6 +17,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from adaskip_passes.errors import PassError
+
 
 def fake_value(node: fx.Node) -> Any:
     """Return the fake value of ``node`` (a fake tensor, a symbolic or plain scalar, a tuple), or None."""
@@ -31,6 +33,14 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
         return None
     value = fake_value(node)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def tensor_of(node: Any) -> torch.Tensor:
+    """Return the fake tensor of ``node``; :class:`PassError` where it has none."""
+    value = fake_tensor(node)
+    if value is None:
+        raise PassError(f"{node} has no tensor for its value")
+    return value
 
 
 def op_name(node: fx.Node) -> str:

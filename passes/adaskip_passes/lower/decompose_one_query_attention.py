@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, named_arguments, tensor_of
 from adaskip_passes.ir.plain_tensors import is_plain
 
 
@@ -94,8 +94,7 @@ def _weights(graph: fx.Graph, scores: fx.Node, mask: fx.Node | None, groups: int
     """Return the softmax of ``scores``, ``(batch, heads, group, tokens)``, under a mask ``(batch, 1 or heads, 1, tokens)``."""
     if mask is None:
         return call(graph, "softmax", scores, -1)
-    allowed = fake_tensor(mask)
-    assert allowed is not None
+    allowed = tensor_of(mask)
     inner = (groups, each) if allowed.shape[1] != 1 else (1, 1)
     wide = call(graph, "squeeze", call(graph, "unflatten", mask, 1, inner), 3)
     if allowed.dtype == torch.bool:

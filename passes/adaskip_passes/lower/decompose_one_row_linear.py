@@ -19,7 +19,7 @@ import math
 import torch
 from torch import fx
 
-from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments, tensor_of
 from adaskip_passes.ir.plain_tensors import is_plain
 
 
@@ -61,9 +61,7 @@ def _is_one_row_linear(node: fx.Node) -> bool:
 
 
 def _spelled_out(graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-    row, matrix = fake_tensor(x), fake_tensor(weight)
-    assert row is not None
-    assert matrix is not None
+    row, matrix = tensor_of(x), tensor_of(weight)
     flat = call(graph, "reshape", x, (row.shape[-1],))
     if row.dtype.itemsize < 4:
         flat, weight = call(graph, "float", flat), call(graph, "float", weight)

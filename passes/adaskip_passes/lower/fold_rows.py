@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments
+from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments, tensor_of
 from adaskip_passes.ir.plain_tensors import is_plain
 
 _MATMUL_ARGUMENTS = ("input", "other")
@@ -42,9 +42,7 @@ def fold_rows(gm: fx.GraphModule) -> int:
 
 
 def _fold(graph: fx.Graph, node: fx.Node, rows: fx.Node) -> None:
-    stack, product = fake_tensor(rows), fake_tensor(node)
-    assert stack is not None
-    assert product is not None
+    stack, product = tensor_of(rows), tensor_of(node)
     with graph.inserting_before(node):
         flat = call(graph, "flatten", rows, 0, -2)
         # Also those that the capture took for constants: an inner compiler may be told to take them for any size.

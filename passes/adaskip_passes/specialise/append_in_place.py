@@ -26,6 +26,7 @@ from adaskip_passes.ir.graph import (
     named_arguments,
     op_name,
     output_values,
+    tensor_of,
 )
 from adaskip_passes.ir.module_paths import held_by_module
 from adaskip_passes.pipeline.pipeline import PassResult
@@ -248,8 +249,7 @@ def _begun(graph: fx.Graph, append: Append, grown: fx.Node) -> tuple[fx.Node, ..
 
 def _last_rows(graph: fx.Graph, grown: fx.Node, new: fx.Node) -> list[fx.Node]:
     """Add a view of as many last rows of ``grown`` as ``new`` has; return the nodes that this takes, the view last."""
-    value = fake_tensor(new)
-    assert value is not None
+    value = tensor_of(new)
     rows = value.shape[_TOKENS]
     if isinstance(rows, int):
         return [call(graph, "narrow", grown, _TOKENS, -rows, rows)]

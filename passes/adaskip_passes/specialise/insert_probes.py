@@ -11,7 +11,7 @@ from torch import fx
 
 from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import call, fake_tensor
+from adaskip_passes.ir.graph import call, fake_tensor, tensor_of
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
@@ -73,8 +73,7 @@ def _rows(gm: fx.GraphModule, stream: ResidualStream, spans: tuple[tuple[str, st
 
 
 def _layout(node: fx.Node) -> tuple[object, ...]:
-    value = fake_tensor(node)
-    assert value is not None
+    value = tensor_of(node)
     return (value.dtype, *map(str, value.shape))
 
 

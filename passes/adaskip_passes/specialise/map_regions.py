@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from adaskip_passes.analysis.regions import Region, symbol_inputs, symbols_of
-from adaskip_passes.ir.graph import call, fake_tensor, fake_value, graph_module
+from adaskip_passes.ir.graph import call, fake_tensor, fake_value, graph_module, tensor_of
 from adaskip_passes.specialise.stream_maps import FORMS, emit_map
 
 
@@ -31,8 +31,7 @@ class MapRegions:
 
     def call(self, form: str, a: fx.Node, parts: Sequence[fx.Node]) -> fx.Node:
         """Add the call of a map and return b; ``parts`` are the tensors that ``FORMS`` names, in order."""
-        stream = fake_tensor(a)
-        assert stream is not None
+        stream = tensor_of(a)
         inputs = list(dict.fromkeys([a, *parts, *symbols_of([a], self._symbols)]))
         # Equal regions are found by their keys in the end, but making one for each map takes milliseconds.
         kind = (form, *map(_layout, inputs))

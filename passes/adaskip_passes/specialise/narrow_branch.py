@@ -16,7 +16,7 @@ from torch import fx
 from adaskip_passes.analysis.row_rules import Rows
 from adaskip_passes.analysis.token_layouts import Tokens
 from adaskip_passes.analysis.token_rules import FILLS, VIEWS
-from adaskip_passes.ir.graph import call, computed_value, fake_tensor, fake_value, op_name, size_expression
+from adaskip_passes.ir.graph import call, computed_value, fake_tensor, fake_value, op_name, size_expression, tensor_of
 from adaskip_passes.specialise.token_branches import TokenBranch, operands
 
 
@@ -32,8 +32,7 @@ class NarrowBranch:
         self._branch, self._count = branch, rows.count
         self._graph = fx.Graph()
         self._copies: dict[fx.Node, fx.Node] = {}
-        source = fake_tensor(branch.source)
-        assert source is not None
+        source = tensor_of(branch.source)
         self._batch, self._rows = (size_expression(source.shape[dim]) for dim in (0, branch.dim))
         try:
             self._copy()
@@ -65,8 +64,7 @@ class NarrowBranch:
             raise ValueError(f"its shape is {None if found is None else tuple(found.shape)}")
 
     def _with_fewer_rows(self, node: fx.Node, dim: int) -> torch.Tensor:
-        value = fake_tensor(node)
-        assert value is not None
+        value = tensor_of(node)
         return value.new_empty([self._count if at == dim else size for at, size in enumerate(value.shape)])
 
     def _copied(self, node: fx.Node) -> fx.Node:
@@ -122,8 +120,7 @@ class NarrowBranch:
 
     def _sizes(self, node: fx.Node) -> list[sympy.Expr]:
         """Return the sizes of ``node`` with fewer rows."""
-        value = fake_tensor(node)
-        assert value is not None
+        value = tensor_of(node)
         sizes = _sizes_of(value)
         grown = [at for at in self._counted(node) if self._is_multiple(sizes[at])]
         if len(grown) != 1:

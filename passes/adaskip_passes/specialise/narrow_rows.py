@@ -33,6 +33,7 @@ from adaskip_passes.ir.graph import (
     named_arguments,
     op_name,
     size_expression,
+    tensor_of,
 )
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.pipeline.pipeline import PassResult
@@ -186,9 +187,7 @@ class _Narrowing:
             given = dict(zip(ATTENTION_ARGUMENTS, operands, strict=False)) | {"scale": scale}
             given["enable_gqa"] = _groups(node)
             new.target = torch.nn.functional.scaled_dot_product_attention
-        query, key = (fake_tensor(named_arguments(node, ATTENTION_ARGUMENTS)[name]) for name in ("query", "key"))
-        assert query is not None
-        assert key is not None
+        query, key = (tensor_of(named_arguments(node, ATTENTION_ARGUMENTS)[name]) for name in ("query", "key"))
         sees_all = window is None and not rows.head and rows.tail == 1
         if sees_all and size_expression(query.shape[-2]) == size_expression(key.shape[-2]):
             mask = None
@@ -222,9 +221,7 @@ class _Narrowing:
 
 
 def _groups(node: fx.Node) -> bool:
-    query, key = (fake_tensor(one) for one in node.args[:2])
-    assert query is not None
-    assert key is not None
+    query, key = (tensor_of(one) for one in node.args[:2])
     return bool(size_expression(query.shape[1]) != size_expression(key.shape[1]))
 
 
@@ -251,8 +248,7 @@ def select_rows(graph: fx.Graph, node: fx.Node, rows: Rows, made: list[fx.Node] 
 
 def _with_rows(node: fx.Node, dim: int, count: int) -> torch.Tensor:
     """Return the fake value of a view of ``count`` rows of ``node``, without asking whether it has so many."""
-    value = fake_tensor(node)
-    assert value is not None
+    value = tensor_of(node)
     shape = [count if at == dim else size for at, size in enumerate(value.shape)]
     with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
         return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device=value.device)

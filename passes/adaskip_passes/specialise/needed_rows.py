@@ -24,6 +24,7 @@ from adaskip_passes.ir.graph import (
     named_arguments,
     op_name,
     size_expression,
+    tensor_of,
 )
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from adaskip_passes.specialise.narrow_branch import NarrowBranch
@@ -203,9 +204,7 @@ def hides_by_position(node: fx.Node) -> bool:
 
 def count_of_queries(node: fx.Node, given: Mapping[str, Any]) -> fx.Node | int | None:
     """Return the number of queries of an attention, or a node before it that gives it, None where there is none."""
-    query, key = fake_tensor(given["query"]), fake_tensor(given["key"])
-    assert query is not None
-    assert key is not None
+    query, key = tensor_of(given["query"]), tensor_of(given["key"])
     queries = query.shape[-2]
     if isinstance(queries, int):
         return queries

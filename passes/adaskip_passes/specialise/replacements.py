@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.analysis.regions import Region
-from adaskip_passes.ir.graph import add_placeholder, call, fake_tensor
+from adaskip_passes.ir.graph import add_placeholder, call, fake_tensor, tensor_of
 from adaskip_passes.specialise.map_regions import MapRegions
 from adaskip_passes.specialise.stream_maps import FORMS, emit_map, part_shapes
 
@@ -41,8 +41,7 @@ class Replacements:
 
     def of(self, index: int, path: str, a: fx.Node) -> fx.Node:
         """Compute b from ``a`` for the sublayer of that place and path, in the dtype of ``a``; return b."""
-        stream = fake_tensor(a)
-        assert stream is not None
+        stream = tensor_of(a)
         if path not in self._forms:
             # A scale of no dimensions changes neither shape nor dtype.
             return call(self._graph, torch.mul, a, self._scale(index), like=stream)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import call, fake_tensor
+from adaskip_passes.ir.graph import call, fake_tensor, tensor_of
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import Replacements
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
@@ -91,8 +91,7 @@ class SkipBodyRows:
 
 def _cut(graph: fx.Graph, node: fx.Node, rows: slice) -> fx.Node:
     """Add a view of some rows of a stream; a call has so many, so that it need not be asked."""
-    value = fake_tensor(node)
-    assert value is not None
+    value = tensor_of(node)
     batch, size, width = value.shape
     start, stop = rows.start or 0, rows.stop
     count = -start if start < 0 else stop - start if stop is not None and stop > 0 else size + (stop or 0) - start

@@ -10,7 +10,7 @@ from torch import fx
 
 from adaskip_passes.analysis.effects import is_check
 from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import call, fake_tensor, output_values, size_hint
+from adaskip_passes.ir.graph import call, fake_tensor, output_values, size_hint, tensor_of
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import Replacements
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
@@ -85,9 +85,7 @@ def _require_unshared(sublayer: Sublayer, gone: set[str]) -> None:
 def _bypass(graph: fx.Graph, sublayer: Sublayer, replacements: Replacements, first: fx.Node) -> fx.Node:
     """Put what replaces the sublayer in the place of b, erase b and the sublayer's writes and checks, and return it; ``first`` begins the stream."""
     a, b = sublayer.stream_in, sublayer.stream_out
-    wanted, got = fake_tensor(b), fake_tensor(a)
-    assert wanted is not None
-    assert got is not None
+    wanted, got = tensor_of(b), tensor_of(a)
     with graph.inserting_before(b):
         scaled = replacements.of(sublayer.index, sublayer.path, a)
         rows = wanted.shape[1] if wanted.dim() == 3 else None
@@ -144,7 +142,6 @@ def _cache_kind(slot: int, node: fx.Node | None) -> tuple[object, ...]:
     Sizes as they were when captured: each layer's cache may have a symbol of its own for its length.
     Where the symbols differ, it is left to the run time to check that the sizes agree.
     """
-    value = fake_tensor(node)
-    assert value is not None
+    value = tensor_of(node)
     sizes = tuple(size_hint(size) for size in value.shape)
     return (slot, value.dtype, value.device, sizes, tuple(size_hint(stride) for stride in value.stride()))

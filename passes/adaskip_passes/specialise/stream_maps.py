@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from adaskip_passes.ir.graph import call, fake_tensor
+from adaskip_passes.ir.graph import call, tensor_of
 
 # The names of the tensors that a map of each form has.
 FORMS = {"channel": ("gain", "shift"), "low_rank": ("down", "up", "shift"), "affine": ("weight", "shift")}
@@ -45,8 +45,7 @@ def part_shapes(form: str, width: int, rank: int) -> dict[str, tuple[int, ...]]:
 
 def emit_map(graph: fx.Graph, form: str, a: fx.Node, parts: Sequence[fx.Node]) -> fx.Node:
     """Add the ops of a map to ``graph`` and return b; ``parts`` are the tensors that :data:`FORMS` names, in order."""
-    stream = fake_tensor(a)
-    assert stream is not None
+    stream = tensor_of(a)
     if form == "channel":
         gain, shift = parts
         return call(graph, torch.addcmul, shift, a, gain, like=stream)
