@@ -74,23 +74,23 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise OptionError(
             f"--new-tokens must be at least {arguments.window + 3}, to see past a window of {arguments.window}"
         )
-    output.say(f"1/5 Loading {arguments.model}")
+    output.say(f"1/4 Loading {arguments.model}")
     model, tokenizer = common.load_model(arguments)
     sizes = _sizes(arguments)
-    output.say(f"2/5 Finding what can be skipped, on {arguments.samples} samples of {arguments.length} tokens")
+    output.say(f"2/4 Finding what can be skipped, on {arguments.samples} samples of {arguments.length} tokens")
     paper = _paper(model, tokenizer, arguments, output.watched)
     found = plans_within_losses(
         model, tokenizer, arguments.max_losses, context=arguments.length, sizes=sizes, progress=output.watched
     )
     plans = {**dict(zip(map(within, arguments.max_losses), found, strict=True)), PAPER: paper}
-    output.say("3/5 Measuring what that loses, on further text")
+    output.say("3/4 Measuring what that loses, on further text")
     qualities = dict(
         zip(plans, confirm(model, tokenizer, [*plans.values()], context=arguments.length, sizes=sizes), strict=True)
     )
     ids = _prompt(tokenizer, arguments.prompt_tokens).to(model.device)
-    output.say(f"4/5 Generating {arguments.new_tokens} tokens from {ids.shape[1]}, first to compile")
+    output.say(f"4/4 Generating {arguments.new_tokens} tokens from {ids.shape[1]}, first to compile")
     generations, extra = _race(model, plans, ids, arguments, output)
-    output.say("5/5 Done\n")
+    output.say()
     comparison = Comparison(plans, generations, qualities, extra, ids.shape[1])
     words = {way: tokenizer.decode(runs[-1].tokens[:_FIRST_WORDS]) for way, runs in generations.items()}
     demo_tables.show(output, comparison, words)

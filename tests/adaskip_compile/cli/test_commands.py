@@ -278,6 +278,8 @@ def test_demo_compares_the_ways(model: str, tmp_path: Path, capsys: pytest.Captu
     text = capsys.readouterr().out
     for words in ("first token", "against eager", "KV cache", "perplexity", "facts found", *names):
         assert words in text
+    assert "In short: compiled in full, with the same text, the first token comes" in text
+    assert "Skipping in the prompt, within 900 %, makes the first" in text
 
 
 def test_demo_must_see_past_the_window(capsys: pytest.CaptureFixture[str]):
