@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import plan as planning
-from adaskip_compile.cli.comparison import EAGER, PAPER, Comparison
+from adaskip_compile.cli.comparison import EAGER, FULL, PAPER, Comparison
 from adaskip_compile.cli.output import Output, add_row, new_table
 from adaskip_compile.evaluation.timing import Spread
 
