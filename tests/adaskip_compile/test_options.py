@@ -35,6 +35,7 @@ def test_defaults() -> None:
         "cache_dir": None,
         "keep_captures": True,
         "inner": "inductor",
+        "passes": (),
         "regions": "shared",
         "cuda_graphs": True,
         "debug_dir": None,
@@ -55,7 +56,7 @@ def test_unknown_option_suggests_the_nearest(name: str, nearest: str) -> None:
     assert str(caught.value) == (
         f"unknown option {name!r}: did you mean {nearest!r}? Options are plan, profile, skip, speedup, policy, seed, "
         "phase, context, times, max_loss, window, scale, compensation, learn, cache_dir, "
-        "keep_captures, inner, regions, cuda_graphs, debug_dir"
+        "keep_captures, inner, passes, regions, cuda_graphs, debug_dir"
     )
 
 
@@ -98,7 +99,7 @@ def test_unknown_option_like_no_other(name: Any) -> None:
             {"policy": "random"},
             "policy='random' says what to skip of a model of which nothing is known: give profile= too, or learn=20 to learn from the first 20 requests",
         ),
-        ({"inner": "tensorrt"}, "inner='tensorrt': takes one of inductor, eager"),
+        ({"inner": "tensorrt"}, "inner='tensorrt': takes one of inductor, eager, or a backend's function"),
         ({"regions": "none"}, "regions='none': takes one of shared, whole"),
         ({"plan": 8}, "plan=8: takes a SkipPlan or the path of a file, or None"),
         ({"plan": ""}, "plan='': takes a SkipPlan or the path of a file, or None"),
