@@ -176,7 +176,7 @@ def _compiled_forward(session: Session, model: nn.Module) -> Callable[..., Any]:
     keeper = None
     if session.options.keep_captures:
         folder = session.options.cache_folder
-        keeper = capture_keeper(session, model, folder, admit=admit, take_up=restore_graph)
+        keeper = capture_keeper(session, model, folder, admit=admit, restore=restore_graph)
     if keeper is None:
         return WatchedForward(session, model)
     return keeper.compiled(model._call_impl)

@@ -119,19 +119,20 @@ class Options:
             )
         if self.regions not in REGIONS:
             raise OptionError(f"regions={self.regions!r}: takes one of {', '.join(REGIONS)}")
-        self._check_passes()
+        object.__setattr__(self, "passes", self._checked_passes())
 
-    def _check_passes(self) -> None:
+    def _checked_passes(self) -> tuple[Pass, ...]:
         if isinstance(self.passes, str) or not isinstance(self.passes, Iterable):
             raise OptionError(f"passes={self.passes!r}: takes a list of passes")
-        object.__setattr__(self, "passes", tuple(self.passes))
-        for item in self.passes:
+        passes = tuple(self.passes)
+        for item in passes:
             named = isinstance(getattr(item, "name", None), str) and callable(getattr(item, "apply", None))
             if isinstance(item, type) or not is_dataclass(item) or not named:
                 raise OptionError(
                     f"passes: {item!r} is no pass; one is an object of a frozen dataclass that has a name and a method "
                     "apply(gm, stream)"
                 )
+        return passes
 
     def _check_planning(self) -> None:
         self._check_type("times", Measured, Roofline)

@@ -55,9 +55,9 @@ def fresh_dynamo():
 @pytest.fixture(autouse=True)
 def own_captures(monkeypatch: pytest.MonkeyPatch):
     """Keep what a test captures apart from what others do, so that no test depends on those that ran before."""
-    from adaskip_compile.capture import store as kept_captures
+    from adaskip_compile.capture import store
 
-    monkeypatch.setattr(kept_captures, "FOLDER", f"captures-{uuid.uuid4().hex}")
+    monkeypatch.setattr(store, "FOLDER", f"captures-{uuid.uuid4().hex}")
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ class AdmittedRun(Protocol):
 
 # (owner, graph, inputs, place in the model) to what Dynamo shall call; and (owner, graph, place of the cache) likewise.
 Admit = Callable[[Any, fx.GraphModule, list[Any], Place], Callable[..., Any]]
-TakeUp = Callable[[Any, fx.GraphModule, "CachePlace | None"], Callable[..., Any]]
+Restore = Callable[[Any, fx.GraphModule, "CachePlace | None"], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class CaptureKeeper:
     __name__ = "adaskip"
 
     def __init__(
-        self, session: CaptureOwner, model: nn.Module, cache_folder: Path, admit: Admit, take_up: TakeUp
+        self, session: CaptureOwner, model: nn.Module, cache_folder: Path, admit: Admit, restore: Restore
     ) -> None:
         self.session, self._code, self._key = session, ModelCode(model), _key(model)
-        self._cache_folder, self._admit, self._take_up = cache_folder, admit, take_up
+        self._cache_folder, self._admit, self._restore_graph = cache_folder, admit, restore
         self._admitted: tuple[dict[str, Any], str, CachePlace | None] | None = None
         self._restored: list[_RestoredGraph] = []
 
@@ -191,7 +191,7 @@ class CaptureKeeper:
         # A graph whose guards fail costs each call the time of checking them, and there are more steps than prompts.
         found = () if folder is None else folder.read()
         for kept in sorted(found, key=lambda kept: kept.phase != "decode"):
-            graph = _RestoredGraph(kept, self.session, code, self._take_up)
+            graph = _RestoredGraph(kept, self.session, code, self._restore_graph)
             try:
                 install(kept.capture, graph.caller(), name=f"__adaskip_graph_{next(_numbers)}", applies=graph.applies)
             except Exception as error:  # noqa: BLE001 - Dynamo's innards raise anything; without it the graph is captured
@@ -220,8 +220,8 @@ class _RestoredGraph:
     holds the session, and with it a model's caches, by a weak reference alone.
     """
 
-    def __init__(self, kept: KeptCapture, session: CaptureOwner, code: CodeState, take_up: TakeUp) -> None:
-        self._kept, self._session, self._code, self._restore = kept, weakref.ref(session), code, take_up
+    def __init__(self, kept: KeptCapture, session: CaptureOwner, code: CodeState, restore: Restore) -> None:
+        self._kept, self._session, self._code, self._restore = kept, weakref.ref(session), code, restore
         self._run: Callable[..., Any] | None = None
         self._usable = True
         self._lock = threading.Lock()
@@ -260,17 +260,17 @@ class _RestoredGraph:
 
 
 def capture_keeper(
-    session: CaptureOwner, model: nn.Module, cache_folder: Path, *, admit: Admit, take_up: TakeUp
+    session: CaptureOwner, model: nn.Module, cache_folder: Path, *, admit: Admit, restore: Restore
 ) -> CaptureKeeper | None:
     """Return what keeps the captures of ``model`` in ``cache_folder``; None where they cannot be kept.
 
-    ``admit`` and ``take_up`` say what stands for a graph that was captured now, or by an earlier process.
+    ``admit`` and ``restore`` say what stands for a graph that was captured now, or by an earlier process.
     """
     reason = why_not()
     if reason is not None:
         log.info("captures are not kept: %s", reason)
         return None
-    return CaptureKeeper(session, model, cache_folder, admit, take_up)
+    return CaptureKeeper(session, model, cache_folder, admit, restore)
 
 
 def _key(model: nn.Module) -> str:

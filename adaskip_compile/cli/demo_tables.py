@@ -30,21 +30,18 @@ def show(output: Output, found: Comparison, words: dict[str, str]) -> None:
 def verdict(found: Comparison) -> str:
     """Return in a sentence or two what is gained for nothing, and what the first budget buys."""
     same = found.generations[FULL][-1].tokens == found.generations[EAGER][-1].tokens
-    ratios = {
-        way: {phase: one.median for phase, one in _against_eager(found, way).items()} for way in found.generations
-    }
-    in_full = ratios[FULL]
+    in_full = _against_eager(found, FULL)
     text = (
         f"In short: compiled in full, with {'the same' if same else 'other'} text, the first token comes "
-        f"{in_full['first_token']:.2f} times as fast as in eager mode, and each further one {in_full['token']:.2f} times."
+        f"{in_full['first_token'].median:.2f} times as fast as in eager mode, and each further one {in_full['token'].median:.2f} times."
     )
     budget = next((way for way in found.qualities if way != PAPER), None)
     if budget is None or not found.plans[budget].prompt.skipped:
         return text
-    quality = found.qualities[budget]
+    first = _against_eager(found, budget)["first_token"].median
     return (
-        f"{text} Skipping in the prompt, {budget.partition(', ')[2]}, makes the first {ratios[budget]['first_token']:.2f} times "
-        f"as fast, and was measured to change perplexity by {quality.perplexity}."
+        f"{text} Skipping in the prompt, {budget.partition(', ')[2]}, makes the first {first:.2f} times as fast, and was "
+        f"measured to change perplexity by {found.qualities[budget].perplexity}."
     )
 
 

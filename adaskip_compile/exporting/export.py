@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaskip_compile.exporting import runner as exported_runner
+from adaskip_compile.exporting import runner
 from adaskip_compile.exporting.capture import CapturedPhase, StaticSteps, capture_steps, check_max_length
 from adaskip_compile.exporting.files import SpecialisedPhase, describe, write_package, write_program
 from adaskip_compile.exporting.folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
@@ -120,7 +120,7 @@ def export(
             if aot:
                 report("compiling with AOTInductor")
                 write_package(folder, phases)
-            shutil.copyfile(exported_runner.__file__, folder / RUNNER)
+            shutil.copyfile(runner.__file__, folder / RUNNER)
             manifest = describe(folder, model, identity, steps, phases, max_length)
             EXPORT_FORMAT.write(folder / MANIFEST, manifest)
     return ExportedGraphs(target, tuple(sorted(target.iterdir())), EXPORT_FORMAT.read(target / MANIFEST))

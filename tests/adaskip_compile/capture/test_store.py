@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.capture import store as kept_captures
+from adaskip_compile.capture import store
 from adaskip_compile.capture.dynamo import capture_count
 from adaskip_compile.capture.package import why_not
 from adaskip_compile.runtime.session import sessions_of
@@ -206,14 +207,14 @@ def test_captures_are_readable_by_their_owner_alone(kept: tuple[Any, list[Path]]
 
 def test_a_kept_graph_that_cannot_be_taken_up_is_captured_again(kept: tuple[Any, list[Path]], monkeypatch: Any):
     model, _ = kept
-    real = kept_captures.read_graph
+    real = store.read_graph
 
     def missing(graph: dict[str, Any], **how: Any) -> Any:
         text = json.dumps(graph).replace("scaled_dot_product_attention", "no_such_operation")
         return real(json.loads(text), **how)
 
     again = restart(model)
-    monkeypatch.setattr(kept_captures, "read_graph", missing)
+    monkeypatch.setattr(store, "read_graph", missing)
     assert captured_by(lambda: run(again))[0] == run(model)
     assert any("captured again" in note for note in adaskip_compile.report(again).sessions[0].notes)
 
@@ -315,3 +316,12 @@ def test_a_function_that_is_replaced_is_traced_again(own_module: Any, cache_dir:
         found = model(ids)
         model._compiled_call_impl = None
         assert torch.allclose(found, model(ids))
+
+
+def test_what_an_older_version_pickled_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    data = b"cadaskip_compile.kept_captures\nKeptCapture\n."  # a class by a module that has moved
+    folder = tmp_path / "captures"
+    folder.mkdir(mode=0o700)
+    (folder / "old.capture").write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+    assert list(store.CaptureFolder(folder).read()) == []
+    assert "old.capture is passed over, and the graph captured again: No module named" in caplog.text

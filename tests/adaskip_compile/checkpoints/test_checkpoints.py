@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from adaskip_compile import checkpoints
-from adaskip_compile.checkpoints import find_package, load_checkpoint, load_structure, loading
-from adaskip_compile.checkpoints import gguf as gguf_conversion
+from adaskip_compile.checkpoints import find_package, gguf, load_checkpoint, load_structure, loading
 from adaskip_compile.files.model_identity import identify
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError
 from tests.models import tiny
@@ -27,8 +26,8 @@ def gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that passes for GGUF, with the reading of its contents replaced by a tiny model."""
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"GGUF and more")
-    monkeypatch.setattr(gguf_conversion, "_load_dense", lambda _: tiny("llama", vocab_size=259))
-    monkeypatch.setattr(gguf_conversion, "_load_tokenizer", lambda _: byte_tokenizer())
+    monkeypatch.setattr(gguf, "_load_dense", lambda _: tiny("llama", vocab_size=259))
+    monkeypatch.setattr(gguf, "_load_tokenizer", lambda _: byte_tokenizer())
     return file
 
 
@@ -45,7 +44,7 @@ def test_weights_come_in_the_dtype_asked_for(folder: Path):
 
 def test_a_gguf_file_is_converted_once(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, _ = load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(gguf_conversion, "_convert_into", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf, "_convert_into", lambda *_: pytest.fail("converted again"))
     second, tokenizer = load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
     ids = tokenizer("again", return_tensors="pt").input_ids
     assert torch.equal(first(ids).logits, second(ids).logits)
@@ -62,7 +61,7 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_file: Path, tmp_path: Path,
     def fail(_: Path) -> None:
         raise ValueError("no such architecture\nand more lines")
 
-    monkeypatch.setattr(gguf_conversion, "_load_tokenizer", fail)
+    monkeypatch.setattr(gguf, "_load_tokenizer", fail)
     with pytest.raises(DamagedFileError, match=r"tiny\.gguf: cannot be converted \(no such architecture\)"):
         load_checkpoint(gguf_file, cache_dir=tmp_path / "cache")
     left = [path for path in (tmp_path / "cache" / "checkpoints").iterdir() if path.suffix != ".lock"]
@@ -74,7 +73,7 @@ def test_a_missing_converter_is_named(missing: str, gguf_file: Path, tmp_path: P
     def fail(_: Path) -> None:
         raise (ValueError if missing == "accelerate" else ImportError)(f"{missing} is required")
 
-    monkeypatch.setattr(gguf_conversion, "_load_dense", fail)
+    monkeypatch.setattr(gguf, "_load_dense", fail)
     with pytest.raises(FileError, match=rf"{missing}.*pip install 'adaskip-compile\[demo\]'"):
         load_checkpoint(gguf_file, cache_dir=tmp_path)
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaskip_compile.files import versioned_json as documents
+from adaskip_compile.files import versioned_json
 from adaskip_compile.files.versioned_json import DocumentFormat
 from adaskip_passes.errors import DamagedFileError, FileError, MissingFileError, NewerFileError
 
@@ -257,4 +257,4 @@ class TestPosix:
 
 
 def test_producer_names_the_package() -> None:
-    assert documents.producer().split()[0] == "adaskip-compile"
+    assert versioned_json.producer().split()[0] == "adaskip-compile"
