@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
 from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.specialise.pipelines import skip_passes
-from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.pipelines import STRAIGHTEN, skip_passes
+from adaskip_passes.stream.stream import NO_STREAM
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {
@@ -56,8 +55,8 @@ def measure(layers: int) -> dict[str, float]:
     gm = captured(layers)
     row = {"layers": layers, "nodes": len(gm.graph.nodes), "capture_s": time.perf_counter() - started}
     started = time.perf_counter()
-    straighten_stream(gm)
-    stream = find_residual_stream(gm)
+    straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+    gm, stream = straight.gm, straight.stream
     row["analysis_s"] = time.perf_counter() - started
     assert len(stream.sublayers) == 2 * layers, stream.problems
     started = time.perf_counter()

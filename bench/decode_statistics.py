@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import STRAIGHTEN
 from adaskip_passes.specialise.insert_probes import InsertProbes
+from adaskip_passes.stream.stream import NO_STREAM
 
 
 @torch.no_grad()
@@ -26,9 +27,10 @@ def decode_statistics(model: Any, prompts: Iterable[torch.Tensor], steps: int) -
     rows: list[torch.Tensor] = []
 
     def probe(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-        stream = straightened_stream(gm)
+        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        stream = straight.stream
         paths.append(stream.paths)
-        probed = run_pipeline(gm, stream, (InsertProbes(stream.paths),)).gm
+        probed = run_pipeline(straight.gm, stream, (InsertProbes(stream.paths),)).gm
 
         def run(*values: Any) -> Any:
             *outputs, found = probed.forward(*values)

@@ -26,7 +26,7 @@ from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.specialise.pipelines import row_passes
+from adaskip_passes.pipelines import row_passes
 from adaskip_passes.stream.stream import ResidualStream
 from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 

@@ -162,9 +162,9 @@ def _timed(graphs: Sequence[CapturedGraph], found: dict[str, dict[str, list[floa
         if variant is None or not isinstance(variant.run, Executor):
             continue
         # Of a prompt, the graph of the rows that are read.
-        gm, stream = graph.variants.prepared[graph.variants.lowering, None, graph.stream.phase == "prefill"]
-        calls = [node for node in gm.graph.nodes if isinstance(node.target, Region)]
-        owner = {sublayer.branch: sublayer.path for sublayer in stream.sublayers}
+        cut = graph.variants.prepared[graph.variants.lowering, None, graph.stream.phase == "prefill"]
+        calls = [node for node in cut.gm.graph.nodes if isinstance(node.target, Region)]
+        owner = {sublayer.branch: sublayer.path for sublayer in cut.stream.sublayers}
         executor = variant.run
         before.append((graph, executor, executor._steps, variant))
         taken: dict[str, float] = {}
@@ -173,7 +173,7 @@ def _timed(graphs: Sequence[CapturedGraph], found: dict[str, dict[str, list[floa
             replace(step, function=_clocked(step.function, owner.get(next(regions)), taken)) if step.items else step
             for step in executor._steps
         ]
-        noted = replace(variant, run=_noting(executor, taken, found[stream.phase]))
+        noted = replace(variant, run=_noting(executor, taken, found[graph.stream.phase]))
         graph.variants.made.update({key: noted for key, one in graph.variants.made.items() if one is variant})
     try:
         yield

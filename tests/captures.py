@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.stream.find_stream import find_residual_stream
 from adaskip_passes.stream.stream import ResidualStream
 from tests.models import Captured, capture_all, plain, tiny
 from tests.reference import InterpreterReference
+from tests.rewriting import applied
 
 LAYERS: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 3},
@@ -44,7 +45,7 @@ def shared_captures(name: str, cache: str = "dynamic") -> tuple[Captured, ...]:
             requests = 2 if cache == "static" else 1
             captured = capture_all(tiny(name, **LAYERS[name]), cache=cache, length=20, requests=requests)
     for one in captured:
-        straighten_stream(one.gm)
+        applied(StraightenStream(), one.gm)
     return tuple(captured)
 
 

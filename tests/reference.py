@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.stream.find_stream import find_residual_stream
 from adaskip_passes.stream.stream import ResidualStream
 from tests.generation import CACHE_NAME
+from tests.rewriting import applied
 
 Skips = Mapping[str, tuple[float, str]]
 
@@ -66,7 +67,7 @@ def reference_backend(scales: Mapping[str, float]) -> Callable[[fx.GraphModule, 
     """Return a Dynamo backend that runs each graph with the sublayers in ``scales`` (path to scale) skipped."""
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        straighten_stream(gm)
+        applied(StraightenStream(), gm)
         stream = find_residual_stream(gm)
         return lambda *inputs: InterpreterReference(gm, _skips(stream, scales)).run(*inputs)
 
@@ -171,7 +172,7 @@ def body_backend(body: Body) -> Callable[[fx.GraphModule, list[Any]], Callable[.
     """Return a Dynamo backend that runs each graph with the replacements of ``body``."""
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        straighten_stream(gm)
+        applied(StraightenStream(), gm)
         stream = find_residual_stream(gm)
         return lambda *inputs: BodyInterpreter(gm, stream, body).run(*inputs)
 

@@ -17,7 +17,7 @@ from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime.session import sessions_of
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.errors import LegalityError
 from adaskip_passes.stream.chain import find_chain
 from adaskip_passes.stream.find_stream import find_residual_stream
@@ -25,6 +25,7 @@ from tests.architecture_checks import examine, verdict
 from tests.architectures import tiny_architecture
 from tests.models import PlainAttention, PlainDecoder, capture, plain, redraw, tokens
 from tests.reference import omit_sublayers
+from tests.rewriting import applied
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +79,7 @@ def test_without_a_single_stream_a_model_runs_unskipped_and_says_why(family):
 def test_parallel_branches_are_told_apart_only_where_one_mixes_tokens():
     prefill, _ = capture(tiny_architecture("gptj"))
     assert [item.kind for item in find_residual_stream(prefill.gm).sublayers] == ["attention", "attention"]
-    assert straighten_stream(prefill.gm) > 0
+    assert applied(StraightenStream(), prefill.gm) > 0
     stream = find_residual_stream(prefill.gm)
     assert [item.kind for item in stream.sublayers] == ["attention", "ffn"] * 2
     assert [item.stateful for item in stream.sublayers] == [True, False] * 2
@@ -86,15 +87,15 @@ def test_parallel_branches_are_told_apart_only_where_one_mixes_tokens():
         assert after.stream_in is before.stream_out
         assert not set(before.nodes) & set(after.nodes)
     experts, _ = capture(tiny_architecture("deepseek_v3"))
-    straighten_stream(experts.gm)
+    applied(StraightenStream(), experts.gm)
     assert len(find_residual_stream(experts.gm).sublayers) == 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj", "falcon"])
 def test_straightening_keeps_values_and_happens_once(family):
     for captured in capture(tiny_architecture(family)):
-        straighten_stream(captured.gm)
-        assert straighten_stream(captured.gm) == 0
+        applied(StraightenStream(), captured.gm)
+        assert applied(StraightenStream(), captured.gm) == 0
         inputs = [value.clone() if isinstance(value, torch.Tensor) else value for value in captured.inputs]
         for got, wanted in zip(captured.gm.forward(*inputs), captured.outputs, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
@@ -117,7 +118,7 @@ class _InPlace(nn.Module):
 
 def test_adds_in_place_become_values_of_their_own():
     prefill = capture(_InPlace().eval())[0]
-    assert straighten_stream(prefill.gm) == 3
+    assert applied(StraightenStream(), prefill.gm) == 3
     assert len(find_residual_stream(prefill.gm).sublayers) == 3
     torch.testing.assert_close(prefill.gm.forward(*prefill.inputs), prefill.outputs, rtol=0, atol=0)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from adaskip_compile.exporting import runner
@@ -19,17 +18,15 @@ from adaskip_compile.exporting.files import SpecialisedPhase, describe, write_pa
 from adaskip_compile.exporting.folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
 from adaskip_compile.exporting.programs import make_program
 from adaskip_compile.files.model_identity import ModelIdentity, identify
+from adaskip_compile.planning.replacement_values import replacement_values
 from adaskip_compile.planning.skip_plan import SkipPlan
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
-from adaskip_passes.ir.graph import tensor_of
 from adaskip_passes.pipeline.pipeline import Pass, run_pipeline
+from adaskip_passes.pipelines import STRAIGHTEN
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.fold_scales import FoldScales
-from adaskip_passes.specialise.replacements import map_input
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from adaskip_passes.specialise.stream_maps import FORMS
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
 
 RUNNER = "generate.py"
 
@@ -148,9 +145,12 @@ def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
 def _specialise(
     model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: StaticSteps, max_length: int
 ) -> SpecialisedPhase:
-    stream = straightened_stream(phase.gm)
-    result = run_pipeline(phase.gm, stream, _passes(plan, stream))
-    program = make_program(phase, result.gm, model, steps.cache, max_length, added=_map_inputs(plan, stream))
+    straight = run_pipeline(phase.gm, NO_STREAM, STRAIGHTEN)
+    result = run_pipeline(straight.gm, straight.stream, _passes(plan, straight.stream))
+    maps = {path: one.tensors for path, one in plan.maps.items()}
+    values = replacement_values(result.added, straight.stream, plan.scales, maps)
+    added = dict(zip((one.name for one in result.added), values, strict=True))
+    program = make_program(phase, result.gm, model, steps.cache, max_length, added=added)
     return SpecialisedPhase(phase, plan, result, program)
 
 
@@ -170,17 +170,6 @@ def _passes(plan: SkipPlan, stream: ResidualStream) -> tuple[Pass, ...]:
         FoldScales(tuple((path, plan.scales[path]) for path in paths)),  # the skips put in what it reads
         EliminateDeadCode(),  # last: what the skips have cut off
     )
-
-
-def _map_inputs(plan: SkipPlan, stream: ResidualStream) -> dict[str, torch.Tensor]:
-    """Return the tensors of the plan's maps, by the names of the inputs that ``skip-sublayers`` makes for them."""
-    found = {}
-    for path, one in plan.maps.items():
-        sublayer = stream.by_path(path)
-        like = tensor_of(sublayer.stream_in)
-        for name, tensor in zip(FORMS[one.form], one.parts(like.dtype, like.device), strict=True):
-            found[map_input(sublayer.index, name)] = tensor
-    return found
 
 
 def _require_one_cache(phases: Mapping[str, SpecialisedPhase]) -> None:

@@ -14,10 +14,11 @@ from adaskip_compile.fitting.least_squares import BranchStatistics, fit_map
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_compile.profiling.stream_maps import StreamMap
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import OptionError
+from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import STRAIGHTEN
 from adaskip_passes.specialise.stream_maps import FORMS
-from adaskip_passes.stream.stream import ResidualStream, Sublayer
+from adaskip_passes.stream.stream import NO_STREAM, ResidualStream, Sublayer
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
 _HELD_OUT = 4
@@ -91,13 +92,14 @@ class _StreamTap:
         self.statistics: dict[str, tuple[BranchStatistics, BranchStatistics]] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        stream = straightened_stream(gm)
+        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        stream = straight.stream
         self.streams.append(stream)
         watched = [] if stream.problems else [stream.by_path(path) for path in self.paths]
 
         def run(*values: Any) -> Any:
             self.runs += 1
-            return _Watcher(gm, watched, self._add).run(*values)
+            return _Watcher(straight.gm, watched, self._add).run(*values)
 
         return run
 

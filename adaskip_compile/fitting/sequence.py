@@ -19,11 +19,11 @@ from adaskip_compile.planning.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_compile.profiling.stream_maps import StreamMap
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from adaskip_passes.ir.graph import output_values
-from adaskip_passes.specialise.outline_regions import outline_regions
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import CUT, STRAIGHTEN
+from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
 _HELD_OUT = 4
@@ -166,9 +166,9 @@ class _Collector:
         self._calls: list[tuple[fx.GraphModule, ResidualStream, tuple[Any, ...]]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        stream = straightened_stream(gm)
-        self.streams.append(stream)
-        wiring = None if stream.problems else outline_regions(gm, stream)
+        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        self.streams.append(straight.stream)
+        wiring = None if straight.stream.problems else run_pipeline(straight.gm, straight.stream, CUT)
 
         def run(*values: Any) -> Any:
             self.runs += 1

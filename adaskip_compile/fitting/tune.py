@@ -17,18 +17,17 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.files.model_identity import identify, unwrapped
+from adaskip_compile.planning.replacement_values import replacement_values
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiling import evaluating, show_progress, token_ids
 from adaskip_compile.profiling.stream_maps import StreamMap
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
-from adaskip_passes.ir.graph import tensor_of
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import STRAIGHTEN
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from adaskip_passes.specialise.stream_maps import FORMS
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.stream.stream import NO_STREAM
 
 # Relative to the root mean square of each tensor: one rate for weights and shifts of any model.
 _RATE = 0.03
@@ -124,27 +123,21 @@ class _Pair:
         self._forward = torch.compile(forward, backend=naming(model, self._backend), dynamic=True)
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        stream = straightened_stream(gm)
+        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        stream = straight.stream
         if stream.problems:
             raise CaptureError(f"nothing to tune: {'; '.join(stream.problems)}")
         paths = tuple(path for path in stream.paths if path in self.plan.scales)
         skips = SkipSublayers(paths, self.plan.map_forms(paths))
-        skipping = run_pipeline(gm, stream, (skips, EliminateDeadCode())).gm
+        skipping = run_pipeline(straight.gm, stream, (skips, EliminateDeadCode()))
 
         def run(*values: Any) -> Any:
             if not self._skipping:
                 return gm.forward(*values)
-            return skipping.forward(*values, *self._stand_ins(stream, paths))
+            added = replacement_values(skipping.added, stream, self.plan.scales, self.leaves)
+            return skipping.gm.forward(*values, *added)
 
         return run
-
-    def _stand_ins(self, stream: ResidualStream, paths: Sequence[str]) -> Iterator[torch.Tensor]:
-        scales = [self.plan.scales.get(path, 1.0) for path in stream.paths]
-        yield torch.tensor(scales, dtype=torch.float32, device=self.device)
-        for path in paths:
-            if path in self.leaves:
-                like = tensor_of(stream.by_path(path).stream_in)
-                yield from (self.leaves[path][name].to(like.dtype) for name in FORMS[self.plan.maps[path].form])
 
     def divergence(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the mean divergence of the two over the tokens of ``ids``, in nats; gradients reach ``leaves``."""

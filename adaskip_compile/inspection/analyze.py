@@ -9,10 +9,11 @@ from torch import fx, nn
 
 from adaskip_compile.capture.graph_breaks import GraphBreaks
 from adaskip_compile.files.model_identity import unwrapped
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import STRAIGHTEN
+from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
 
 
 def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
@@ -61,4 +62,5 @@ def capture_graph(model: nn.Module, **example_inputs: Any) -> tuple[fx.GraphModu
         raise CaptureError(
             f"the forward was captured in {len(runs)} pieces, and an analysis needs one graph; {breaks.first()}"
         )
-    return graphs[0], straightened_stream(graphs[0])
+    straight = run_pipeline(graphs[0], NO_STREAM, STRAIGHTEN)
+    return straight.gm, straight.stream

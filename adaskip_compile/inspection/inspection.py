@@ -24,7 +24,7 @@ from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import source_name, tensors_behind
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.pipeline.pipeline import Pass, PassResult, run_pipeline
-from adaskip_passes.specialise.pipelines import row_passes, skip_passes
+from adaskip_passes.pipelines import row_passes, skip_passes
 
 PHASES = ("prefill", "decode")
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from adaskip_compile.kv_cache.growing_storage import GrowingStorages
-from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.specialise.append_in_place import GROWN_INPUT, AppendInPlace, find_appends
-from adaskip_passes.specialise.merge_equal_nodes import MergeEqualNodes
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
+from adaskip_passes.pipelines import GROW
+from adaskip_passes.specialise.append_in_place import GROWN, find_appends
 
 
 @dataclass(frozen=True)
@@ -33,21 +31,20 @@ class _Entry:
 class CacheGrowth:
     """Makes the inputs of one captured graph in which its cache grows.
 
-    ``gm`` is the graph with ``append-in-place`` applied and nothing done twice, and ``stream`` its residual stream. A variant
-    of it takes the captured inputs, then those of :meth:`entries`, then what other passes have added.
+    ``graph`` appends in place and does nothing twice. A variant of it takes the captured inputs, then those of
+    :meth:`entries`, then what other passes have added.
     """
 
-    def __init__(self, gm: fx.GraphModule, stream: ResidualStream, storages: GrowingStorages) -> None:
+    def __init__(self, graph: DerivedGraph, storages: GrowingStorages) -> None:
         self._storages = storages
-        place = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        appends = find_appends(gm, stream)
+        place = {node: index for index, node in enumerate(graph.gm.graph.find_nodes(op="placeholder"))}
+        appends = find_appends(graph.gm, graph.stream)
         self._entries = [
             _Entry(one.path, None if one.past is None else place[one.past], one.position, one.grown) for one in appends
         ]
         # One for each length that entries have: a symbol stands for all that are equal.
         self._lengths = list({str(entry.grown.shape[-2]): entry for entry in self._entries}.values())
-        result = run_pipeline(gm, stream, (AppendInPlace(), MergeEqualNodes()))
-        self.gm, self.stream = result.gm, result.stream
+        self.graph = graph.run(GROW)
 
     @property
     def grows(self) -> bool:
@@ -63,11 +60,10 @@ class CacheGrowth:
         """Return the number of tokens in the longest entry of ``outputs`` that grows, None where none is known to."""
         return max((outputs[entry.position].shape[-2] for entry in self._lengths), default=None)
 
-    def used(self, gm: fx.GraphModule) -> tuple[bool, ...]:
-        """Tell for each entry whether the variant ``gm`` still has a use for it: a skipped attention has none."""
-        return tuple(
-            bool(node.users) for node in gm.graph.find_nodes(op="placeholder") if node.name.startswith(GROWN_INPUT)
-        )
+    def used(self, variant: DerivedGraph) -> tuple[bool, ...]:
+        """Tell for each entry whether ``variant`` still has a use for it: a skipped attention has none."""
+        inputs = {node.name: node for node in variant.gm.graph.find_nodes(op="placeholder")}
+        return tuple(bool(inputs[one.name].users) for one in variant.added if one.part == GROWN)
 
     def entries(
         self, used: Sequence[bool], skipped: Sequence[str], inputs: Sequence[Any], batch: int, tokens: int

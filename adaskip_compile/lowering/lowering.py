@@ -22,16 +22,11 @@ from adaskip_compile.capture.dynamo import capturing, example_inputs
 from adaskip_compile.lowering.executor import Executor
 from adaskip_compile.lowering.shape_checks import AssumptionCheck
 from adaskip_compile.tested_versions import internals_of
-from adaskip_passes.analysis.regions import Region
-from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import call, fake_mode, fake_tensor
-from adaskip_passes.lower.decompose_one_query_attention import decompose_one_query_attention
-from adaskip_passes.lower.decompose_one_row_linear import decompose_one_row_linear
-from adaskip_passes.lower.fold_rows import fold_rows
-from adaskip_passes.lower.use_banded_attention import use_banded_attention
-from adaskip_passes.lower.use_many_row_linear import use_many_row_linear
-from adaskip_passes.specialise.outline_regions import outline_regions
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.analysis.regions import Region, regions_of
+from adaskip_passes.errors import PassError, VerificationError
+from adaskip_passes.ir.graph import fake_mode
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
+from adaskip_passes.pipelines import CUT, LOWER
 
 log = logging.getLogger(__name__)
 Runnable = Callable[..., Any]
@@ -90,46 +85,47 @@ class Lowering:
         self.waited = 0.0
         self._artifacts: dict[str, Runnable] = {}
 
-    def prepare(self, gm: fx.GraphModule, stream: ResidualStream) -> tuple[fx.GraphModule, ResidualStream]:
-        """Return the graph that passes shall rewrite for :meth:`lower`, and its stream."""
+    def prepare(self, graph: DerivedGraph) -> DerivedGraph:
+        """Return what passes shall rewrite of ``graph`` for :meth:`lower`."""
         if self.regions == "whole":
-            return gm, stream
+            return graph
         try:
-            outlined = outline_regions(gm, stream)
+            return graph.run(CUT, recoverable=True)
+        except VerificationError:
+            raise
         except PassError as error:
             self.regions, self.uncut = "whole", str(error)
-            return gm, stream
-        return outlined.gm, outlined.stream
+            return graph
 
-    def lower(self, gm: fx.GraphModule) -> Runnable:
-        """Return a callable that computes what ``gm`` computes; call it with the inputs of ``gm`` in order."""
+    def lower(self, graph: DerivedGraph) -> Runnable:
+        """Return a callable that computes what ``graph`` computes; call it with the inputs of its graph in order."""
+        gm = graph.gm
         if self.regions == "whole":
-            return self._checked(gm, self._compile(gm), lambda: gm.forward)
-        regions = [node.target for node in gm.graph.nodes if isinstance(node.target, Region)]
-        compiled = Executor(gm, {region: self._artifact(region) for region in regions})
+            return self._checked(gm, self._compile(graph), lambda: gm.forward)
+        regions = regions_of(gm)
+        compiled = Executor(gm, {region: self._artifact(graph, region) for region in regions})
         return self._checked(gm, compiled, lambda: Executor(gm, {region: region.gm.forward for region in regions}))
 
     def _checked(self, gm: fx.GraphModule, compiled: Runnable, plain: Callable[[], Runnable]) -> Runnable:
         # What one region assumes is known of the symbols from then on, and taken for granted in the next.
         return AssumptionCheck(gm, self.assumed, compiled, plain(), self.note) if self.assumed else compiled
 
-    def _artifact(self, region: Region) -> Runnable:
+    def _artifact(self, graph: DerivedGraph, region: Region) -> Runnable:
         if region.key not in self._artifacts:
-            self._artifacts[region.key] = self._compile(region.gm)
+            self._artifacts[region.key] = self._compile(graph, region)
         return self._artifacts[region.key]
 
-    def _compile(self, gm: fx.GraphModule) -> Runnable:
+    def _compile(self, graph: DerivedGraph, region: Region | None = None) -> Runnable:
+        """Compile ``graph``, or a region of it."""
+        gm = graph.gm if region is None else region.gm
         if self.inner == "eager":
             return gm.forward
         self.compiled += 1
         if callable(self.inner):
             return self.inner(gm, example_inputs(gm))
-        decompose_one_row_linear(gm)
-        decompose_one_query_attention(gm)
-        use_many_row_linear(gm)
-        use_banded_attention(gm)
-        fold_rows(gm)
-        _pin_layout(gm)
+        lowered = (graph if region is None else graph.part(gm, region.__name__)).run(LOWER)
+        lowered.show("lowered")
+        gm = lowered.gm
         environment = getattr(fake_mode(gm.graph), "shape_env", None)
         known, symbols = (0, set()) if environment is None else (len(environment.guards), {*environment.var_to_range})
         try:
@@ -198,22 +194,3 @@ class _PendingKernel:
         kernel = self._scope[self._name] = self._result()
         self._waited(time.perf_counter() - started)
         return kernel(*values)
-
-
-def _pin_layout(gm: fx.GraphModule) -> None:
-    """Have the outputs of ``gm`` that were captured contiguous come out so.
-
-    Inductor lowers ``cat([empty, keys])``, with which a cache begins, to a clone in the layout of
-    ``keys``. Dynamo guards on strides: each such cache would be captured once more in the next step.
-    """
-    output = gm.graph.output_node()
-
-    def pinned(node: fx.Node) -> fx.Node:
-        value = fake_tensor(node)
-        if value is None or node.op == "placeholder" or not value.is_contiguous():
-            return node
-        return call(gm.graph, "contiguous", node)
-
-    with gm.graph.inserting_before(output):
-        output.args = fx.node.map_arg(output.args, pinned)
-    gm.recompile()

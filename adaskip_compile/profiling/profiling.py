@@ -16,12 +16,12 @@ from adaskip_compile.costs.model_costs import ModelCosts, costs_of_prefill
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import Profile, make_profile
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import STRAIGHTEN
 from adaskip_passes.specialise.insert_probes import InsertProbes
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
 
 Item = TypeVar("Item")
 
@@ -36,7 +36,8 @@ class _Prober:
         self.runs = 0
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        stream = straightened_stream(gm)
+        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        gm, stream = straight.gm, straight.stream
         self.streams.append(stream)
         if self.costs is None and not stream.problems:
             self.costs = costs_of_prefill(gm, stream)

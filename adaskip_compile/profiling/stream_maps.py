@@ -56,10 +56,6 @@ class StreamMap:
         form = f"{self.form} of rank {self.rank}" if self.rank else self.form
         return f"{form}, tuned" if self.error is None else f"{form}, misses {self.error:.0%}"
 
-    def parts(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return its tensors in the order, and contiguous as the layout, that graphs take them in."""
-        return tuple(self.tensors[name].to(device, dtype).contiguous() for name in FORMS[self.form])
-
     def __call__(self, a: torch.Tensor) -> torch.Tensor:
         """Return b for the stream ``a``, ``(..., d)``."""
         parts = {name: tensor.to(a) for name, tensor in self.tensors.items()}

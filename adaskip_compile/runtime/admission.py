@@ -13,11 +13,11 @@ from adaskip_compile.capture.cache_object import CachePlace, find_cache_place
 from adaskip_compile.capture.dynamo import Place, graph_break, place_in
 from adaskip_compile.runtime.dispatch import Dispatcher
 from adaskip_compile.runtime.session import Session
-from adaskip_passes.canonicalise.simplify_masks import simplify_masks
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
-from adaskip_passes.errors import CaptureError
+from adaskip_passes.errors import CaptureError, PassError
 from adaskip_passes.ir.module_paths import held_by_module, name_modules
 from adaskip_passes.ir.plain_tensors import other_layout
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
+from adaskip_passes.pipelines import CANONICALISE
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,11 @@ def admit(
         return _refuse(session, gm, inputs, f"an input is a tensor of layout {layout}, without strides: runs unskipped")
     place = place or place_in(session.module, gm, inputs)
     name_modules(gm, inputs, session.module)
-    simplify_masks(gm)
-    stream = straightened_stream(gm)
+    try:
+        graph = _canonical(session, gm)
+    except PassError as error:
+        return _refuse(session, gm, inputs, f"it has no canonical form: {error}; runs unskipped")
+    stream = graph.stream
     problem = "; ".join(stream.problems) or _shared(place)
     if problem:
         stop = graph_break(gm)
@@ -57,7 +60,7 @@ def admit(
             return _refuse(
                 session, gm, inputs, f"a graph has other sublayers than the first one ({missing[0]}); it runs unskipped"
             )
-        dispatcher = Dispatcher(session, gm, stream)
+        dispatcher = Dispatcher(session, graph)
         session.graphs.append(dispatcher)
     return dispatcher
 
@@ -70,14 +73,18 @@ def restore_graph(session: Session, gm: fx.GraphModule, place: CachePlace | None
     Raises:
         CaptureError: It has no residual stream, or other sublayers than the session's graphs.
     """
-    simplify_masks(gm)
-    stream = straightened_stream(gm)
+    graph = _canonical(session, gm)
+    stream = graph.stream
     if stream.problems or (session.graphs and session.graphs[0].stream.paths != stream.paths):
         raise CaptureError("; ".join(stream.problems) or "it has other sublayers than the others")
-    dispatcher = Dispatcher(session, gm, stream, restored=True, place=place)
+    dispatcher = Dispatcher(session, graph, restored=True, place=place)
     with session.lock:
         session.graphs.append(dispatcher)
     return dispatcher
+
+
+def _canonical(session: Session, gm: fx.GraphModule) -> DerivedGraph:
+    return DerivedGraph.captured(gm, session.options.debug_dir, session.model_name).run(CANONICALISE)
 
 
 def _shared(place: Place) -> str | None:

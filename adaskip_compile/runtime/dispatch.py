@@ -17,22 +17,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from adaskip_compile.capture.cache_object import CachePlace, find_cache_place
 from adaskip_compile.capture.dynamo import capture_reason, forget_marks
 from adaskip_compile.kv_cache.appends import CacheGrowth
 from adaskip_compile.kv_cache.holes_seen import find_holes
 from adaskip_compile.kv_cache.shared_holes import SharedHoles
-from adaskip_compile.runtime.debug_folders import run_passes
+from adaskip_compile.planning.replacement_values import replacement_values
 from adaskip_compile.runtime.request_table import ForeignRequest
 from adaskip_compile.runtime.requests import Choice, Request
 from adaskip_compile.runtime.session import Session
 from adaskip_compile.runtime.signature import GraphSignature
 from adaskip_compile.runtime.variants import Variant, VariantCache
 from adaskip_passes.errors import LegalityError
-from adaskip_passes.ir.graph import tensor_of
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +45,15 @@ class Dispatcher:
     def __init__(
         self,
         session: Session,
-        gm: fx.GraphModule,
-        stream: ResidualStream,
+        graph: DerivedGraph,
         *,
         restored: bool = False,
         place: CachePlace | None = None,
     ) -> None:
+        graph = graph.called(f"{session.model_name}-{graph.stream.phase}")
         if session.options.passes:
-            title = f"{session.model_name}-{stream.phase}-own-passes"
-            rewritten = run_passes(gm, stream, session.options.passes, debug_dir=session.options.debug_dir, title=title)
-            gm, stream = rewritten.gm, rewritten.stream
+            graph = graph.run(session.options.passes)
+        gm, stream = graph.gm, graph.stream
         self.session, self.gm, self.stream = session, gm, stream
         self.restored = restored
         self.calls = 0
@@ -65,8 +62,8 @@ class Dispatcher:
         self._shared_holes = SharedHoles(self._signature.written)
         held = [node for sublayer in stream.sublayers for node in sublayer.cache_inputs]
         self.place = place if restored else find_cache_place(held)
-        self._growth = CacheGrowth(gm, stream, session.storages)
-        self.variants = VariantCache(gm, stream, self._growth, session.options, session.model_name, session.note)
+        self._growth = CacheGrowth(graph, session.storages)
+        self.variants = VariantCache(gm, self._growth, session.options, session.model_name, session.note)
         self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
         self._ffns = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and not item.stateful)
 
@@ -210,22 +207,12 @@ class Dispatcher:
         return known
 
     def _replacements(self, request: Request, variant: Variant) -> tuple[torch.Tensor, ...]:
-        """Return what ``variant`` takes in place of what it skips: scales and tensors of maps; nothing where it skips nothing."""
-        if not variant.skipped and variant.body is None:
-            return ()
-        body = request.plan.prompt if variant.body is not None else None
-        scales = {**request.skipped, **(dict[str, float]() if body is None else body.scales)}
-        # In the order of the stream, as the passes have added their inputs.
-        maps = [] if body is None else [(path, body.maps.get(path)) for path in self.stream.paths]
-        maps += [(path, request.plan.maps.get(path)) for path in variant.skipped]
-        first = tensor_of(self.stream.sublayers[0].stream_in)
-        values = [scales.get(path, 1.0) for path in self.stream.paths]
-        held = [torch.tensor(values, dtype=torch.float32, device=first.device)]
-        for path, one in maps:
-            if one is not None:
-                stream = tensor_of(self.stream.by_path(path).stream_in)
-                held += one.parts(stream.dtype, stream.device)
-        return tuple(held)
+        """Return what ``variant`` takes in place of what it skips: scales and tensors of maps."""
+        scales, maps = request.skipped, request.plan.maps
+        if variant.body is not None and request.plan.prompt is not None:
+            scales, maps = {**scales, **request.plan.prompt.scales}, {**maps, **request.plan.prompt.maps}
+        tensors = {path: one.tensors for path, one in maps.items()}
+        return tuple(replacement_values(variant.given, self.stream, scales, tensors))
 
     def _variant_for(self, request: Request, phase: str, tokens: int) -> Variant:
         """Return the variant that ``request`` calls for in ``phase``, for so many ``tokens`` a row."""

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -20,16 +20,15 @@ from adaskip_compile.lowering.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.lowering.lowering import Lowering, Runnable
 from adaskip_compile.lowering.shape_checks import ShapeCheck
 from adaskip_compile.options import Options
-from adaskip_compile.runtime.debug_folders import run_passes
 from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.errors import PassError, VerificationError
 from adaskip_passes.ir.graph import fake_tensor, output_values
-from adaskip_passes.pipeline.pipeline import Pass, PassRecord, PipelineResult, run_pipeline
-from adaskip_passes.specialise.append_in_place import AppendInPlace
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
+from adaskip_passes.pipeline.pipeline import AddedInput, PassRecord
+from adaskip_passes.pipelines import row_passes, skip_passes
+from adaskip_passes.specialise.append_in_place import GROWN
 from adaskip_passes.specialise.needed_rows import stopped_at
-from adaskip_passes.specialise.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
-from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,8 @@ class Variant:
     """A graph specialised for one skip set and one set of probes.
 
     ``body`` is what it skips for the body of a prompt. ``shapes`` checks the cache outputs of skipped sublayers, for
-    which those of kept ones stand; ``grown`` tells which of the cache entries that grow it has a use for.
+    which those of kept ones stand; ``grown`` tells which of the cache entries that grow it has a use for, and
+    ``given`` what it takes after them.
     """
 
     skipped: tuple[str, ...]
@@ -48,6 +48,7 @@ class Variant:
     run: Runnable
     shapes: ShapeCheck
     grown: tuple[bool, ...]
+    given: tuple[AddedInput, ...]
     history: tuple[PassRecord, ...]
     seconds: float
 
@@ -64,7 +65,6 @@ class VariantCache:
 
     Args:
         gm: The graph as it was captured.
-        stream: Its residual stream.
         growth: The same graph with a cache that grows in place.
         options: Of the session.
         model_name: What to call the model in logs and folders.
@@ -74,23 +74,22 @@ class VariantCache:
     def __init__(
         self,
         gm: fx.GraphModule,
-        stream: ResidualStream,
         growth: CacheGrowth,
         options: Options,
         model_name: str,
         note: Callable[[str], None],
     ) -> None:
-        self._gm, self._stream, self._growth = gm, stream, growth
+        self._gm, self._growth, self._phase = gm, growth, growth.graph.stream.phase
         self._options, self._model_name, self._note = options, model_name, note
         self.made: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
         self.lowering = Lowering(options.inner, options.regions, note)
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         self._plain = Lowering("eager", "whole")
-        self._narrowed: dict[SkipBodyRows | None, PipelineResult] = {}
-        self.prepared: dict[tuple[Lowering, SkipBodyRows | None, bool], tuple[fx.GraphModule, ResidualStream]] = {}
+        self._narrowed: dict[SkipBodyRows | None, DerivedGraph] = {}
+        self.prepared: dict[tuple[Lowering, SkipBodyRows | None, bool], DerivedGraph] = {}
         # Who makes a variant holds the second one, so that calls of other variants need not wait.
         self._lock, self._making = threading.Lock(), threading.Lock()
-        recorded = options.cuda_graphs and stream.phase == "decode" and not growth.grows
+        recorded = options.cuda_graphs and self._phase == "decode" and not growth.grows
         self._recorded = frozenset(positions_written(gm)) if recorded and recordable(gm) else None
 
     def get(
@@ -141,41 +140,43 @@ class VariantCache:
     ) -> Variant:
         started = time.perf_counter()
         # Probes measure all rows of a prompt.
-        before = self.narrowed(body) if self._stream.phase == "prefill" and not probed else None
-        gm, stream = (self._growth.gm, self._growth.stream) if before is None else (before.gm, before.stream)
-        key = (lowering, body, before is not None)
+        narrow = self._phase == "prefill" and not probed
+        graph = self.narrowed(body) if narrow else self._growth.graph
+        key = (lowering, body, narrow)
         if key not in self.prepared:
-            self.prepared[key] = lowering.prepare(gm, stream)
+            self.prepared[key] = lowering.prepare(graph)
             if lowering.uncut:
                 self._note(f"{lowering.uncut}; each skip set compiles it as a whole")
         passes = skip_passes(skipped, probed, maps)
-        if self._options.debug_dir is not None:
-            rows = row_passes(body) if before is not None else ()
-            self._write_debug_folder((AppendInPlace(), *rows, *passes), skipped, probed)
         try:
-            result = run_pipeline(*self.prepared[key], passes)
+            result = self.prepared[key].run(passes, recoverable=True)
         except VerificationError:
             raise
         except PassError:
             # A region cannot go that still gives a skipped cache entry its shape; a part of it can.
-            result = run_pipeline(gm, stream, passes)
+            result = graph.run(passes)
             lowering = Lowering(lowering.inner, "whole", self._note)
-        grown = self._growth.used(result.gm)
-        run = lowering.lower(result.gm)
+        folder = result.show(f"{len(skipped)}-skipped-{len(probed)}-probed")
+        if folder is not None:
+            log.info("graph before and after each pass: %s", folder)
+        grown = self._growth.used(result)
+        run = lowering.lower(result)
         if self._recorded is not None and lowering.inner == "inductor":
             run = RecordedRun(run, self._recorded, self._note)
         seconds = time.perf_counter() - started
         log.info(
             "%s: made the %s graph that skips %d and probes %d sublayers, in %.1f s",
-            *(self._model_name, self._stream.phase, len(skipped), len(probed), seconds),
+            *(self._model_name, self._phase, len(skipped), len(probed), seconds),
         )
-        history = (*(() if before is None else before.history), *result.history)
-        return Variant(skipped, probed, body, run, ShapeCheck(self._gm, result.gm), grown, history, seconds)
+        given = tuple(one for one in result.added if one.part != GROWN)
+        return Variant(
+            skipped, probed, body, run, ShapeCheck(self._gm, result.gm), grown, given, result.history, seconds
+        )
 
-    def narrowed(self, body: SkipBodyRows | None) -> PipelineResult:
+    def narrowed(self, body: SkipBodyRows | None) -> DerivedGraph:
         """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
-            result = run_pipeline(self._growth.gm, self._growth.stream, row_passes(body))
+            result = self._growth.graph.run(row_passes(body))
             for path, operation in () if body is None else stopped_at(result.gm, result.stream, body.head + body.tail):
                 self._note(
                     f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"
@@ -188,13 +189,8 @@ class VariantCache:
             self._narrowed[body] = result
         return self._narrowed[body]
 
-    def _write_debug_folder(self, passes: Sequence[Pass], skipped: tuple[str, ...], probed: tuple[str, ...]) -> None:
-        """Run ``passes`` on the graph as it was captured, op by op, for people to read."""
-        title = f"{self._model_name}-{self._stream.phase}-{len(skipped)}-skipped-{len(probed)}-probed"
-        run_passes(self._gm, self._stream, passes, debug_dir=self._options.debug_dir, title=title)
 
-
-def _gives_every_row(found: PipelineResult) -> bool:
+def _gives_every_row(found: DerivedGraph) -> bool:
     """Tell whether the graph returns something of every row of the stream, cache aside: logits, or the stream itself."""
     stream = fake_tensor(found.stream.sublayers[0].stream_in)
     shapes = [

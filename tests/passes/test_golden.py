@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.pipeline.pipeline import pass_text, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
@@ -19,6 +19,7 @@ from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.architectures import tiny_architecture
 from tests.models import capture
+from tests.rewriting import applied
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "gpt2", "gptj", "gemma3_text", "mixtral", "mamba")
@@ -32,7 +33,7 @@ def story(family):
     gm = captured.gm
     text = print_graph(gm)
     parts = [f"{family}: {VERSIONS}", text]
-    straighten_stream(gm)
+    applied(StraightenStream(), gm)
     parts.append("straighten_stream\n" + diff_graphs(text, print_graph(gm), context=1))
     stream = find_residual_stream(gm)
     parts.append(str(stream))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import parse_pass, pass_text, run_pipeline
 from adaskip_passes.specialise.append_in_place import AppendInPlace
@@ -19,6 +19,7 @@ from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import run, shared_captures, stream_of
 from tests.models import capture_all, plain, tiny
+from tests.rewriting import applied
 
 # Each example captures a model, so none is spent on shrinking.
 FEW = settings(deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
@@ -92,7 +93,7 @@ def draw_row_passes(data, stream):
 
 def laws_hold(shape, data):
     captured = data.draw(st.sampled_from(captures(*shape)))
-    straighten_stream(captured.gm)
+    applied(StraightenStream(), captured.gm)
     stream = find_residual_stream(captured.gm)
     assert not stream.problems
     assert [item.kind for item in stream.sublayers] == ["attention", "ffn"] * (len(stream.paths) // 2)

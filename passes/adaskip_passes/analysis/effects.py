@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaskip_passes.analysis.kept import kept_on_graph
 from adaskip_passes.ir.graph import fake_value, op_name
 
 # What may return its input's memory though no schema says so: Python's own, and conversions to the type that it has.
@@ -75,6 +76,7 @@ class Effects:
         return found
 
 
+@kept_on_graph
 def find_effects(gm: fx.GraphModule) -> Effects:
     """Find the in-place writes, alias classes and other effects of ``gm``. Never mutates it."""
     roots: dict[fx.Node, fx.Node] = {}

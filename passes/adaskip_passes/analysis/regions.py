@@ -31,6 +31,11 @@ class Region:
         return self.gm.forward(*inputs)
 
 
+def regions_of(gm: fx.GraphModule) -> tuple[Region, ...]:
+    """Return the regions that ``gm`` calls, in order."""
+    return tuple(node.target for node in gm.graph.nodes if isinstance(node.target, Region))
+
+
 def symbol_inputs(graph: fx.Graph) -> dict[sympy.Symbol, fx.Node]:
     """Return the inputs of ``graph`` that give the symbols of its shapes, as inner compilers want them beside tensors."""
     found: dict[sympy.Symbol, fx.Node] = {}

@@ -19,7 +19,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaskip_passes.analysis.effects import CLOSING, OPENING, written_inputs
-from adaskip_passes.ir.graph import fake_mode, fake_value, op_name, size_expression, size_hint
+from adaskip_passes.analysis.regions import Region
+from adaskip_passes.ir.graph import fake_mode, fake_value, op_name, output_values, size_expression, size_hint
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -63,6 +64,7 @@ class _Check:
 
     def __init__(self, before: Mapping[fx.Node, _Before]) -> None:
         self._before = before
+        self._by_name = {node.name: known for node, known in before.items()}
         self._changed: set[fx.Node] = set()  # those that have a value of another kind now
         self._computed: dict[str, Any] = {}
         self._kinds: dict[Any, int] = {}
@@ -73,7 +75,9 @@ class _Check:
         depth = 0
         for node in gm.graph.nodes:
             touched = self._touched(node)
-            if node.op in ("call_function", "call_method"):
+            if touched and isinstance(node.target, Region) and self._outlined(node.target):
+                yield from self._misfit(node, node.target)
+            elif node.op in ("call_function", "call_method"):
                 # What runs under a scope (autocast, vmap) computes something else on its own.
                 depth += (op_name(node) in OPENING) - (op_name(node) in CLOSING)
                 if touched and depth == 0:
@@ -93,6 +97,24 @@ class _Check:
         if before.args is node.args and before.kwargs is node.kwargs:
             return bool(self._changed) and not self._changed.isdisjoint(node.all_input_nodes)
         return self._inputs(before.args, before.kwargs, before=True) != self._inputs(node.args, node.kwargs)
+
+    def _outlined(self, region: Region) -> bool:
+        """Tell whether ``region`` consists of what was there before and has been moved into it."""
+        return all(
+            (known := self._by_name.get(node.name)) is not None
+            and known.value is fake_value(node)
+            and (node.op == "placeholder" or (known.target is node.target and _reads(known) == _reads(node)))
+            for node in region.gm.graph.nodes
+            if node.op != "output"
+        )
+
+    def _misfit(self, node: fx.Node, region: Region) -> Iterator[str]:
+        """Yield what is wrong with the call ``node`` of a region: its values have the names that they had."""
+        if _reads(node) != [one.name for one in region.gm.graph.find_nodes(op="placeholder")]:
+            yield f"node {node.name} gives {region.__name__} other inputs than it takes"
+        made = [None if one is None else one.name for one in output_values(region.gm)]
+        if any(made[int(item.args[1])] != item.name for item in node.users):  # type: ignore[arg-type]
+            yield f"node {node.name} takes other results from {region.__name__} than it makes"
 
     def _inputs(self, args: Any, kwargs: Any, *, before: bool = False) -> str:
         """Return a text of what a node reads, by kind and not by name."""
@@ -130,6 +152,13 @@ class _Check:
         if self._computed[key] != _hints(recorded):
             found, said = _shown(self._computed[key]), _shown(_hints(recorded))
             yield f"node {node.name} computes {found}, and its fake value says {said}"
+
+
+def _reads(node: fx.Node | _Before) -> list[str]:
+    """Return the names of what a node reads or has read, in order."""
+    names: list[str] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda source: names.append(source.name))  # type: ignore[arg-type]
+    return names
 
 
 def _learning_nothing(mode: FakeTensorMode) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ import operator
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -41,28 +41,32 @@ from adaskip_passes.ir.graph import (
 )
 from adaskip_passes.ir.plain_tensors import is_plain
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
+from adaskip_passes.pipeline.pipeline import PassResult
+from adaskip_passes.stream.stream import ResidualStream
 
 # Wider heads have no kernel that takes groups.
 _WIDEST = 256
 
 
-def simplify_masks(gm: fx.GraphModule) -> int:
-    """Rewrite the attentions of ``gm`` whose masks say no more than causality or a window, in place; return how many there were."""
-    calls = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.scaled_dot_product_attention)
-    masked = [
-        node for node in calls if fake_tensor(named_arguments(node, ATTENTION_ARGUMENTS).get("attn_mask")) is not None
-    ]
-    if not masked:
-        return 0
-    effects = find_effects(gm)
-    reader = MaskReader(effects)
-    found = [(node, rule) for node in masked if (rule := _rule(node, reader)) is not None]
-    for node, rule in found:
-        _rewrite(gm.graph, node, rule, effects)
-    if found:
-        gm.graph.lint()
-        gm.recompile()
-    return len(found)
+@dataclass(frozen=True)
+class SimplifyMasks:
+    """Take out of attentions the masks that say no more than causality or a window."""
+
+    name: ClassVar[str] = "simplify-masks"
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place; it needs no stream."""
+        calls = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.scaled_dot_product_attention)
+        masks = {node: named_arguments(node, ATTENTION_ARGUMENTS).get("attn_mask") for node in calls}
+        masked = [node for node, mask in masks.items() if fake_tensor(mask) is not None]
+        if not masked:
+            return PassResult(stream, modified=False, matched=0)
+        effects = find_effects(gm)
+        reader = MaskReader(effects)
+        found = [(node, rule) for node in masked if (rule := _rule(node, reader)) is not None]
+        for node, rule in found:
+            _rewrite(gm.graph, node, rule, effects)
+        return PassResult(stream, bool(found), len(found))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -28,6 +29,7 @@ from torch import fx
 from adaskip_passes.analysis.dependence import Dependence
 from adaskip_passes.analysis.effects import find_effects
 from adaskip_passes.ir.graph import call, fake_tensor, fake_value, op_name
+from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.add_trees import leaves_of
 from adaskip_passes.stream.chain import Link, find_chain, straight_sums
 from adaskip_passes.stream.find_stream import find_residual_stream
@@ -43,27 +45,24 @@ _OUT_OF_PLACE = {
 }
 
 
-def straightened_stream(gm: fx.GraphModule) -> ResidualStream:
-    """Straighten ``gm`` in place and return its residual stream: the first thing to do with a captured graph."""
-    straighten_stream(gm)
-    return find_residual_stream(gm)
+@dataclass(frozen=True)
+class StraightenStream:
+    """Bring the residual stream into its straight form, and find it: what runs first needs no stream, what runs later does.
 
-
-def straighten_stream(gm: fx.GraphModule) -> int:
-    """Rewrite ``gm`` in place; return how many nodes were rewritten or removed.
-
-    Graphs without a single stream are left as they are. A second run changes nothing.
+    Graphs without a single stream keep their adds. A second run changes nothing.
     """
-    changed = _without_dropout(gm) + _out_of_place(gm)
-    dependence = Dependence(gm, find_effects(gm))
-    for link in find_chain(gm, dependence).links:
-        if straight_sums(link) is None:
-            _add_in_turn(gm.graph, link, dependence)
-            changed += 1
-    if changed:
-        gm.graph.lint()
-        gm.recompile()
-    return changed
+
+    name: ClassVar[str] = "straighten-stream"
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place; what matches are nodes that are rewritten or removed."""
+        changed = _without_dropout(gm) + _out_of_place(gm)
+        dependence = Dependence(gm, find_effects(gm))
+        for link in find_chain(gm, dependence).links:
+            if straight_sums(link) is None:
+                _add_in_turn(gm.graph, link, dependence)
+                changed += 1
+        return PassResult(find_residual_stream(gm), bool(changed), changed)
 
 
 def _without_dropout(gm: fx.GraphModule) -> int:

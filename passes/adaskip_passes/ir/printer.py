@@ -108,10 +108,11 @@ class _Printer:
         for node in gm.graph.nodes:
             yield self._line(node)
             if node.op in ("get_attr", "call_module"):
-                yield from self._subgraph(gm, node)
+                yield from self._subgraph(_attribute(gm, str(node.target)))
+            elif node.op == "call_function":
+                yield from self._subgraph(getattr(node.target, "gm", None))  # of a region
 
-    def _subgraph(self, gm: fx.GraphModule, node: fx.Node) -> Iterator[str]:
-        inner = _attribute(gm, str(node.target))
+    def _subgraph(self, inner: Any) -> Iterator[str]:
         if isinstance(inner, fx.GraphModule):
             yield from (f"    {line}" for line in self.lines(inner))
 

@@ -12,30 +12,36 @@ tokens innermost in memory::
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, call, fake_tensor, named_arguments, tensor_of
 from adaskip_passes.ir.plain_tensors import is_plain
+from adaskip_passes.pipeline.pipeline import PassResult
+from adaskip_passes.stream.stream import ResidualStream
 
 
-def decompose_one_query_attention(gm: fx.GraphModule) -> int:
-    """Rewrite the attentions of ``gm`` that have one query a row, on the CPU, in place; return how many there were.
+@dataclass(frozen=True)
+class DecomposeOneQueryAttention:
+    """Spell out the attentions on the CPU that have one query a row.
 
     16-bit floats are multiplied and summed in 32 bits, as the kernels do.
     """
-    found = [(node, given) for node in gm.graph.nodes if (given := _one_query(node)) is not None]
-    for node, given in found:
-        with gm.graph.inserting_before(node):
-            result = _spelled_out(gm.graph, node, given)
-        node.replace_all_uses_with(result)
-        gm.graph.erase_node(node)
-    if found:
-        gm.graph.lint()
-        gm.recompile()
-    return len(found)
+
+    name: ClassVar[str] = "decompose-one-query-attention"
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place."""
+        found = [(node, given) for node in gm.graph.nodes if (given := _one_query(node)) is not None]
+        for node, given in found:
+            with gm.graph.inserting_before(node):
+                result = _spelled_out(gm.graph, node, given)
+            node.replace_all_uses_with(result)
+            gm.graph.erase_node(node)
+        return PassResult(stream, bool(found), len(found))
 
 
 def _one_query(node: fx.Node) -> dict[str, Any] | None:
@@ -71,11 +77,7 @@ def _fits(mask: Any, heads: int) -> bool:
 
 def _spelled_out(graph: fx.Graph, node: fx.Node, given: dict[str, Any]) -> fx.Node:
     query, key, value = (given[name] for name in ATTENTION_ARGUMENTS[:3])
-    q, k, v, result = (fake_tensor(one) for one in (query, key, value, node))
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    assert result is not None
+    q, k, result = map(tensor_of, (query, key, node))
     groups, each = k.shape[1], q.shape[1] // k.shape[1]
     if q.dtype.itemsize < 4:
         query, key, value = (call(graph, "float", one) for one in (query, key, value))

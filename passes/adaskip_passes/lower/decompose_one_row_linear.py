@@ -15,29 +15,36 @@ weight is packed or copied, so none is held twice.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments, tensor_of
 from adaskip_passes.ir.plain_tensors import is_plain
+from adaskip_passes.pipeline.pipeline import PassResult
+from adaskip_passes.stream.stream import ResidualStream
 
 
-def decompose_one_row_linear(gm: fx.GraphModule) -> int:
-    """Rewrite the one-row ``linear`` calls of ``gm`` on the CPU in place; return how many there were.
+@dataclass(frozen=True)
+class DecomposeOneRowLinear:
+    """Spell out the one-row ``linear`` calls on the CPU.
 
     Products of 16-bit floats are summed in 32 bits, as ``linear`` does.
     """
-    found = [node for node in gm.graph.nodes if _is_one_row_linear(node)]
-    for node in found:
-        with gm.graph.inserting_before(node):
-            product = _spelled_out(gm.graph, *_operands(node))
-        node.replace_all_uses_with(product)
-        gm.graph.erase_node(node)
-    if found:
-        gm.graph.lint()
-        gm.recompile()
-    return len(found)
+
+    name: ClassVar[str] = "decompose-one-row-linear"
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place."""
+        found = [node for node in gm.graph.nodes if _is_one_row_linear(node)]
+        for node in found:
+            with gm.graph.inserting_before(node):
+                product = _spelled_out(gm.graph, *_operands(node))
+            node.replace_all_uses_with(product)
+            gm.graph.erase_node(node)
+        return PassResult(stream, bool(found), len(found))
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:

@@ -12,13 +12,16 @@ matrix to the batch and multiplies for each row of it, and of 16-bit floats the 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, call, fake_tensor, named_arguments, tensor_of
 from adaskip_passes.ir.plain_tensors import is_plain
+from adaskip_passes.pipeline.pipeline import PassResult
+from adaskip_passes.stream.stream import ResidualStream
 
 _MATMUL_ARGUMENTS = ("input", "other")
 _PRODUCTS: dict[Any, tuple[str, ...]] = {
@@ -30,15 +33,18 @@ _PRODUCTS: dict[Any, tuple[str, ...]] = {
 }
 
 
-def fold_rows(gm: fx.GraphModule) -> int:
-    """Fold the stacks of rows that ``gm`` multiplies with a matrix, in place; return how many products there were."""
-    found = [(node, rows) for node in gm.graph.nodes if (rows := _stack_of_rows(node)) is not None]
-    for node, rows in found:
-        _fold(gm.graph, node, rows)
-    if found:
-        gm.graph.lint()
-        gm.recompile()
-    return len(found)
+@dataclass(frozen=True)
+class FoldRows:
+    """Fold the stacks of rows that are multiplied with a matrix."""
+
+    name: ClassVar[str] = "fold-rows"
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place."""
+        found = [(node, rows) for node in gm.graph.nodes if (rows := _stack_of_rows(node)) is not None]
+        for node, rows in found:
+            _fold(gm.graph, node, rows)
+        return PassResult(stream, bool(found), len(found))
 
 
 def _fold(graph: fx.Graph, node: fx.Node, rows: fx.Node) -> None:
@@ -65,6 +71,4 @@ def _stack_of_rows(node: fx.Node) -> fx.Node | None:
     stack, weight = fake_tensor(rows), fake_tensor(matrix)
     if rows is matrix or not is_plain(stack) or not is_plain(weight):
         return None
-    assert stack is not None
-    assert weight is not None
-    return rows if stack.dim() > 2 and weight.dim() == 2 else None
+    return rows if tensor_of(rows).dim() > 2 and tensor_of(matrix).dim() == 2 else None

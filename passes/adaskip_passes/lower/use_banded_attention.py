@@ -11,7 +11,8 @@ The operation chooses as it runs, by the number of queries and by what the machi
 from __future__ import annotations
 
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -19,26 +20,30 @@ from torch import fx
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments
 from adaskip_passes.kernels import onednn
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
+from adaskip_passes.pipeline.pipeline import PassResult
+from adaskip_passes.stream.stream import ResidualStream
 
 _ALL_KEYS = sys.maxsize
 
 
-def use_banded_attention(gm: fx.GraphModule) -> int:
-    """Rewrite the causal attentions of ``gm`` in place that are of 32-bit floats on the CPU and of any number of queries.
+@dataclass(frozen=True)
+class UseBandedAttention:
+    """Compute by bands the causal attentions that are of 32-bit floats on the CPU and of any number of queries.
 
-    Returns:
-        How many there were. With a mask beside it, attention is left to PyTorch's kernel.
+    With a mask beside it, attention is left to PyTorch's kernel.
     """
-    attention = torch.nn.functional.scaled_dot_product_attention
-    found = [node for node in gm.graph.find_nodes(op="call_function", target=attention) if _is_of_any_prompt(node)]
-    for node in found:
-        given = named_arguments(node, ATTENTION_ARGUMENTS)
-        operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), 0, _ALL_KEYS, given.get("scale")
-        node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
-    if found:
-        gm.graph.lint()
-        gm.recompile()
-    return len(found)
+
+    name: ClassVar[str] = "use-banded-attention"
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place."""
+        attention = torch.nn.functional.scaled_dot_product_attention
+        found = [node for node in gm.graph.find_nodes(op="call_function", target=attention) if _is_of_any_prompt(node)]
+        for node in found:
+            given = named_arguments(node, ATTENTION_ARGUMENTS)
+            operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), 0, _ALL_KEYS, given.get("scale")
+            node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
+        return PassResult(stream, bool(found), len(found))
 
 
 def _is_of_any_prompt(node: fx.Node) -> bool:

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -16,24 +17,27 @@ from torch import fx
 from adaskip_passes.ir.graph import LINEAR_ARGUMENTS, fake_tensor, named_arguments
 from adaskip_passes.kernels import onednn
 from adaskip_passes.kernels.many_row_linear import BATCH, MANY_ROW_LINEAR
+from adaskip_passes.pipeline.pipeline import PassResult
+from adaskip_passes.stream.stream import ResidualStream
 
 
-def use_many_row_linear(gm: fx.GraphModule) -> int:
-    """Rewrite the ``linear`` calls of ``gm`` in place that multiply 32-bit floats on the CPU.
+@dataclass(frozen=True)
+class UseManyRowLinear:
+    """Send to our operation the ``linear`` calls that multiply 32-bit floats on the CPU.
 
-    Returns:
-        How many there were. Of products whose rows the graph counts, only a batch's are rewritten: one row and prompts
-        of one length are left alone.
+    Of products whose rows the graph counts, only a batch's are sent: one row and prompts of one length are left alone.
     """
-    found = [node for node in gm.graph.nodes if _has_rows_to_choose_for(node)]
-    for node in found:
-        given = named_arguments(node, LINEAR_ARGUMENTS)
-        operands = given["input"], given["weight"], given.get("bias")
-        node.target, node.args, node.kwargs = MANY_ROW_LINEAR, operands, dict[str, Any]()
-    if found:
-        gm.graph.lint()
-        gm.recompile()
-    return len(found)
+
+    name: ClassVar[str] = "use-many-row-linear"
+
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place."""
+        found = [node for node in gm.graph.nodes if _has_rows_to_choose_for(node)]
+        for node in found:
+            given = named_arguments(node, LINEAR_ARGUMENTS)
+            operands = given["input"], given["weight"], given.get("bias")
+            node.target, node.args, node.kwargs = MANY_ROW_LINEAR, operands, dict[str, Any]()
+        return PassResult(stream, bool(found), len(found))
 
 
 def _has_rows_to_choose_for(node: fx.Node) -> bool:

@@ -23,12 +23,28 @@ from adaskip_passes.stream.stream import ResidualStream
 
 
 @dataclass(frozen=True)
+class AddedInput:
+    """An input that a pass has appended to a graph: its ``name`` there, and what is to be given.
+
+    ``part`` is a part of what stands for the sublayer at ``path``, or of what all sublayers share, which has no path.
+    """
+
+    name: str
+    part: str
+    path: str = ""
+
+
+@dataclass(frozen=True)
 class PassResult:
-    """What a pass did: the stream that now holds, whether the text of the graph changed, and how many places matched."""
+    """What a pass did: the stream that now holds, whether the text of the graph changed, and how many places matched.
+
+    ``added`` are the inputs that it has appended, in order: whoever runs the graph gives them after those of the capture.
+    """
 
     stream: ResidualStream
     modified: bool
     matched: int
+    added: tuple[AddedInput, ...] = ()
 
 
 class Pass(Protocol):
@@ -55,11 +71,12 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The rewritten copy of a graph, its stream, and what each pass did to it."""
+    """The rewritten copy of a graph, its stream, what each pass did to it, and the inputs that they added, in order."""
 
     gm: fx.GraphModule
     stream: ResidualStream
     history: tuple[PassRecord, ...]
+    added: tuple[AddedInput, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(
@@ -94,7 +111,7 @@ def run_pipeline(
     # A node without an image is none of the graph's: the verifier tells of it.
     stream = stream.mapped(lambda node: images.get(node, node))
     contract = verify(gm, None, stream, after="capture")
-    history = []
+    history, added = list[PassRecord](), list[AddedInput]()
     for item in passes:
         started, before = time.perf_counter(), len(gm.graph.nodes)
         try:
@@ -104,13 +121,14 @@ def run_pipeline(
                 on_failure(item, gm, error)
             raise
         stream = result.stream
+        added += result.added
         seconds = time.perf_counter() - started
         history.append(
             PassRecord(pass_text(item), result.modified, result.matched, before, len(gm.graph.nodes), seconds)
         )
         for instrument in instruments:
             instrument(item, gm, result)
-    return PipelineResult(gm, stream, tuple(history))
+    return PipelineResult(gm, stream, tuple(history), tuple(added))
 
 
 def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Contract) -> tuple[PassResult, Contract]:
@@ -120,7 +138,8 @@ def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Con
         raise
     except Exception as error:
         raise PassError(f"{pass_text(item)} failed: {type(error).__name__}: {error}") from error
-    contract = verify(gm, contract, result.stream, after=pass_text(item))
+    names = tuple(one.name for one in result.added)
+    contract = verify(gm, contract, result.stream, after=pass_text(item), added=names)
     gm.recompile()
     return result, contract
 

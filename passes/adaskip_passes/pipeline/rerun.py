@@ -17,13 +17,17 @@ from adaskip_passes.errors import AdaSkipError
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.ir.serializer import read_graph
 from adaskip_passes.pipeline.pipeline import Pass, PassResult, parse_pass, run_pipeline
-from adaskip_passes.stream.find_stream import find_residual_stream
+from adaskip_passes.stream.stream import NO_STREAM
 
 __all__ = ["rerun"]
 
 
 def rerun(file: str | Path, passes: Sequence[str], known: Sequence[type[Any]]) -> int:
-    """Run ``passes``, given as texts, on the graph in ``file``; print what each changed. Return 1 if one fails, else 0."""
+    """Run ``passes``, given as texts, on the captured graph in ``file``, and print what each changed.
+
+    Returns:
+        0, or 1 where a pass fails or the last graph is not the one whose text lies beside ``file``.
+    """
     gm = read_graph(json.loads(Path(file).read_text("utf-8")))
     text = print_graph(gm)
 
@@ -39,15 +43,15 @@ def rerun(file: str | Path, passes: Sequence[str], known: Sequence[type[Any]]) -
         sys.stderr.write(f"{item.name} fails: {error}\n")
 
     try:
-        run_pipeline(
-            gm,
-            find_residual_stream(gm),
-            [parse_pass(one, known) for one in passes],
-            [show],
-            on_failure=show_failure,
-        )
+        run_pipeline(gm, NO_STREAM, [parse_pass(one, known) for one in passes], [show], on_failure=show_failure)
     except AdaSkipError:
         return 1
+    wanted = max(Path(file).parent.glob("[0-9][0-9]-*.txt"))
+    difference = diff_graphs(wanted.read_text("utf-8").rstrip("\n"), text)
+    if difference:
+        sys.stderr.write(f"the last graph is not that of {wanted.name}:\n{difference}\n")
+        return 1
+    _say(f"# the last graph is that of {wanted.name}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """The rules that hold before and after every pass.
 
 A graph lints, its names are unique, every value has a fake value, which is what its node computes,
-its inputs are those it was captured with (a pass may append some), its outputs keep their shapes
+its inputs are those it was captured with (a pass may append some, and tells of them), its outputs keep their shapes
 and dtypes (a pass may append one), and no write to memory that outlives the call is lost, except
 those of skipped sublayers. Every node that the residual stream names is in the graph.
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.effects import OPENING, find_effects
+from adaskip_passes.analysis.effects import OPENING, find_effects, written_inputs
+from adaskip_passes.analysis.regions import Region, regions_of
 from adaskip_passes.analysis.touched_values import ValueCheck
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.ir.graph import fake_tensor, op_name, output_values, size_hint
@@ -25,12 +26,14 @@ from adaskip_passes.stream.stream import ResidualStream
 class Contract:
     """What a pass must not change: input names, output types, the names of nodes that write, and fake values.
 
-    ``owners`` gives, by the name of a node that writes, the path of its sublayer, with which it may go.
+    A write of ``results`` is to memory that only the outputs name: it may become a value of its own. ``owners`` gives, by
+    the name of a node that writes, the path of its sublayer, with which it may go.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     writes: frozenset[str]
+    results: frozenset[str]
     owners: Mapping[str, str]
     values: ValueCheck = field(repr=False)
 
@@ -41,13 +44,16 @@ class Contract:
             tuple(node.name for node in gm.graph.nodes if node.op == "placeholder"),
             tuple(_type(node) for node in output_values(gm)),
             _lasting_writes(gm) - _adds(stream),
-            {node.name: sublayer.path for sublayer in stream.sublayers for node in sublayer.writes},
+            _writes_of_results(gm) - _adds(stream),
+            {name: one.path for one in stream.sublayers for node in one.writes for name, _ in _named(node)},
             ValueCheck.of(gm),
         )
 
 
-def verify(gm: fx.GraphModule, contract: Contract | None, stream: ResidualStream, *, after: str) -> Contract:
-    """Return the contract that ``gm`` offers to the next pass, None given for the first.
+def verify(
+    gm: fx.GraphModule, contract: Contract | None, stream: ResidualStream, *, after: str, added: tuple[str, ...] = ()
+) -> Contract:
+    """Return the contract that ``gm`` offers to the next pass, None given for the first; ``added`` are inputs told of.
 
     Raises:
         VerificationError: ``gm`` breaks a rule; the message names the pass ``after``.
@@ -55,7 +61,9 @@ def verify(gm: fx.GraphModule, contract: Contract | None, stream: ResidualStream
     for problem in _own_problems(gm):
         raise VerificationError(f"after {after}: {problem}")
     offered = Contract.of(gm, stream)
-    broken = () if contract is None else (*_breaches(contract, offered, stream), *contract.values.problems(gm))
+    broken = (
+        () if contract is None else (*_breaches(gm, contract, offered, stream, added), *contract.values.problems(gm))
+    )
     for problem in (*broken, *_erased(gm, stream)):
         raise VerificationError(f"after {after}: {problem}")
     return offered
@@ -82,9 +90,14 @@ def _erased(gm: fx.GraphModule, stream: ResidualStream) -> Iterator[str]:
             yield f"the stream names {gone.name} of {sublayer.path}, which is no node of the graph"
 
 
-def _breaches(contract: Contract, offered: Contract, stream: ResidualStream) -> Iterator[str]:
+def _breaches(
+    gm: fx.GraphModule, contract: Contract, offered: Contract, stream: ResidualStream, added: tuple[str, ...]
+) -> Iterator[str]:
     if offered.inputs[: len(contract.inputs)] != contract.inputs:
         yield "inputs were removed, renamed or reordered"
+    elif offered.inputs[len(contract.inputs) :] != added:
+        found = ", ".join(offered.inputs[len(contract.inputs) :]) or "none"
+        yield f"the pass tells of the inputs {', '.join(added) or 'none'} that it has added, and these are new: {found}"
     for position, (was, now) in enumerate(zip(contract.outputs, offered.outputs, strict=False)):
         if was != now:
             yield f"output {position} was {was} and is now {now}"
@@ -92,20 +105,47 @@ def _breaches(contract: Contract, offered: Contract, stream: ResidualStream) -> 
     if not 0 <= now - before <= 1:
         yield f"there were {before} outputs and are now {now}; a pass may append one"
     lost = contract.writes - offered.writes - _adds(stream)
+    lost |= contract.results - offered.results - _adds(stream) - _names(gm)
     lost = {name for name in lost if contract.owners.get(name) not in stream.skipped}
     if lost:
         yield f"writes to memory that outlives the call were lost: {', '.join(sorted(lost))}"
 
 
 def _lasting_writes(gm: fx.GraphModule) -> frozenset[str]:
-    """Return the writes to what the caller passed in or gets back."""
+    """Return the names of the writes to what the caller passed in, those within regions too."""
+    roots = find_effects(gm).roots
+    writers = dict.fromkeys(write.node for write in find_effects(gm).writes)
+    return frozenset(
+        name for node in writers for name, target in _named(node) if roots[target].op in ("placeholder", "get_attr")
+    )
+
+
+def _writes_of_results(gm: fx.GraphModule) -> frozenset[str]:
+    """Return the names of the writes to memory of the graph's own that the caller gets back."""
     effects = find_effects(gm)
     returned = {effects.roots[node] for node in output_values(gm) if node is not None}
+    lasting = ("placeholder", "get_attr")
     return frozenset(
-        write.node.name
-        for write in effects.writes
-        if write.root.op in ("placeholder", "get_attr") or write.root in returned
+        write.node.name for write in effects.writes if write.root in returned and write.root.op not in lasting
     )
+
+
+def _named(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
+    """Yield the writes that ``node`` makes, by their names as captured, each with what it writes to."""
+    if not isinstance(node.target, Region):
+        yield from ((node.name, target) for target in written_inputs(node))
+        return
+    inner = node.target.gm
+    given = dict(zip(inner.graph.find_nodes(op="placeholder"), node.args, strict=True))
+    for write in find_effects(inner).writes:
+        if write.root in given:
+            yield write.node.name, given[write.root]  # type: ignore[misc]
+
+
+def _names(gm: fx.GraphModule) -> frozenset[str]:
+    """Return the names of all nodes, those within regions too."""
+    inner = (node for region in regions_of(gm) for node in region.gm.graph.nodes)
+    return frozenset(node.name for node in (*gm.graph.nodes, *inner))
 
 
 def _adds(stream: ResidualStream) -> frozenset[str]:

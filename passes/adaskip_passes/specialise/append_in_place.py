@@ -29,10 +29,11 @@ from adaskip_passes.ir.graph import (
     tensor_of,
 )
 from adaskip_passes.ir.module_paths import held_by_module
-from adaskip_passes.pipeline.pipeline import PassResult
+from adaskip_passes.pipeline.pipeline import AddedInput, PassResult
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 GROWN_INPUT = "adaskip_grown"
+GROWN = "grown"
 # Keys and values are (batch, heads, tokens, head_dim); tokens come last but one in every layout known here.
 _TOKENS = -2
 
@@ -88,7 +89,8 @@ class AppendInPlace:
             _with_writes(one, added[one.path], inputs[one.path]) if one.path in added else one
             for one in stream.sublayers
         )
-        return PassResult(replace(stream, sublayers=sublayers), bool(appends), len(appends))
+        given = tuple(AddedInput(f"{GROWN_INPUT}_{one.position}", GROWN, one.path) for one in appends)
+        return PassResult(replace(stream, sublayers=sublayers), bool(appends), len(appends), given)
 
 
 def find_appends(gm: fx.GraphModule, stream: ResidualStream) -> tuple[Append, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import fx
 
@@ -18,40 +19,40 @@ from adaskip_passes.analysis.effects import CLOSING, OPENING, find_effects
 from adaskip_passes.analysis.regions import Region, symbol_inputs, symbols_of
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_tensor, fake_value, graph_module, op_name
+from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 
 @dataclass(frozen=True)
-class OutlinedGraph:
-    """A graph cut into regions.
+class OutlineRegions:
+    """Cut a graph at its sublayers: what is left is the wiring, which calls the regions.
 
-    ``gm``, the wiring, calls each of ``regions``, and has the inputs and outputs of the original graph;
-    ``stream`` is its residual stream.
+    Inputs and outputs stay as they are. Weights, cache tensors and symbolic sizes become inputs of their regions. Nodes
+    that belong to no sublayer go to the region before the sublayers that read them.
     """
 
-    gm: fx.GraphModule
-    stream: ResidualStream
-    regions: tuple[Region, ...]
+    name: ClassVar[str] = "outline-regions"
 
+    def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
+        """Rewrite ``gm`` in place; what matches are regions.
 
-def outline_regions(gm: fx.GraphModule, stream: ResidualStream) -> OutlinedGraph:
-    """Cut ``gm`` at the sublayers of ``stream``; ``gm`` is left as it is.
-
-    Weights, cache tensors and symbolic sizes become inputs of their regions. Nodes that belong to no
-    sublayer go to the region before the sublayers that read them. :class:`PassError` where memory is written
-    in an order that this would change.
-    """
-    parts = _parts(gm, stream)
-    nodes: dict[int, list[fx.Node]] = {}
-    for node, part in parts.items():
-        nodes.setdefault(part, []).append(node)
-    wiring = _Wiring(gm)
-    for part in sorted(nodes):
-        if part % 2 or any(_computes(node) for node in nodes[part]):
-            wiring.call_region(nodes[part])
-        else:
-            wiring.keep(nodes[part])
-    return wiring.finished(stream)
+        Raises:
+            PassError: Memory is written in an order that this would change.
+        """
+        parts = _parts(gm, stream)
+        nodes: dict[int, list[fx.Node]] = {}
+        for node, part in parts.items():
+            nodes.setdefault(part, []).append(node)
+        wiring = _Wiring(gm)
+        for part in sorted(nodes):
+            if part % 2 or any(_computes(node) for node in nodes[part]):
+                wiring.call_region(nodes[part])
+            else:
+                wiring.keep(nodes[part])
+        wiring.finish()
+        gm.graph = wiring.graph
+        outlined = replace(stream, sublayers=tuple(map(wiring.outlined, stream.sublayers)))
+        return PassResult(outlined, modified=True, matched=wiring.regions)
 
 
 def _computes(node: fx.Node) -> bool:
@@ -124,7 +125,7 @@ class _Wiring:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.source, self.graph = gm, fx.Graph()
-        self.regions: list[Region] = []
+        self.regions = 0
         self.distinct: dict[str, Region] = {}
         self.images: dict[fx.Node, fx.Node] = {}
         self.calls: dict[fx.Node, fx.Node] = {}
@@ -157,8 +158,8 @@ class _Wiring:
                 f"cannot cut the graph at its sublayers: {unknown} is no value that a region could be given"
             )
         extracted = _extracted(self.source, nodes, inputs, outputs)
-        region = Region(f"region_{len(self.regions)}", extracted, self.distinct)
-        self.regions.append(region)
+        region = Region(f"region_{self.regions}", extracted, self.distinct)
+        self.regions += 1
         self.distinct.setdefault(region.key, region)
         call = self.graph.call_function(region, tuple(self.images[source] for source in inputs))
         call.meta["example_value"] = tuple(fake_value(node) for node in outputs)
@@ -169,14 +170,13 @@ class _Wiring:
             image.meta = dict(node.meta)
             self.images[node] = image
 
-    def finished(self, stream: ResidualStream) -> OutlinedGraph:
-        """Return the outlined graph; ``stream`` is that of the source."""
+    def finish(self) -> None:
+        """Return from the wiring what the source returns."""
         output = self.source.graph.output_node()
         self.graph.output(fx.node.map_arg(output.args[0], self.images.__getitem__))
-        outlined = replace(stream, sublayers=tuple(map(self._outlined, stream.sublayers)))
-        return OutlinedGraph(graph_module(self.source, self.graph), outlined, tuple(self.regions))
 
-    def _outlined(self, sublayer: Sublayer) -> Sublayer:
+    def outlined(self, sublayer: Sublayer) -> Sublayer:
+        """Return what a sublayer of the source is in the wiring: the call of its region."""
         call = self.calls[sublayer.stream_out]
         end = self.images[sublayer.stream_out]
         return replace(
@@ -200,5 +200,6 @@ def _extracted(
         images[node].meta = dict(node.meta)
     for node in nodes:
         images[node] = graph.node_copy(node, images.__getitem__)
+        images[node].name = node.name
     graph.output(tuple(images[node] for node in outputs))
     return graph_module(source, graph)

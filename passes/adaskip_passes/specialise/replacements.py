@@ -13,28 +13,26 @@ from torch import fx
 
 from adaskip_passes.analysis.regions import Region
 from adaskip_passes.ir.graph import add_placeholder, call, fake_tensor, tensor_of
+from adaskip_passes.pipeline.pipeline import AddedInput
 from adaskip_passes.specialise.map_regions import MapRegions
 from adaskip_passes.specialise.stream_maps import FORMS, emit_map, part_shapes
 
 SCALES_INPUT = "adaskip_scales"
-
-
-def map_input(index: int, part: str) -> str:
-    """Return the name of the input that one tensor of the map of sublayer ``index`` comes in through."""
-    return f"adaskip_{index}_{part}"
+SCALES = "scales"
 
 
 class Replacements:
     """Adds to a graph of ``count`` sublayers what replaces skipped ones, and the inputs that it takes.
 
-    ``maps`` gives (path, form, rank) of those that a map of the stream replaces; a scale replaces the others.
+    ``added`` are the inputs. ``maps`` gives (path, form, rank) of those that a map of the stream replaces; a scale replaces the others.
     """
 
     def __init__(self, gm: fx.GraphModule, count: int, maps: Iterable[tuple[str, str, int]]) -> None:
         self._graph, self._forms = gm.graph, {path: (form, rank) for path, form, rank in maps}
         self._device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
         known = [node for node in gm.graph.find_nodes(op="placeholder") if node.name == SCALES_INPUT]
-        self._scales = known[0] if known else self._input(SCALES_INPUT, (count,), torch.float32)
+        self.added: list[AddedInput] = []
+        self._scales = known[0] if known else self._input(AddedInput(SCALES_INPUT, SCALES), (count,), torch.float32)
         self._one: torch.Tensor | None = None
         cut = any(isinstance(node.target, Region) for node in gm.graph.nodes)
         self._map_regions = MapRegions(gm.graph) if cut else None
@@ -47,7 +45,10 @@ class Replacements:
             return call(self._graph, torch.mul, a, self._scale(index), like=stream)
         form, rank = self._forms[path]
         shapes = part_shapes(form, stream.shape[-1], rank)
-        parts = [self._input(map_input(index, part), shapes[part], stream.dtype, like=stream) for part in FORMS[form]]
+        parts = [
+            self._input(AddedInput(f"adaskip_{index}_{part}", part, path), shapes[part], stream.dtype, like=stream)
+            for part in FORMS[form]
+        ]
         # A map of one op is no more than a scale: a region would only add to its time.
         if self._map_regions is None or form == "channel":
             return emit_map(self._graph, form, a, parts)
@@ -59,7 +60,8 @@ class Replacements:
         return scale
 
     def _input(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor | None = None
+        self, added: AddedInput, shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor | None = None
     ) -> fx.Node:
         device = self._device if like is None else like.device
-        return add_placeholder(self._graph, name, torch.empty(shape, dtype=dtype, device=device))
+        self.added.append(added)
+        return add_placeholder(self._graph, added.name, torch.empty(shape, dtype=dtype, device=device))

@@ -65,7 +65,7 @@ class SkipBodyRows:
         gone = {*stream.body_skipped, *self.paths}
         skipped = tuple(path for path in stream.paths if path in gone)
         stream = replace(stream, sublayers=tuple(sublayers.values()), body_skipped=skipped)
-        return PassResult(stream, True, len(chosen))
+        return PassResult(stream, True, len(chosen), tuple(replacements.added))
 
     def _skip(self, graph: fx.Graph, sublayer: Sublayer, replacements: Replacements) -> tuple[Sublayer, fx.Node]:
         """Return the sublayer as it is now, and the value of the stream that ends it."""

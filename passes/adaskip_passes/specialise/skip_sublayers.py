@@ -71,7 +71,7 @@ class SkipSublayers:
             current = sublayer.mapped(lambda node: replaced.get(node, node))
             replaced[sublayer.stream_out] = _bypass(gm.graph, current, replacements, stream.sublayers[0].stream_in)
         stream = stream.mapped(lambda node: replaced.get(node, node)).within(gm.graph)
-        return PassResult(replace(stream, skipped=skipped), True, len(chosen))
+        return PassResult(replace(stream, skipped=skipped), True, len(chosen), tuple(replacements.added))
 
 
 def _require_unshared(sublayer: Sublayer, gone: set[str]) -> None:

@@ -124,9 +124,13 @@ class ResidualStream:
     def __str__(self) -> str:
         if self.problems:
             return "no residual stream: " + "; ".join(self.problems)
-        width = max(map(len, self.paths))
+        width = max(map(len, self.paths), default=0)
         return "\n".join(
             f"{sublayer.index:>4}  {sublayer.path:<{width}}  {sublayer.kind:<9}  "
             f"{'stateful' if sublayer.stateful else 'stateless'}"
             for sublayer in self.sublayers
         )
+
+
+# Of a graph in which none has been looked for: of a region, or of one just captured.
+NO_STREAM = ResidualStream(())

@@ -16,10 +16,11 @@ from adaskip_compile.inspection.phase_graphs import capture_phases, hollow_copy
 from adaskip_compile.inspection.report import inspection_report
 from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_passes.analysis.cost import find_costs
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.errors import OptionError, UnknownSublayerError
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.models import FAMILIES, SIZES, capture, plain, tiny
+from tests.rewriting import applied
 
 ATTENTION, FFN = "model.layers.{}.self_attn", "model.layers.{}.mlp"
 
@@ -36,7 +37,7 @@ def on_meta(family: str, **overrides):
 def test_what_is_captured_without_weights_costs_what_the_real_model_costs(family: str):
     hollow = {graph.phase: find_costs(graph.gm, graph.stream) for graph in capture_phases(on_meta(family))}
     for captured in capture(tiny(family)):
-        straighten_stream(captured.gm)
+        applied(StraightenStream(), captured.gm)
         real = find_costs(captured.gm, find_residual_stream(captured.gm))
         query, context = (33, 33) if captured.phase == "prefill" else (1, 77)
         assert [str(cost.at(q=query, t=context)) for cost in hollow[captured.phase].costs.values()] == [

@@ -12,6 +12,7 @@ from adaskip_compile.capture.dynamo import example_inputs
 from adaskip_compile.lowering import lowering
 from adaskip_compile.lowering.lowering import Lowering
 from adaskip_passes.kernels import banded_attention, many_row_linear, onednn
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
 from tests.captures import first_graph
 from tests.generation import generate, make_cache
 from tests.models import tiny, tokens
@@ -25,7 +26,7 @@ def test_inputs_that_share_a_fake_value_are_two_inputs():
     one, other = example_inputs(gm)
     assert one is not other
     assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
-    [got] = Lowering("inductor", "whole").lower(gm)(torch.full((3,), 5.0), torch.full((3,), 2.0))
+    [got] = Lowering("inductor", "whole").lower(DerivedGraph(gm))(torch.full((3,), 5.0), torch.full((3,), 2.0))
     assert torch.equal(got, torch.full((3,), 3.0))
 
 
@@ -45,7 +46,7 @@ def test_what_has_no_code_for_all_sizes_is_compiled_for_those_seen(monkeypatch):
     monkeypatch.setattr(torch._inductor, "standalone_compile", refuse_any_size)
     x = torch.randn(7, 3)
     gm = first_graph(lambda x: (x * 2 + 1,), x)
-    [got] = Lowering("inductor", "whole").lower(gm)(x)
+    [got] = Lowering("inductor", "whole").lower(DerivedGraph(gm))(x)
     assert settings == [True, False]
     torch.testing.assert_close(got, x * 2 + 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from adaskip_compile.lowering.lowering import Lowering
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
 from tests.captures import first_graph
 
 
@@ -16,7 +17,7 @@ def test_kernels_are_waited_for_when_they_are_called():
     with torch._inductor.config.patch(compile_threads=2, force_disable_caches=True):
         gm = first_graph(compute, x)
         lowering = Lowering("inductor", "whole")
-        run = lowering.lower(gm)
+        run = lowering.lower(DerivedGraph(gm))
         assert lowering.waited == 0
         results = [run(x)[0] for _ in range(2)]
         waited = lowering.waited

@@ -9,6 +9,7 @@ from torch.fx.experimental import _config as config
 from adaskip_compile.lowering.lowering import Lowering
 from adaskip_compile.lowering.shape_checks import AssumptionCheck, ShapeCheck
 from adaskip_passes.errors import LegalityError
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
@@ -72,7 +73,7 @@ def test_what_compiling_assumes_of_sizes_is_checked_in_every_call(monkeypatch):
     monkeypatch.setattr(torch._inductor, "standalone_compile", specialising)
     notes = []
     gm = first_graph(lambda x: (x + 1,), torch.ones(5), dynamic=True)
-    run = Lowering("inductor", "whole", notes.append).lower(gm)
+    run = Lowering("inductor", "whole", notes.append).lower(DerivedGraph(gm))
     assert run(*size_inputs(gm, torch.ones(5)))[0].tolist() == [7.0] * 5
     assert not notes
     for _ in range(2):
@@ -86,7 +87,7 @@ def test_what_compiling_assumes_of_sizes_is_checked_in_every_call(monkeypatch):
 def test_sums_assume_nothing_of_their_length(length):
     gm = first_graph(lambda x: (x.softmax(-1),), torch.ones(length), dynamic=True)
     lowering = Lowering("inductor", "whole")
-    run = lowering.lower(gm)
+    run = lowering.lower(DerivedGraph(gm))
     assert not lowering.assumed
     for other in (7, 5000):
         values = torch.randn(other)
@@ -113,5 +114,5 @@ def test_nothing_is_assumed_of_constants(monkeypatch):
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", with_constant)
     lowering = Lowering("inductor", "whole")
-    lowering.lower(first_graph(lambda x: (x + 1,), torch.ones(5), dynamic=True))
+    lowering.lower(DerivedGraph(first_graph(lambda x: (x + 1,), torch.ones(5), dynamic=True)))
     assert not lowering.assumed

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -89,32 +90,28 @@ def test_each_specialised_graph_has_a_folder(tmp_path: Path):
         "002-LlamaForCausalLM-decode-2-skipped-0-probed",
     ]
     first = folders[0]
-    assert {file.name for file in first.iterdir()} == {
-        "0-captured.txt",
-        "1-append-in-place.txt",
-        "1-append-in-place.diff",
-        "2-narrow-rows.txt",
-        "2-narrow-rows.diff",
-        "3-eliminate-dead-code.txt",
-        "3-eliminate-dead-code.diff",
-        "4-insert-probes.txt",
-        "4-insert-probes.diff",
-        "5-skip-sublayers.txt",
-        "5-skip-sublayers.diff",
-        "6-eliminate-dead-code.txt",
-        "6-eliminate-dead-code.diff",
-        "graph.json",
-        "history.txt",
-        "repro.py",
-        "sublayers.txt",
-    }
-    captured, after = (first / "0-captured.txt").read_text(), (first / "6-eliminate-dead-code.txt").read_text()
+    steps = [
+        "01-simplify-masks",
+        "02-straighten-stream",
+        "03-append-in-place",
+        "04-merge-equal-nodes",
+        "05-narrow-rows",
+        "06-eliminate-dead-code",
+        "07-outline-regions",
+        "08-insert-probes",
+        "09-skip-sublayers",
+        "10-eliminate-dead-code",
+    ]
+    others = {"00-captured.txt", "graph.json", "history.txt", "repro.py", "sublayers.txt"}
+    files = {f"{step}.{kind}" for step in steps for kind in ("txt", "diff")}
+    assert {file.name for file in first.iterdir()} == files | others
+    captured, after = (first / "00-captured.txt").read_text(), (first / "10-eliminate-dead-code.txt").read_text()
     assert "model.layers.0.self_attn.q_proj" in captured
     assert "model.layers.0.self_attn.q_proj.weight)" not in after
-    assert "adaskip_scales" in (first / "5-skip-sublayers.diff").read_text()
-    assert (first / "4-insert-probes.diff").read_text() == ""
+    assert "adaskip_scales" in (first / "09-skip-sublayers.diff").read_text()
+    assert (first / "08-insert-probes.diff").read_text() == ""
     assert (
-        "5 skip-sublayers{paths=('model.layers.0.self_attn', 'model.layers.1.mlp')}\n    modified, matched 2"
+        "9 skip-sublayers{paths=('model.layers.0.self_attn', 'model.layers.1.mlp')}\n    modified, matched 2"
         in (first / "history.txt").read_text()
     )
 
@@ -124,8 +121,38 @@ def test_the_script_does_again_what_was_done(tmp_path: Path):
     folder = next(tmp_path.glob("*-decode-2-skipped-0-probed"))
     found = repro(folder)
     assert (found.returncode, found.stderr) == (0, "")
-    for step in ("1-append-in-place", "3-skip-sublayers", "4-eliminate-dead-code"):
-        assert (folder / f"{step}.diff").read_text() in found.stdout
+    for diff in folder.glob("*.diff"):
+        assert diff.read_text() in found.stdout
+    assert found.stdout.endswith("# the last graph is that of 08-eliminate-dead-code.txt\n")
+
+
+def test_the_script_tells_where_the_last_graph_is_another_one(tmp_path: Path):
+    run(tmp_path)
+    folder = next(tmp_path.glob("*-decode-2-skipped-0-probed"))
+    last = folder / "08-eliminate-dead-code.txt"
+    last.write_text(last.read_text().replace("%logits", "%logit"))
+    found = repro(folder)
+    assert found.returncode == 1
+    assert found.stderr.startswith("the last graph is not that of 08-eliminate-dead-code.txt:\n--- before")
+
+
+@pytest.mark.parametrize("regions", ["shared", "whole"])
+def test_what_is_lowered_is_shown_as_it_was_lowered(regions: str, tmp_path: Path):
+    """The folders of the CPU's rewrites are of the very graphs that Inductor gets."""
+    model = tiny("llama")
+    plan = SkipPlan.from_scales({ATTENTION: 0.9, FFN: 1.1})
+    adaskip_compile.compile(model, plan, regions=regions, debug_dir=tmp_path)
+    with torch.no_grad():
+        model(tokens(length=6))
+    lowered = sorted(tmp_path.glob("*-lowered"))
+    assert len(lowered) == (1 if regions == "whole" else len(list(tmp_path.glob("*-region_*"))))
+    assert lowered
+    for folder in lowered:
+        assert (folder / "history.txt").read_text().count("-linear{}\n") == 2
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(folder / "repro.py"), run_name="__main__")
+        assert ended.value.code == 0
+    assert any(diff.read_text() for diff in tmp_path.glob("*-lowered/*.diff"))
 
 
 def test_a_second_run_writes_beside_the_first(tmp_path: Path):
@@ -148,7 +175,8 @@ def test_a_broken_pass_is_named_and_runs_again_alone(broken, crash: bool, kind: 
         run(tmp_path / "debug")
     (folder,) = (tmp_path / "debug").iterdir()
     assert f"to see it alone: python {folder / 'repro.py'}" in str(caught.value)
-    assert (folder / "6-widen-output.diff").read_text().count(", f64)") == 1
+    (diff,) = folder.glob("*-widen-output.diff")
+    assert diff.read_text().count(", f64)") == 1
     assert "FAILED" in (folder / "history.txt").read_text()
     moved = tmp_path / "elsewhere"
     folder.rename(moved)

@@ -163,7 +163,7 @@ def test_a_broken_one_is_named_with_its_folder(tmp_path: Path):
         logits(model, model)
     [folder] = tmp_path.iterdir()
     assert folder.name in str(caught.value)
-    assert (folder / "1-halve-ffns.diff").read_text().count("torch.mul") == 2
+    assert (folder / "03-halve-ffns.diff").read_text().count("torch.mul") == 2
     assert "flatten" in (folder / "2-lose-shape.txt").read_text()
 
 

@@ -11,13 +11,14 @@ from torch.nn import functional
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.runtime.session import sessions_of
-from adaskip_passes.canonicalise.simplify_masks import simplify_masks
+from adaskip_passes.canonicalise.simplify_masks import SimplifyMasks
 from adaskip_passes.ir.graph import named_arguments
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
 from tests.captures import first_graph
 from tests.generation import CACHES, generate, left_padded, make_cache
 from tests.models import tiny, tokens
+from tests.rewriting import applied
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
@@ -159,7 +160,7 @@ def run(gm: Any, values: tuple[torch.Tensor, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
 def test_a_mask_that_causality_implies_goes(function, sizes, is_causal, fixed):
     gm = captured(function, inputs(*sizes[0]), fixed=fixed)
-    assert simplify_masks(gm) == 1
+    assert applied(SimplifyMasks(), gm) == 1
     given = sdpa(gm)
     assert (given["attn_mask"], given["is_causal"], given["enable_gqa"], given["scale"]) == (None, is_causal, True, 0.3)
     assert "arange" not in print_graph(gm)
@@ -181,7 +182,7 @@ def test_a_mask_that_causality_implies_goes(function, sizes, is_causal, fixed):
 @pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
 def test_a_window_becomes_a_band(function, sizes, window, fixed):
     gm = captured(function, inputs(*sizes[0]), fixed=fixed)
-    assert simplify_masks(gm) == 1
+    assert applied(SimplifyMasks(), gm) == 1
     assert band(gm)[3:] == (0, window, 0.3)
     assert "arange" not in print_graph(gm)
     assert "expand" not in print_graph(gm)
@@ -192,7 +193,7 @@ def test_a_window_becomes_a_band(function, sizes, window, fixed):
 
 def test_a_band_may_begin_where_the_graph_computes():
     gm = captured(far_behind, inputs(7, 7))
-    assert simplify_masks(gm) == 1
+    assert applied(SimplifyMasks(), gm) == 1
     assert isinstance(band(gm)[3], torch.fx.Node)
     for length in (7, 4, 30):
         values = inputs(length, length)
@@ -201,15 +202,15 @@ def test_a_band_may_begin_where_the_graph_computes():
 
 def test_it_happens_once():
     gm = captured(prefill, inputs(7, 7))
-    simplify_masks(gm)
+    applied(SimplifyMasks(), gm)
     text = print_graph(gm)
-    assert simplify_masks(gm) == 0
+    assert applied(SimplifyMasks(), gm) == 0
     assert print_graph(gm) == text
 
 
 def test_keys_that_are_no_plain_copies_stay():
     gm = captured(same_heads, inputs(7, 7))
-    assert simplify_masks(gm) == 1
+    assert applied(SimplifyMasks(), gm) == 1
     assert "enable_gqa" not in sdpa(gm)
     values = inputs(4, 4)
     torch.testing.assert_close(run(gm, values), same_heads(*values)[0], rtol=1e-5, atol=1e-6)
@@ -223,7 +224,7 @@ def test_a_copy_of_what_is_written_later_stays():
         return (functional.scaled_dot_product_attention(q, wide, repeated(v), attn_mask=mask),)
 
     gm = captured(function, inputs(7, 7))
-    assert simplify_masks(gm) == 1
+    assert applied(SimplifyMasks(), gm) == 1
     assert "enable_gqa" not in sdpa(gm)
     values = inputs(4, 4)
     wanted = function(*(value.clone() for value in values))[0]
@@ -248,7 +249,7 @@ def test_a_copy_of_what_is_written_later_stays():
 def test_any_other_mask_stays(function, values):
     gm = captured(function, values)
     text = print_graph(gm)
-    assert simplify_masks(gm) == 0
+    assert applied(SimplifyMasks(), gm) == 0
     assert print_graph(gm) == text
 
 

@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaskip_passes.ir.graph import fake_value
-from adaskip_passes.lower.decompose_one_query_attention import decompose_one_query_attention
+from adaskip_passes.lower.decompose_one_query_attention import DecomposeOneQueryAttention
 from tests.captures import first_graph
+from tests.rewriting import applied
 
 HEADS, GROUPS, WIDTH, TOKENS = 6, 2, 16, 37
 
@@ -37,7 +38,7 @@ def test_it_equals_the_kernel(batch, name):
     order = [next(one for one in given if one.shape == fake_value(node).shape and one.dtype == fake_value(node).dtype)
              for node in gm.graph.find_nodes(op="placeholder")]  # fmt: skip
     [wanted] = gm(*_apart(order, values, mask))
-    assert decompose_one_query_attention(gm) == 1
+    assert applied(DecomposeOneQueryAttention(), gm) == 1
     [got] = gm(*_apart(order, values, mask))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
@@ -57,7 +58,7 @@ def test_a_scale_of_its_own_and_16_bits(dtype):
     values = inputs(groups=HEADS, dtype=dtype)
     gm = first_graph(lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=0.3), *values)
     [wanted] = gm(*values)
-    assert decompose_one_query_attention(gm) == 1
+    assert applied(DecomposeOneQueryAttention(), gm) == 1
     [got] = gm(*values)
     assert got.dtype == dtype
     torch.testing.assert_close(got, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
@@ -67,10 +68,10 @@ def test_a_scale_of_its_own_and_16_bits(dtype):
 def test_what_means_something_else_is_left_alone(how):
     values = inputs(groups=HEADS)
     gm = first_graph(lambda q, k, v: scaled_dot_product_attention(q, k, v, **how), *values)
-    assert decompose_one_query_attention(gm) == 0
+    assert applied(DecomposeOneQueryAttention(), gm) == 0
 
 
 def test_several_queries_are_left_to_the_kernel():
     values = inputs(queries=2, groups=HEADS)
     gm = first_graph(lambda q, k, v: scaled_dot_product_attention(q, k, v), *values)
-    assert decompose_one_query_attention(gm) == 0
+    assert applied(DecomposeOneQueryAttention(), gm) == 0

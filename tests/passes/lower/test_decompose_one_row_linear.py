@@ -4,9 +4,10 @@ from torch import nn
 from torch.nn import functional
 
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.lower.decompose_one_row_linear import decompose_one_row_linear
+from adaskip_passes.lower.decompose_one_row_linear import DecomposeOneRowLinear
 from tests.captures import first_graph
 from tests.models import weights
+from tests.rewriting import applied
 
 
 def gated(x, gate, up, bias, down):  # in the order of use, which is that of a captured graph's inputs
@@ -26,7 +27,7 @@ def inputs(rows, dtype=torch.float32):
 def test_one_row_gives_what_linear_gives(rows, dtype):
     values = inputs(rows, dtype)
     gm = first_graph(gated, *values)
-    assert decompose_one_row_linear(gm) == 3
+    assert applied(DecomposeOneRowLinear(), gm) == 3
     assert "linear" not in print_graph(gm)
     [got], [wanted] = gm.forward(*values), gated(*values)
     assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
@@ -36,9 +37,9 @@ def test_one_row_gives_what_linear_gives(rows, dtype):
 
 def test_it_happens_once():
     gm = first_graph(gated, *inputs((1, 1)))
-    decompose_one_row_linear(gm)
+    applied(DecomposeOneRowLinear(), gm)
     text = print_graph(gm)
-    assert decompose_one_row_linear(gm) == 0
+    assert applied(DecomposeOneRowLinear(), gm) == 0
     assert print_graph(gm) == text
 
 
@@ -46,7 +47,7 @@ def test_it_happens_once():
 def test_several_rows_are_left_to_the_matrix_library(rows):
     gm = first_graph(gated, *inputs(rows))
     text = print_graph(gm)
-    assert decompose_one_row_linear(gm) == 0
+    assert applied(DecomposeOneRowLinear(), gm) == 0
     assert print_graph(gm) == text
 
 
@@ -54,4 +55,4 @@ def test_other_devices_are_left_alone():
     gm = first_graph(
         lambda x, w: (functional.linear(x, w),), torch.randn(1, 8, device="meta"), weights(4, 8).to("meta")
     )
-    assert decompose_one_row_linear(gm) == 0
+    assert applied(DecomposeOneRowLinear(), gm) == 0

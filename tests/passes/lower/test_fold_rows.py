@@ -10,9 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from adaskip_passes.ir.printer import print_graph
-from adaskip_passes.lower.fold_rows import fold_rows
+from adaskip_passes.lower.fold_rows import FoldRows
 from tests.captures import first_graph
 from tests.models import weights
+from tests.rewriting import applied
 
 PRODUCTS = {
     "linear": lambda x, w: (functional.linear(x[:, -1:], w),),
@@ -24,7 +25,7 @@ PRODUCTS = {
 
 
 def products(function, values):
-    """Return what :func:`fold_rows` counts in the graph of ``function``, and the products of it before and after."""
+    """Return what :class:`FoldRows` counts in the graph of ``function``, and the products of it before and after."""
     found = []
 
     def backend(gm, _):
@@ -37,7 +38,7 @@ def products(function, values):
 
     def run(gm, inputs):
         before = names(gm, inputs)
-        found.extend([fold_rows(gm), before, names(gm, inputs)])
+        found.extend([applied(FoldRows(), gm), before, names(gm, inputs)])
         return gm.forward(*inputs)
 
     torch._dynamo.reset()
@@ -67,9 +68,9 @@ def test_bias_is_added():
 
 def test_it_happens_once():
     gm = first_graph(PRODUCTS["linear"], torch.randn(3, 5, 8), weights(12, 8), dynamic=True)
-    assert fold_rows(gm) == 1
+    assert applied(FoldRows(), gm) == 1
     text = print_graph(gm)
-    assert fold_rows(gm) == 0
+    assert applied(FoldRows(), gm) == 0
     assert print_graph(gm) == text
 
 
@@ -85,5 +86,5 @@ def test_it_happens_once():
 def test_others_are_left_alone(function, shapes):
     gm = first_graph(function, *(torch.randn(shape) for shape in shapes), dynamic=True)
     text = print_graph(gm)
-    assert fold_rows(gm) == 0
+    assert applied(FoldRows(), gm) == 0
     assert print_graph(gm) == text

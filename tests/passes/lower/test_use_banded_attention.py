@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
-from adaskip_passes.lower.use_banded_attention import use_banded_attention
+from adaskip_passes.lower.use_banded_attention import UseBandedAttention
+from tests.rewriting import applied
 
 
 def inputs(groups=4, queries=50, keys=50, dtype=torch.float32, device="cpu"):
@@ -28,7 +29,7 @@ def rewritten(function, values, *, dynamic=True):
     counts = []
 
     def backend(gm, _):
-        counts.append(use_banded_attention(gm))
+        counts.append(applied(UseBandedAttention(), gm))
         assert [node.target for node in gm.graph.nodes].count(BANDED_ATTENTION) == counts[-1]
         return gm.forward
 

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from adaskip_passes.kernels import many_row_linear, onednn
 from adaskip_passes.kernels.many_row_linear import MANY_ROW_LINEAR
-from adaskip_passes.lower.use_many_row_linear import use_many_row_linear
+from adaskip_passes.lower.use_many_row_linear import UseManyRowLinear
 from tests.models import weights
+from tests.rewriting import applied
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "linear"], autouse=True)
@@ -70,8 +71,8 @@ def rewritten(function, values, *, dynamic=True):
     counts = []
 
     def backend(gm, _):
-        counts.append(use_many_row_linear(gm))
-        assert use_many_row_linear(gm) == 0
+        counts.append(applied(UseManyRowLinear(), gm))
+        assert applied(UseManyRowLinear(), gm) == 0
         return gm.forward
 
     torch._dynamo.reset()

@@ -5,12 +5,15 @@ import pytest
 import torch
 
 from adaskip_passes.analysis import touched_values
+from adaskip_passes.analysis.regions import Region, regions_of
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.ir.graph import call, op_name
 from adaskip_passes.pipeline.pipeline import PassResult, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
+from adaskip_passes.specialise.outline_regions import OutlineRegions
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from tests.captures import shared_captures, stream_of
+from adaskip_passes.stream.stream import NO_STREAM
+from tests.captures import first_graph, shared_captures, stream_of
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +234,74 @@ def test_what_opens_a_scope_needs_no_value(decode):
 
     result = run_pipeline(decode.gm, stream_of(decode.gm), (OpenScope(),))
     assert "_enter_autocast" in {op_name(node) for node in result.gm.graph.nodes if node.op == "call_function"}
+
+
+def call_another_region(gm):
+    """Swap two inputs of the first region that has two."""
+    node = next(node for node in gm.graph.nodes if isinstance(node.target, Region) and len(node.args) > 1)
+    first, second, *rest = node.args
+    node.args = (second, first, *rest)
+
+
+def take_another_result(gm):
+    node = next(node for node in gm.graph.nodes if isinstance(node.target, Region) and len(node.users) > 1)
+    first, second = list(node.users)[:2]
+    first.args, second.args = second.args, first.args
+
+
+def lose_a_write_inside(gm):
+    region = next(region for region in regions_of(gm) if "index_copy_" in map(op_name, region.gm.graph.nodes))
+    lose_write(region.gm.graph)
+
+
+INSIDE = {
+    call_another_region: r"node region_\d+ gives region_\d+ other inputs than it takes",
+    take_another_result: r"node region_\d+ takes other results from region_\d+ than it makes",
+    lose_a_write_inside: r"writes to memory that outlives the call were lost: index_copy_",
+}
+
+
+@pytest.mark.parametrize("how", INSIDE, ids=lambda how: how.__name__)
+def test_a_graph_that_is_cut_wrong_is_noticed(decode, how):
+    @dataclass(frozen=True)
+    class CutWrong:
+        name: ClassVar[str] = "cut-wrong"
+
+        def apply(self, gm, stream):
+            result = OutlineRegions().apply(gm, stream)
+            how(gm)
+            return result
+
+    with pytest.raises(VerificationError, match=rf"after cut-wrong\{{\}}: .*{INSIDE[how]}"):
+        run_pipeline(decode.gm, stream_of(decode.gm), (CutWrong(),))
+
+
+def test_what_is_cut_right_is_not_computed_again(decode, monkeypatch):
+    computed = []
+    real = touched_values._evaluated
+    monkeypatch.setattr(touched_values, "_evaluated", lambda node: (computed.append(node), real(node))[1])
+    run_pipeline(decode.gm, stream_of(decode.gm), (OutlineRegions(),))
+    assert not any(isinstance(node.target, Region) for node in computed)
+
+
+def test_a_write_to_what_only_the_outputs_name_may_become_a_value():
+    """``x.mul_(2)`` and ``x * 2`` return the same; without either the output is another one."""
+    gm = first_graph(lambda x: (x + 1).mul_(2), torch.ones(3))
+
+    @dataclass(frozen=True)
+    class Replace:
+        name: ClassVar[str] = "replace"
+        target: str | None = None
+
+        def apply(self, gm, stream):
+            node = next(node for node in gm.graph.nodes if op_name(node) == "mul_")
+            if self.target is None:
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
+            else:
+                node.target = self.target
+            return PassResult(stream, True, 1)
+
+    assert run_pipeline(gm, NO_STREAM, (Replace("mul"),)).history[0].modified
+    with pytest.raises(VerificationError, match=r"after replace\{.*were lost: mul_"):
+        run_pipeline(gm, NO_STREAM, (Replace(),))

@@ -1,13 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from adaskip_passes.canonicalise.straighten_stream import straightened_stream
 from adaskip_passes.ir.graph import output_values
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import STRAIGHTEN
 from adaskip_passes.specialise.append_in_place import GROWN_INPUT, AppendInPlace, find_appends, token_major
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
+from adaskip_passes.stream.stream import NO_STREAM
 from tests.captures import run, scales_input, shared_captures, stream_of
 from tests.models import PlainAttention, capture_all, plain
 
@@ -84,11 +87,11 @@ def test_readers_decide(attend, matched, monkeypatch):
     for block in model.blocks:
         monkeypatch.setattr(block.attention, "attend", attend.__get__(block.attention))
     captured = capture_all(model)[-1]
-    stream = straightened_stream(captured.gm)
-    result = run_pipeline(captured.gm, stream, (AppendInPlace(),))
+    straight = run_pipeline(captured.gm, NO_STREAM, STRAIGHTEN)
+    result = run_pipeline(straight.gm, straight.stream, (AppendInPlace(),))
     assert result.history[0].matched == matched
-    appends = find_appends(captured.gm, stream)
-    got = run(result.gm.forward, captured, *grown_inputs(captured, appends))
+    appends = find_appends(straight.gm, straight.stream)
+    got = run(result.gm.forward, captured, *grown_inputs(replace(captured, gm=straight.gm), appends))
     wanted = run(captured.gm.forward, captured)
     for one, other in zip(got.outputs, wanted.outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -3,12 +3,12 @@ import functools
 import pytest
 import torch
 
-from adaskip_passes.analysis.regions import Region, symbols_of
+from adaskip_passes.analysis.regions import Region, regions_of, symbols_of
 from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
-from adaskip_passes.specialise.outline_regions import outline_regions
+from adaskip_passes.specialise.outline_regions import OutlineRegions
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.specialise.stream_maps import FORMS, part_shapes
 from tests.captures import run, scales_input, shared_captures, stream_of
@@ -19,7 +19,7 @@ WIDTH = 64
 
 @functools.cache
 def outlined(gm):
-    return outline_regions(gm, stream_of(gm))
+    return run_pipeline(gm, stream_of(gm), (OutlineRegions(),))
 
 
 def skips(forms):
@@ -33,7 +33,7 @@ def skip_on_wiring(captured, forms):
     wiring = outlined(captured.gm)
     result = run_pipeline(wiring.gm, wiring.stream, skips(forms))
     targets = [node.target for node in result.gm.graph.nodes if isinstance(node.target, Region)]
-    return result.gm, [target for target in targets if target not in wiring.regions]
+    return result.gm, [target for target in targets if target not in regions_of(wiring.gm)]
 
 
 def tensors(forms):

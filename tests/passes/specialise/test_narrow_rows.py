@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from adaskip_passes.analysis.flops import count_flops
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_tensor, fake_value, op_name, size_hint
 from adaskip_passes.pipeline.pipeline import PipelineResult, run_pipeline
@@ -24,6 +24,7 @@ from adaskip_passes.stream.find_stream import find_residual_stream
 from adaskip_passes.stream.stream import ResidualStream
 from tests.captures import first_graph, run, shared_captures, stream_of
 from tests.models import FAMILIES, capture, capture_all, tiny
+from tests.rewriting import applied
 
 W = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 HEADS = (2, 3)
@@ -165,7 +166,7 @@ def test_the_last_layer_runs_for_the_last_row(family: str) -> None:
     """generate() reads the logits of the last token: of the last layer nothing else is computed but keys and values."""
     with torch._dynamo.config.patch(specialize_float=True):
         captured, _ = capture(tiny(family), length=20)
-    straighten_stream(captured.gm)
+    applied(StraightenStream(), captured.gm)
     stream = find_residual_stream(captured.gm)
     result = run_pipeline(captured.gm, stream, (NarrowRows(), EliminateDeadCode()))
     for got, wanted in zip(
@@ -185,7 +186,7 @@ def test_experts_run_for_the_edges_of_a_prompt(family: str, batch: int) -> None:
     """Of a body that skips a mixture of experts, and of the last layer, no more is computed than the rows that are read."""
     with torch._dynamo.config.patch(specialize_float=True):
         captured = capture_all(tiny(family), batch=batch, length=20)[0]
-    straighten_stream(captured.gm)
+    applied(StraightenStream(), captured.gm)
     stream = find_residual_stream(captured.gm)
     first, last = (path for path in stream.paths if path.endswith("mlp"))
     scales = torch.full((len(stream.paths),), 0.9)

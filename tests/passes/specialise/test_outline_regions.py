@@ -4,21 +4,22 @@ import pytest
 import torch
 from torch import fx
 
-from adaskip_passes.analysis.regions import Region, region_key
-from adaskip_passes.canonicalise.straighten_stream import straighten_stream
+from adaskip_passes.analysis.regions import Region, region_key, regions_of
+from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_value
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
-from adaskip_passes.specialise.outline_regions import outline_regions
+from adaskip_passes.specialise.outline_regions import OutlineRegions
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.find_stream import find_residual_stream
 from tests.captures import first_graph, run, scales_input, shared_captures, stream_of
 from tests.generation import CACHES, make_cache
 from tests.models import FAMILIES, tiny, tokens, weights
 from tests.reference import run_request
+from tests.rewriting import applied
 
 GRAPHS = [
     ("llama", "dynamic"),
@@ -35,7 +36,7 @@ def passes_for(skipped=(), probed=()):
 
 @functools.cache
 def outlined(gm):
-    return outline_regions(gm, stream_of(gm))
+    return run_pipeline(gm, stream_of(gm), (OutlineRegions(),))
 
 
 @pytest.mark.parametrize(("name", "cache"), GRAPHS)
@@ -64,7 +65,7 @@ def test_passes_on_the_wiring_do_what_they_do_on_the_graph(name, cache):
 @pytest.mark.parametrize(("name", "count"), [("llama", 8), ("qwen3_moe", 6), ("plain", 14)])
 def test_equal_layers_have_equal_keys(name, count):
     for captured in shared_captures(name):
-        keys = [region.key for region in outlined(captured.gm).regions]
+        keys = [region.key for region in regions_of(outlined(captured.gm).gm)]
         assert len(keys) == count
         assert len(set(keys)) == 4  # before, attention, ffn, behind
         assert len(set(keys[1:-1:2])) == len(set(keys[2:-1:2])) == 1
@@ -77,7 +78,7 @@ def test_a_skipped_sublayer_costs_no_region():
             result = run_pipeline(wiring.gm, wiring.stream, passes_for(skipped))
             called = [node.target for node in result.gm.graph.nodes if isinstance(node.target, Region)]
             assert len(called) == len(paths) + 2 - len(skipped)
-            assert set(called) <= set(wiring.regions)
+            assert set(called) <= set(regions_of(wiring.gm))
 
 
 def test_regions_tell_what_they_write():
@@ -85,7 +86,9 @@ def test_regions_tell_what_they_write():
     wiring = outlined(decode.gm)
     stream = wiring.stream
     assert [len(one.writes) for one in stream.sublayers] == [1, 0] * 3
-    assert sum(len(region.written_inputs) for region in wiring.regions) == 2 * 3 + 3  # keys and values; token counts
+    assert (
+        sum(len(region.written_inputs) for region in regions_of(wiring.gm)) == 2 * 3 + 3
+    )  # keys and values; token counts
 
 
 def test_reads_and_writes_of_one_memory_keep_their_order():
@@ -98,7 +101,7 @@ def test_reads_and_writes_of_one_memory_keep_their_order():
 
     inputs = (torch.randn(2, 3, 8), weights(8, 8), torch.ones(()))
     gm = first_graph(function, *inputs)
-    wiring = outline_regions(gm, find_residual_stream(gm))
+    wiring = run_pipeline(gm, find_residual_stream(gm), (OutlineRegions(),))
     got = wiring.gm.forward(*(value.clone() for value in inputs))
     torch.testing.assert_close(got, function(*(value.clone() for value in inputs)), rtol=0, atol=0)
 
@@ -170,7 +173,7 @@ def test_symbols_count_by_which_are_equal():
 
 def test_regions_return_values_in_the_order_in_which_they_compute_them():
     for captured in shared_captures("llama", "static"):
-        for region in outlined(captured.gm).regions:
+        for region in regions_of(outlined(captured.gm).gm):
             places = {node: index for index, node in enumerate(region.gm.graph.nodes)}
             values = region.gm.graph.output_node().args[0]
             assert isinstance(values, tuple)
@@ -208,9 +211,9 @@ def test_a_region_is_given_every_symbol_in_it(family, cache):
     graphs: list[fx.GraphModule] = []
 
     def backend(gm, example_inputs):
-        straighten_stream(gm)
+        applied(StraightenStream(), gm)
         graphs.append(gm)
-        for region in outline_regions(gm, find_residual_stream(gm)).regions:
+        for region in regions_of(run_pipeline(gm, find_residual_stream(gm), (OutlineRegions(),)).gm):
             assert not missing_symbols(region), f"graph {len(graphs)}, {region.__name__}"
         return gm.forward
 
@@ -241,4 +244,4 @@ def test_a_graph_that_calls_graphs_is_not_cut():
         torch.compile(model, backend=backend, dynamic=True)(tokens(1, 20), use_cache=False)
     gm = next(gm for gm in graphs if "flex_attention" in print_graph(gm))
     with pytest.raises(PassError, match="is no value that a region could be given"):
-        outline_regions(gm, find_residual_stream(gm))
+        run_pipeline(gm, find_residual_stream(gm), (OutlineRegions(),))

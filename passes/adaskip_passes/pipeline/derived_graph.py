@@ -1,0 +1,71 @@
+"""A graph on its way from the capture to what runs: the passes behind it, and the folder in which people see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from adaskip_passes.errors import AdaSkipError, VerificationError
+from adaskip_passes.pipeline.debug_folders import GraphLog
+from adaskip_passes.pipeline.pipeline import AddedInput, Pass, PassRecord, run_pipeline
+from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
+
+
+@dataclass(frozen=True)
+class DerivedGraph:
+    """What passes have made of a captured graph so far.
+
+    ``history`` goes back to the capture, and ``added`` are the inputs that it has more than that, in order; ``log`` keeps the text after each pass where somebody wants to see it. Others
+    can be derived from it: it is never changed.
+    """
+
+    gm: fx.GraphModule
+    stream: ResidualStream = NO_STREAM
+    history: tuple[PassRecord, ...] = ()
+    added: tuple[AddedInput, ...] = ()
+    log: GraphLog | None = None
+
+    @classmethod
+    def captured(cls, gm: fx.GraphModule, debug_dir: Any = None, title: str = "graph") -> DerivedGraph:
+        """Return the beginning: ``gm``, to be shown in ``debug_dir``, where there is one, as ``title``."""
+        return cls(gm, log=None if debug_dir is None else GraphLog.captured(gm, debug_dir, title))
+
+    def run(self, passes: Sequence[Pass], *, recoverable: bool = False) -> DerivedGraph:
+        """Return what ``passes`` make of it, on a copy.
+
+        ``recoverable`` says that the caller has another way where a pass cannot do what it is told: nothing is written
+        of that.
+
+        Raises:
+            PassError: A pass failed, or broke the graph. The message names the folder to see it in.
+            FileError: The folder cannot be written.
+        """
+        log = None if self.log is None else self.log.opened()
+        instruments = () if log is None else (log.after,)
+        try:
+            result = run_pipeline(
+                self.gm, self.stream, passes, instruments, on_failure=None if log is None else log.failed
+            )
+        except AdaSkipError as error:
+            if log is None or (recoverable and not isinstance(error, VerificationError)):
+                raise
+            script = log.write("failed", self.stream, passes) / "repro.py"
+            raise type(error)(f"{error}; to see it alone: python {script}") from error
+        history, added = (*self.history, *result.history), (*self.added, *result.added)
+        return DerivedGraph(result.gm, result.stream, history, added, log)
+
+    def show(self, title: str) -> Path | None:
+        """Write its debug folder and return it, where somebody wants to see it."""
+        return None if self.log is None else self.log.write(title, self.stream)
+
+    def part(self, gm: fx.GraphModule, name: str) -> DerivedGraph:
+        """Return ``gm``, a region of it, as the beginning of a graph of its own."""
+        return DerivedGraph(gm) if self.log is None else self.captured(gm, self.log.root, f"{self.log.title}-{name}")
+
+    def called(self, title: str) -> DerivedGraph:
+        """Return it with another title for its folders."""
+        return self if self.log is None else replace(self, log=replace(self.log, title=title))
