@@ -129,11 +129,16 @@ class SkipPlan:
 
     def paths_at(self, decoded: float) -> frozenset[str]:
         """Return the paths that are skipped when ``decoded`` tokens have been decoded; infinity tells of the end."""
-        now = {*self.paths}
+        return frozenset(self.scales_at(decoded))
+
+    def scales_at(self, decoded: float) -> dict[str, float]:
+        """Return the scale of each sublayer that is skipped for the token after ``decoded`` ones, by path: the ramp."""
+        now = self.scales
         for step in self.ramp:
             if step.after <= decoded:
-                now = now - {*step.resumed} | {sublayer.path for sublayer in step.skipped}
-        return frozenset(now)
+                now = {path: scale for path, scale in now.items() if path not in step.resumed}
+                now |= {sublayer.path: sublayer.scale for sublayer in step.skipped}
+        return now
 
     def map_forms(self, paths: Iterable[str]) -> tuple[tuple[str, str, int], ...]:
         """Return (path, form, rank) of each map that stands for one of ``paths``, as ``skip-sublayers`` takes them."""

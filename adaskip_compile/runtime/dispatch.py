@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,9 +109,8 @@ class Dispatcher:
 
     def prepare(self, request: Request) -> None:
         """Make the variant that ``request`` will begin to decode with, so that its first token need not wait for it."""
-        upcoming = replace(request, scales=dict(request.scales), extra=dict(request.extra), chosen={})
-        upcoming.take_ramp_steps(self._stateful)
-        self._variant_for(upcoming, self._phase(upcoming), 1)
+        skipped = request.plan.scales_at(request.decoded) | request.extra
+        self._variant_for(request, skipped, self._phase(request), 1)
 
     def _phase(self, request: Request) -> str:
         if self.stream.phase == "prefill":
@@ -180,7 +178,7 @@ class Dispatcher:
         )
         return request
 
-    def _probes(self, request: Request, phase: str, skipped: dict[str, float]) -> tuple[str, ...]:
+    def _probes(self, request: Request, phase: str, skipped: Mapping[str, float]) -> tuple[str, ...]:
         if request.learning:
             return self.stream.paths if phase == "prefill" else ()
         if phase != "window":
@@ -201,7 +199,7 @@ class Dispatcher:
         if known is not None and phase != "prefill":
             return known
         request.check(frozenset(request.skipped))
-        variant = self._variant_for(request, phase, tokens)
+        variant = self._variant_for(request, request.skipped, phase, tokens)
         if known is None or known.variant is not variant:
             known = request.chosen[key] = Choice(variant, self._replacements(request, variant))
         return known
@@ -214,9 +212,9 @@ class Dispatcher:
         tensors = {path: one.tensors for path, one in maps.items()}
         return tuple(replacement_values(variant.given, self.stream, scales, tensors))
 
-    def _variant_for(self, request: Request, phase: str, tokens: int) -> Variant:
-        """Return the variant that ``request`` calls for in ``phase``, for so many ``tokens`` a row."""
-        skipped, prompt = request.skipped, request.plan.prompt
+    def _variant_for(self, request: Request, skipped: Mapping[str, float], phase: str, tokens: int) -> Variant:
+        """Return the variant that ``request`` calls for in ``phase`` where it skips that, for so many ``tokens`` a row."""
+        prompt = request.plan.prompt
         paths = tuple(path for path in self.stream.paths if path in skipped)
         body = None
         if prompt is not None and phase == "prefill" and self._signature.tokens is None:

@@ -129,17 +129,14 @@ class Request:
 
         A stateful sublayer that is dropped is a hole from then on: :meth:`check` refuses to run it again.
         """
-        while self.ramp and self.ramp[0].after <= self.decoded:
-            step, *later = self.ramp
-            for path in step.resumed:
-                self.scales.pop(path)
-            for sublayer in step.skipped:
-                self.scales[sublayer.path] = sublayer.scale
-                # The plan decides on it from now on, not the window.
-                self.extra.pop(sublayer.path, None)
-            self.holes |= frozenset(sublayer.path for sublayer in step.skipped) & stateful
-            self.ramp = tuple(later)
-            self.chosen.clear()
+        later = tuple(step for step in self.ramp if step.after > self.decoded)
+        if later == self.ramp:
+            return
+        self.ramp, self.scales = later, self.plan.scales_at(self.decoded)
+        # The plan decides on those from now on, not the window.
+        self.extra = {path: scale for path, scale in self.extra.items() if path not in self.scales}
+        self.holes |= stateful.intersection(self.scales)
+        self.chosen.clear()
 
     def record_window(self, rows: torch.Tensor, paths: tuple[str, ...]) -> None:
         """Take the statistics of one decoded token, ``f32[len(paths), 3]``; after the last one, choose the extra FFNs."""

@@ -123,8 +123,9 @@ def _viewed_input(node: fx.Node) -> fx.Node | None:
 @functools.cache
 def _is_view(name: str) -> bool:
     """Tell whether an operation of this name may return memory of its input, as the schemas of PyTorch's operators say."""
-    packet = getattr(torch.ops.aten, name, None)
-    overloads = () if packet is None else [getattr(packet, one) for one in packet.overloads()]
+    packet = getattr(torch.ops.aten, name, None)  # of "__eq__" it is no operator
+    is_operator = isinstance(packet, torch._ops.OpOverloadPacket)
+    overloads = [getattr(packet, one) for one in packet.overloads()] if is_operator else []
     returns = (value for one in overloads for value in one._schema.returns)
     return name in _VIEWS or any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import fx
 from torch.nn import functional
 
 from adaskip_passes.analysis.dependence import Dependence
@@ -163,3 +164,13 @@ def test_growing_caches_go_in_and_out_of_the_attention_that_extends_them(name):
             attends = sublayer.kind == "attention"
             assert (len(sublayer.cache_inputs), len(sublayer.cache_outputs)) == ((inputs, 2) if attends else (0, 0))
         assert find_counters(captured.gm, stream) == ()
+
+
+def test_a_method_of_python_s_own_is_no_view():
+    """``torch.ops.aten.__eq__`` is there, and compares namespaces."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    equal = graph.call_method("__eq__", (x, x))
+    graph.output((equal,))
+    effects = find_effects(fx.GraphModule(torch.nn.Module(), graph))
+    assert effects.roots[equal] is equal
