@@ -249,7 +249,7 @@ class _RestoredGraph:
                 assert session is not None
                 try:
                     with collector_paused():
-                        graph = read_graph(self._kept.graph, stand_ins=False)
+                        graph = read_graph(self._kept.graph, stubs=False)
                         self._run = self._restore(session, graph, self._kept.place)
                 except AdaSkipError as error:
                     self._usable = False
@@ -301,7 +301,7 @@ def _read_again(gm: fx.GraphModule) -> tuple[dict[str, Any] | None, fx.GraphModu
     try:
         text = json.dumps(write_graph(gm))
         data = json.loads(text)
-        again = read_graph(data, stand_ins=False)
+        again = read_graph(data, stubs=False)
     except (AdaSkipError, TypeError, ValueError, NotImplementedError) as error:
         log.info("a captured graph cannot be kept: %s", error)
         return None, None

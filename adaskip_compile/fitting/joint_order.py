@@ -21,6 +21,7 @@ from torch import nn
 
 from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
 from adaskip_compile.files.model_identity import identify
+from adaskip_compile.lowering.lowering import interpreted
 from adaskip_compile.options import Options
 from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.skip_plan import SkipPlan
@@ -93,7 +94,7 @@ class _Judge:
     def __init__(self, model: nn.Module, samples: Sequence[torch.Tensor]) -> None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         # An own session, and an own function object: the user's compiled model is not touched.
-        self._session = Session(model, Options(inner="eager"))
+        self._session = Session(model, Options(inner=interpreted))
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
         def forward(ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
 from adaskip_compile.kv_cache.cache_argument import cache_argument, cache_of
+from adaskip_compile.lowering.lowering import interpreted
 from adaskip_compile.needles import Needle
 from adaskip_compile.options import Options
 from adaskip_compile.planning.quality import Answers, Quality
@@ -43,7 +44,7 @@ class PromptJudge:
         self._model = model
         self._texts = [(ids[:prompt], ids[prompt:]) for ids, prompt in texts]
         self._needles = [(needle.ids, torch.tensor(answer)) for needle, answer in needles]
-        self.session = Session(model, Options(inner="eager"))
+        self.session = Session(model, Options(inner=interpreted))
         self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 

@@ -28,7 +28,7 @@ class _Entry:
     grown: torch.Tensor
 
 
-class CacheGrowth:
+class CacheAppends:
     """Makes the inputs of one captured graph in which its cache grows.
 
     ``graph`` appends in place and does nothing twice. A variant of it takes the captured inputs, then those of

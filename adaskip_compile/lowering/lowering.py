@@ -6,7 +6,7 @@ import logging
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -26,7 +26,9 @@ from adaskip_passes.analysis.regions import Region, regions_of
 from adaskip_passes.errors import PassError, VerificationError
 from adaskip_passes.ir.graph import fake_mode
 from adaskip_passes.pipeline.derived_graph import DerivedGraph
-from adaskip_passes.pipelines import CUT, LOWER
+from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipelines import CUT, LOWER, USE_KERNELS
+from adaskip_passes.stream.stream import NO_STREAM
 
 log = logging.getLogger(__name__)
 Runnable = Callable[..., Any]
@@ -56,6 +58,11 @@ def start_cpu_compiler() -> None:
             log.info("the C++ compiler was not made ready ahead of time: %s", error)
 
     threading.Thread(target=compile_kernel, name="adaskip-cpu-compiler", daemon=True).start()
+
+
+def interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Runnable:
+    """Return what runs ``gm`` operation by operation, our faster ones in place of PyTorch's: an ``inner`` that compiles nothing."""
+    return run_pipeline(gm, NO_STREAM, USE_KERNELS).gm.forward
 
 
 class Lowering:

@@ -97,7 +97,7 @@ def plan_by_options(profile: Profile, options: PlanOptions) -> SkipPlan:
             times=options.times,
             phase=phase,
             seed=options.seed,
-            stand_ins=replacement_costs(profile, compensation),
+            replacements=replacement_costs(profile, compensation),
         )
         made = _fixed(profile, goal, policy, scale)
     else:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from adaskip_compile.costs.timers import ROOFLINES, Measured, Timer, predict
-from adaskip_compile.planning.replacement_costs import stand_in_seconds
+from adaskip_compile.planning.replacement_costs import replacement_seconds
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.analysis.cost import Cost
 from adaskip_passes.errors import OptionError
@@ -31,7 +31,7 @@ def predict_times(
     profile: Profile,
     context: int,
     times: Timer | str | os.PathLike[str] | None = None,
-    stand_ins: Mapping[str, Cost] | None = None,
+    replacements: Mapping[str, Cost] | None = None,
 ) -> PredictedTimes:
     """Return what each phase of the profiled model takes at ``context`` tokens.
 
@@ -39,7 +39,7 @@ def predict_times(
         profile: What was measured of the model; its ``costs`` are needed unless ``times`` were measured.
         context: Tokens of the prefill, or before the decoded token.
         times: What tells times, or the file of a calibration; by default a roofline of round figures.
-        stand_ins: By path, what stands for a sublayer that is skipped costs beyond a scale
+        replacements: By path, what stands for a sublayer that is skipped costs beyond a scale
             (:mod:`adaskip_compile.planning.replacement_costs`). It is taken off what skipping saves.
 
     Raises:
@@ -57,7 +57,7 @@ def predict_times(
             )
         timer = timer or ROOFLINES.get(profile.costs.device, ROOFLINES["cpu"])
         found = _by_costs(profile, timer, context)
-    return _without_stand_ins(profile, found, timer, context, stand_ins) if stand_ins else found
+    return _less_replacements(profile, found, timer, context, replacements) if replacements else found
 
 
 def _measured(profile: Profile, timer: Measured, context: int) -> PredictedTimes:
@@ -90,8 +90,8 @@ def _by_costs(profile: Profile, timer: Timer, context: int) -> PredictedTimes:
     return PredictedTimes(full, saved)
 
 
-def _without_stand_ins(
-    profile: Profile, found: PredictedTimes, timer: Timer, context: int, stand_ins: Mapping[str, Cost]
+def _less_replacements(
+    profile: Profile, found: PredictedTimes, timer: Timer, context: int, replacements: Mapping[str, Cost]
 ) -> PredictedTimes:
     if profile.costs is None:
         raise OptionError(
@@ -102,8 +102,8 @@ def _without_stand_ins(
         phase: {
             path: seconds
             - (
-                stand_in_seconds(stand_ins[path], timer, group[path], phase, context, device=profile.costs.device)
-                if path in stand_ins
+                replacement_seconds(replacements[path], timer, group[path], phase, context, device=profile.costs.device)
+                if path in replacements
                 else 0.0
             )
             for path, seconds in each.items()

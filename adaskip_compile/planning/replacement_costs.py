@@ -19,13 +19,13 @@ from adaskip_passes.errors import OptionError
 from adaskip_passes.specialise.stream_maps import part_shapes
 
 
-def stand_in_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 4) -> Cost:
+def replacement_cost(kind: str, width: int, *, rank: int = 0, element_bytes: int = 4) -> Cost:
     """Return what ``kind`` costs in place of one sublayer of a stream ``width`` wide.
 
     ``channel`` is a factor and a bias a channel, ``low_rank`` two matrices ``(width, rank)``, ``affine`` one
     ``(width, width)``, each with a bias.
 
-    >>> print(stand_in_cost("low_rank", 576, rank=64))
+    >>> print(replacement_cost("low_rank", 576, rank=64))
     147456*b*q flops, 297216 weight bytes, 5120*b*q activation bytes, 0 cache bytes
     """
     if kind not in COMPENSATIONS:
@@ -48,10 +48,10 @@ def replacement_costs(profile: Profile, compensation: str) -> dict[str, Cost] | 
     if compensation in ("none", "scale"):
         return None
     held = ((path, one) for path, ones in profile.maps.items() for one in ones if one.form == compensation)
-    return {path: stand_in_cost(one.form, one.tensors["shift"].numel(), rank=one.rank) for path, one in held}
+    return {path: replacement_cost(one.form, one.tensors["shift"].numel(), rank=one.rank) for path, one in held}
 
 
-def stand_in_seconds(
+def replacement_seconds(
     cost: Cost, timer: Timer, replaced: Group, phase: str, context: int, *, device: str = "cpu"
 ) -> float:
     """Return how long what costs ``cost`` takes in place of a sublayer of the group ``replaced``.

@@ -54,21 +54,21 @@ def reach_speedup(
     times: Timer | str | os.PathLike[str] | None = None,
     phase: str = "both",
     seed: int = 0,
-    stand_ins: Mapping[str, Cost] | None = None,
+    replacements: Mapping[str, Cost] | None = None,
 ) -> Choice:
     """Return what to skip for prefill and decode to be ``speedup`` times as fast at ``context`` tokens, as predicted.
 
     ``adaskip`` and ``loss_greedy`` weigh each sublayer's damage against the time that it saves: 1 - similarity, or
     what skipping it adds to the loss in the joint order. Of the other policies it is the smallest number of
     sublayers that does. ``phase`` restricts the goal to one phase; the other arguments are those of
-    :func:`~adaskip_compile.planning.predicted_times.predict_times`. With ``stand_ins``, those two choose only among the
+    :func:`~adaskip_compile.planning.predicted_times.predict_times`. With ``replacements``, those two choose only among the
     sublayers that have one.
 
     Raises:
         OptionError: It cannot be reached; the message says what can.
         FileError: The file of ``times`` cannot be used.
     """
-    predicted = predict_times(profile, context, times, stand_ins)
+    predicted = predict_times(profile, context, times, replacements)
     phases = tuple(one for one in ("prefill", "decode") if phase in (one, "both") and one in predicted.full)
     if not phases:
         raise OptionError(f"phase={phase!r}: nothing is known of what it takes; there is {', '.join(predicted.full)}")
@@ -77,13 +77,13 @@ def reach_speedup(
     if policy not in WEIGHING:
         choices = _by_count(profile, policy, phase, seed)
     else:
-        choices = [_most(profile, predicted, _candidates(profile, policy, stand_ins), phases)]
+        choices = [_most(profile, predicted, _candidates(profile, policy, replacements), phases)]
     reached = [choice for choice in choices if all(predicted.speedup(one, choice.of(one)) >= goal for one in phases)]
     if not reached:
         raise _out_of_reach(predicted, choices, speedup, context, phases, policy)
     if policy not in WEIGHING:
         return reached[0]
-    return _cheapest(profile, predicted, _candidates(profile, policy, stand_ins), phases, goal) or reached[0]
+    return _cheapest(profile, predicted, _candidates(profile, policy, replacements), phases, goal) or reached[0]
 
 
 def within_loss(profile: Profile, max_loss: float, compensation: str) -> tuple[str, ...]:
@@ -104,16 +104,16 @@ def within_loss(profile: Profile, max_loss: float, compensation: str) -> tuple[s
     return choose(profile, "loss_greedy", min(count, largest_skip(profile, "loss_greedy")))
 
 
-def _candidates(profile: Profile, policy: str, stand_ins: Mapping[str, Cost] | None) -> dict[str, float]:
-    """Return the predicted damage of each sublayer that may be skipped, by path; with ``stand_ins``, only of those."""
+def _candidates(profile: Profile, policy: str, replacements: Mapping[str, Cost] | None) -> dict[str, float]:
+    """Return the predicted damage of each sublayer that may be skipped, by path; with ``replacements``, only of those."""
     if policy == "loss_greedy":
         order = joint_order(profile)
         before = (0.0, *(loss for _, loss in order))
         damages = {path: loss - base for (path, loss), base in zip(order, before, strict=False)}
     else:
         damages = {found.path: 1.0 - found.mean_similarity for found in profile.sublayers}
-    if stand_ins is not None:
-        damages = {path: damage for path, damage in damages.items() if path in stand_ins}
+    if replacements is not None:
+        damages = {path: damage for path, damage in damages.items() if path in replacements}
     # What other sublayers read the values of cannot go without them.
     shared = {one.path for one in profile.costs.sublayers if one.shared_with} if profile.costs is not None else set()
     kept = _kept(profile, damages)

@@ -19,7 +19,7 @@ import torch
 
 from adaskip_compile.capture.cache_object import CachePlace, find_cache_place
 from adaskip_compile.capture.dynamo import capture_reason, forget_marks
-from adaskip_compile.kv_cache.appends import CacheGrowth
+from adaskip_compile.kv_cache.appends import CacheAppends
 from adaskip_compile.kv_cache.holes_seen import find_holes
 from adaskip_compile.kv_cache.shared_holes import SharedHoles
 from adaskip_compile.planning.replacement_values import replacement_values
@@ -61,8 +61,8 @@ class Dispatcher:
         self._shared_holes = SharedHoles(self._signature.written)
         held = [node for sublayer in stream.sublayers for node in sublayer.cache_inputs]
         self.place = place if restored else find_cache_place(held)
-        self._growth = CacheGrowth(graph, session.storages)
-        self.variants = VariantCache(gm, self._growth, session.options, session.model_name, session.note)
+        self._appends = CacheAppends(graph, session.storages)
+        self.variants = VariantCache(gm, self._appends, session.options, session.model_name, session.note)
         self._stateful = frozenset(item.path for item in stream.sublayers if item.stateful)
         self._ffns = tuple(item.path for item in stream.sublayers if item.kind == "ffn" and not item.stateful)
 
@@ -122,7 +122,7 @@ class Dispatcher:
         cache = self._signature.cache(inputs)
         if not cache:
             return self._start()
-        length = self._growth.length(inputs)
+        length = self._appends.length(inputs)
         if length == 0 or (self.stream.phase == "prefill" and self._signature.starts_over(inputs)):
             self._shared_holes.separate(inputs)
             return self._start()
@@ -187,7 +187,7 @@ class Dispatcher:
 
     def _grown(self, variant: Variant, inputs: Sequence[Any]) -> list[torch.Tensor]:
         """Return the cache entries as this call shall leave them, with room for its tokens."""
-        return self._growth.entries(variant.grown, variant.skipped, inputs, *self._signature.rows_and_tokens(inputs))
+        return self._appends.entries(variant.grown, variant.skipped, inputs, *self._signature.rows_and_tokens(inputs))
 
     def _choice(self, request: Request, phase: str, tokens: int) -> Choice:
         """Return what ``request`` calls for in ``phase``, for so many ``tokens`` a row.
@@ -249,7 +249,7 @@ class Dispatcher:
         cache = self._signature.cache_after(inputs, outputs)
         if cache:
             self.session.requests.remember(request, cache, objects)
-            length = self._growth.length_after(outputs)
+            length = self._appends.length_after(outputs)
             # A graph that begins a cache may hand out what it has computed as it is.
             request.length = (
                 max((one.shape[-2] for one in cache if one.dim() > 1), default=0) if length is None else length

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from adaskip_compile.capture.dynamo import collector_paused
-from adaskip_compile.kv_cache.appends import CacheGrowth
+from adaskip_compile.kv_cache.appends import CacheAppends
 from adaskip_compile.lowering.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.lowering.lowering import Lowering, Runnable
 from adaskip_compile.lowering.shape_checks import ShapeCheck
@@ -65,7 +65,7 @@ class VariantCache:
 
     Args:
         gm: The graph as it was captured.
-        growth: The same graph with a cache that grows in place.
+        appends: The same graph with a cache that grows in place.
         options: Of the session.
         model_name: What to call the model in logs and folders.
         note: Told what the user should know.
@@ -74,12 +74,12 @@ class VariantCache:
     def __init__(
         self,
         gm: fx.GraphModule,
-        growth: CacheGrowth,
+        appends: CacheAppends,
         options: Options,
         model_name: str,
         note: Callable[[str], None],
     ) -> None:
-        self._gm, self._growth, self._phase = gm, growth, growth.graph.stream.phase
+        self._gm, self._appends, self._phase = gm, appends, appends.graph.stream.phase
         self._options, self._model_name, self._note = options, model_name, note
         self.made: OrderedDict[tuple[object, ...], Variant] = OrderedDict()
         self.lowering = Lowering(options.inner, options.regions, note)
@@ -89,7 +89,7 @@ class VariantCache:
         self.prepared: dict[tuple[Lowering, SkipBodyRows | None, bool], DerivedGraph] = {}
         # Who makes a variant holds the second one, so that calls of other variants need not wait.
         self._lock, self._making = threading.Lock(), threading.Lock()
-        recorded = options.cuda_graphs and self._phase == "decode" and not growth.grows
+        recorded = options.cuda_graphs and self._phase == "decode" and not appends.grows
         self._recorded = frozenset(positions_written(gm)) if recorded and recordable(gm) else None
 
     def get(
@@ -141,7 +141,7 @@ class VariantCache:
         started = time.perf_counter()
         # Probes measure all rows of a prompt.
         narrow = self._phase == "prefill" and not probed
-        graph = self.narrowed(body) if narrow else self._growth.graph
+        graph = self.narrowed(body) if narrow else self._appends.graph
         key = (lowering, body, narrow)
         if key not in self.prepared:
             self.prepared[key] = lowering.prepare(graph)
@@ -159,7 +159,7 @@ class VariantCache:
         folder = result.show(f"{len(skipped)}-skipped-{len(probed)}-probed")
         if folder is not None:
             log.info("graph before and after each pass: %s", folder)
-        grown = self._growth.used(result)
+        grown = self._appends.used(result)
         run = lowering.lower(result)
         if self._recorded is not None and lowering.inner == "inductor":
             run = RecordedRun(run, self._recorded, self._note)
@@ -176,7 +176,7 @@ class VariantCache:
     def narrowed(self, body: SkipBodyRows | None) -> DerivedGraph:
         """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
-            result = self._growth.graph.run(row_passes(body))
+            result = self._appends.graph.run(row_passes(body))
             for path, operation in () if body is None else stopped_at(result.gm, result.stream, body.head + body.tail):
                 self._note(
                     f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"

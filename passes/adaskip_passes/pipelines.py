@@ -43,12 +43,14 @@ GROW: tuple[Pass, ...] = (
 
 CUT: tuple[Pass, ...] = (OutlineRegions(),)  # after all that looks into sublayers, and before what differs by skip set
 
+# Faster operations of ours in place of PyTorch's, also where nothing is compiled.
+USE_KERNELS: tuple[Pass, ...] = (UseManyRowLinear(), UseBandedAttention())
+
 # For Inductor, on each region or on the whole graph.
 LOWER: tuple[Pass, ...] = (
     DecomposeOneRowLinear(),  # before many rows: what has one row is a decode step's
     DecomposeOneQueryAttention(),  # before bands, likewise
-    UseManyRowLinear(),
-    UseBandedAttention(),
+    *USE_KERNELS,
     FoldRows(),  # after: what the others have taken needs no folding
     PinLayout(),  # last: of outputs as they come to be
 )

@@ -2,7 +2,7 @@
 
 A file holds data only: what a node calls is kept by its name, sizes as expression trees, and nothing is run
 when it is read. So a graph can be rewritten again where neither the model nor its library is installed:
-passes never run captured operations, and an operation that is not to be found is stood in for.
+passes never run captured operations, and an operation that is not to be found has a stub.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ def _note_symbols(value: Any, symbols: dict[str, dict[str, Any]]) -> None:
             symbols.setdefault(symbol.name, {"hint": None if hint is None else to_tree(hint), "range": limits})
 
 
-def read_graph(data: dict[str, Any], *, stand_ins: bool = True) -> fx.GraphModule:
+def read_graph(data: dict[str, Any], *, stubs: bool = True) -> fx.GraphModule:
     """Return the graph that :func:`write_graph` wrote, its values under a new fake mode.
 
-    An operation that is not installed here is stood in for, so that the graph can be rewritten but not run; without
-    ``stand_ins`` it is refused.
+    An operation that is not installed here has a stub, so that the graph can be rewritten but not run; without
+    ``stubs`` it is refused.
 
     Raises:
         DamagedFileError: ``data`` names a symbol, type or function that is unknown.
     """
-    return _read_graph(data, ValueReader(_make_symbols(data["symbols"]), stand_ins=stand_ins))
+    return _read_graph(data, ValueReader(_make_symbols(data["symbols"]), stubs=stubs))
 
 
 def _read_graph(data: dict[str, Any], reader: ValueReader) -> fx.GraphModule:

@@ -88,11 +88,11 @@ def _function_name(function: Any) -> str:
 class ValueReader:
     """Reads what :func:`write_value` wrote; ``symbols`` are the symbols of the graph by name, their environment under ``""``.
 
-    An operation that is not installed here is stood in for, or refused without ``stand_ins``.
+    An operation that is not installed here has a stub, or is refused without ``stubs``.
     """
 
-    def __init__(self, symbols: Mapping[str, Any], *, stand_ins: bool = True) -> None:
-        self._stand_ins = stand_ins
+    def __init__(self, symbols: Mapping[str, Any], *, stubs: bool = True) -> None:
+        self._stubs = stubs
         self._symbols, self._env = symbols, symbols[""]
         self._mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._nodes: Mapping[str, fx.Node] = {}
@@ -188,13 +188,13 @@ class ValueReader:
             for name in path.split("."):
                 owner = getattr(owner, name)
         except (ImportError, AttributeError) as error:
-            if not self._stand_ins:
+            if not self._stubs:
                 raise DamagedFileError(f"a saved graph calls {content}, which is not installed here") from error
-            return _stand_in(module, path.rpartition(".")[2])
+            return _stub(module, path.rpartition(".")[2])
         return owner
 
 
-def _stand_in(module: str, name: str) -> Callable[..., Any]:
+def _stub(module: str, name: str) -> Callable[..., Any]:
     """Return a function that has the name of one that is not installed here."""
 
     def missing(*_: Any, **__: Any) -> Any:

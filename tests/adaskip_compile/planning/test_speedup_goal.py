@@ -20,7 +20,7 @@ from adaskip_compile.planning.planner import plan
 from adaskip_compile.planning.policies import keeps_enough
 from adaskip_compile.planning.policy_names import POLICIES
 from adaskip_compile.planning.predicted_times import predict_times
-from adaskip_compile.planning.replacement_costs import stand_in_cost
+from adaskip_compile.planning.replacement_costs import replacement_cost
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.speedup_goal import Choice, reach_speedup
 from adaskip_compile.profiling.profiles import JointStep, LayerProfile, Profile
@@ -229,28 +229,28 @@ def test_what_others_read_the_values_of_stays() -> None:
 
 
 @pytest.mark.parametrize("timer", [Roofline(1e9, 1e9), TIMES])
-def test_a_stand_in_dearer_than_the_sublayer_is_never_chosen(timer: Roofline | Measured) -> None:
+def test_a_replacement_dearer_than_the_sublayer_is_never_chosen(timer: Roofline | Measured) -> None:
     given_profile = replace(SIMILAR, costs=COSTS)
     without = reach_speedup(given_profile, 1.2, 1000, times=timer)
-    scales = {one: stand_in_cost("scale", 64) for one in PATHS}
+    scales = {one: replacement_cost("scale", 64) for one in PATHS}
     dear = Cost(flops=10_000 * Q, weight_bytes=sympy.Integer(10**9))
     path = next(iter(sorted(without.prefill)))
-    found = reach_speedup(given_profile, 1.2, 1000, times=timer, stand_ins=scales | {path: dear})
+    found = reach_speedup(given_profile, 1.2, 1000, times=timer, replacements=scales | {path: dear})
     assert path in without.prefill
     assert path not in found.prefill | found.decode
-    free = reach_speedup(given_profile, 1.2, 1000, times=timer, stand_ins=scales)
+    free = reach_speedup(given_profile, 1.2, 1000, times=timer, replacements=scales)
     assert free == without
 
 
-def test_stand_ins_take_time_off_what_is_saved() -> None:
+def test_replacements_take_time_off_what_is_saved() -> None:
     given_profile = replace(SIMILAR, costs=COSTS)
     timer = Roofline(1e9, 1e9)
     plain = predict_times(given_profile, 1000, timer).saved["prefill"][PATHS[1]]
-    cost = stand_in_cost("affine", 8)
+    cost = replacement_cost("affine", 8)
     less = predict_times(given_profile, 1000, timer, {PATHS[1]: cost}).saved["prefill"][PATHS[1]]
     assert plain - less == pytest.approx(2 * 64 * 1000 / 1e9)
     with pytest.raises(OptionError, match=r"^compensation='best': takes one of none, scale, channel, low_rank, affine"):
-        stand_in_cost("best", 8)
+        replacement_cost("best", 8)
 
 
 def test_times_of_another_model_are_refused(tmp_path: Path) -> None:
