@@ -32,6 +32,7 @@ def test_deepest_layers_go_first() -> None:
     assert deepest(layers, 1, 2) == ("2.attn", "2.ffn", "1.ffn")
 
 
+@pytest.mark.newest("before, how a mask is made is captured, and counts")
 def test_arithmetic_is_that_of_the_rows_that_are_computed() -> None:
     """Counted by hand for the tiny Llama: products of 12 tokens in layer 0, of layer 1 keys and values alone, and the logits."""
     prefill, _ = capture_phases(tiny("llama"))

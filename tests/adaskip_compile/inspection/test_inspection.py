@@ -52,6 +52,7 @@ def test_the_window_of_a_sliding_attention_is_told_from_full_attention():
     assert full.at(t=1000).flops < full.at(t=5000).flops
 
 
+@pytest.mark.newest("before, how a mask is made is captured, and the window stays a mask")
 def test_a_sliding_attention_of_a_prompt_on_the_cpu_costs_its_window():
     prefill = capture_phases(tiny("gemma3_text", sliding_window=16))[0]
     sliding, full = (find_costs(prefill.gm, prefill.stream)[ATTENTION.format(layer)] for layer in range(2))

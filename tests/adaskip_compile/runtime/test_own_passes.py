@@ -164,7 +164,7 @@ def test_a_broken_one_is_named_with_its_folder(tmp_path: Path):
     [folder] = tmp_path.iterdir()
     assert folder.name in str(caught.value)
     assert (folder / "03-halve-ffns.diff").read_text().count("torch.mul") == 2
-    assert "flatten" in (folder / "2-lose-shape.txt").read_text()
+    assert "flatten" in (folder / "04-lose-shape.txt").read_text()
 
 
 def test_a_graph_that_runs_unskipped_says_that_they_are_left_out():

@@ -258,7 +258,10 @@ REFUSED: dict[Any, str] = {
 }
 
 
-@pytest.mark.parametrize("branch", REFUSED)
+OTHER_NAME = pytest.mark.newest("before, Dynamo captures == as a method, at which the analysis stops first")
+
+
+@pytest.mark.parametrize("branch", [pytest.param(one, marks=OTHER_NAME) if one is capacity else one for one in REFUSED])
 def test_what_mixes_tokens_is_computed_whole_and_told(branch: Branch) -> None:
     x = torch.randn(2, 11, WIDTH)
     gm, stream = one_sublayer(branch, x, False)
