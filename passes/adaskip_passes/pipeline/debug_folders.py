@@ -11,6 +11,7 @@ Where a pass fails, its broken graph is there too, and the error says where.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import re
@@ -40,12 +41,13 @@ from pathlib import Path
 from adaskip_passes.pipeline.rerun import rerun
 {imports}
 
-PASSES = [
-{passes}
+# Each pipeline begins with a copy of what the one before it has left.
+PIPELINES = [
+{pipelines}
 ]
 
 if __name__ == "__main__":
-    raise SystemExit(rerun(Path(__file__).with_name("graph.json"), PASSES, ({known})))
+    raise SystemExit(rerun(Path(__file__).with_name("graph.json"), PIPELINES, ({known})))
 '''
 
 
@@ -61,12 +63,16 @@ class Step:
 
 @dataclass(frozen=True)
 class GraphLog:
-    """What has been done to one captured graph, to be written into folders of ``root`` that are named after ``title``."""
+    """What has been done to one captured graph, to be written into folders of ``root`` that are named after ``title``.
+
+    ``before`` are the pipelines that it has been through, and ``steps`` the passes of the one that runs.
+    """
 
     root: Path
     title: str
     text: str
     source: str = field(repr=False)
+    before: tuple[tuple[Step, ...], ...] = ()
     steps: list[Step] = field(default_factory=list)
 
     @classmethod
@@ -76,8 +82,8 @@ class GraphLog:
         return cls(Path(debug_dir).expanduser(), title, print_graph(gm), source)
 
     def opened(self) -> GraphLog:
-        """Return a copy to go on with."""
-        return GraphLog(self.root, self.title, self.text, self.source, list(self.steps))
+        """Return a copy, to go on with another pipeline."""
+        return GraphLog(self.root, self.title, self.text, self.source, self._pipelines())
 
     def after(self, item: Pass, gm: fx.GraphModule, result: PassResult) -> None:
         """Note the graph after a pass."""
@@ -104,18 +110,22 @@ class GraphLog:
             raise FileError(f"debug_dir={self.root}: cannot be written ({error.strerror or error})") from error
         return folder
 
-    def _passes(self, rest: Sequence[Pass]) -> list[Pass]:
-        """Return the passes that were run, and those after one that failed."""
-        run = [step.item for step in self.steps]
-        failed = bool(self.steps and self.steps[-1].error)
-        return run + (list(rest[rest.index(run[-1]) + 1 :]) if failed and run[-1] in rest else [])
+    def _pipelines(self) -> tuple[tuple[Step, ...], ...]:
+        return (*self.before, tuple(self.steps)) if self.steps else self.before
+
+    def _passes(self, rest: Sequence[Pass]) -> list[list[Pass]]:
+        """Return the passes that were run, by pipeline, and those after one that failed."""
+        run = [[step.item for step in pipeline] for pipeline in self._pipelines()]
+        if rest:
+            run[-1] += rest[len(self.steps) :]
+        return run
 
     def _files(self, stream: ResidualStream) -> Iterator[tuple[str, str]]:
         yield "00-captured.txt", self.text
         yield "sublayers.txt", str(stream)
         yield "graph.json", self.source
         before, history = self.text, list[str]()
-        for number, step in enumerate(self.steps, 1):
+        for number, step in enumerate(itertools.chain(*self._pipelines()), 1):
             yield f"{number:02d}-{step.item.name}.txt", step.text
             yield f"{number:02d}-{step.item.name}.diff", diff_graphs(before, step.text)
             history.append(f"{number} {pass_text(step.item)}\n    {step.outcome}")
@@ -139,14 +149,18 @@ def _new_folder(root: Path, title: str) -> Path:
             return folder
 
 
-def _repro(folder: Path, passes: Sequence[Pass]) -> str:
-    kinds = sorted({type(item) for item in passes}, key=lambda kind: kind.__name__)
+def _repro(folder: Path, pipelines: Sequence[Sequence[Pass]]) -> str:
+    kinds = sorted({type(item) for item in itertools.chain(*pipelines)}, key=lambda kind: kind.__name__)
     imports = sorted(f"from {_module_of(kind, folder)} import {kind.__name__}" for kind in kinds)
     return _REPRO.format(
         imports="\n".join(imports),
-        passes="\n".join(f"    {pass_text(item)!r}," for item in passes),
+        pipelines="\n".join(_written(pipeline) for pipeline in pipelines),
         known="".join(f"{kind.__name__}, " for kind in kinds).rstrip(),
     )
+
+
+def _written(pipeline: Sequence[Pass]) -> str:
+    return "\n".join(["    [", *(f"        {pass_text(item)!r}," for item in pipeline), "    ],"])
 
 
 def _module_of(kind: type[Any], folder: Path) -> str:

@@ -22,13 +22,13 @@ from adaskip_passes.stream.stream import NO_STREAM
 __all__ = ["rerun"]
 
 
-def rerun(file: str | Path, passes: Sequence[str], known: Sequence[type[Any]]) -> int:
-    """Run ``passes``, given as texts, on the captured graph in ``file``, and print what each changed.
+def rerun(file: str | Path, pipelines: Sequence[Sequence[str]], known: Sequence[type[Any]]) -> int:
+    """Run ``pipelines`` of passes, given as texts, on the captured graph in ``file``, and print what each pass changed.
 
     Returns:
         0, or 1 where a pass fails or the last graph is not the one whose text lies beside ``file``.
     """
-    gm = read_graph(json.loads(Path(file).read_text("utf-8")))
+    gm, stream = read_graph(json.loads(Path(file).read_text("utf-8"))), NO_STREAM
     text = print_graph(gm)
 
     def show(item: Pass, changed: fx.GraphModule, result: PassResult) -> None:
@@ -43,7 +43,10 @@ def rerun(file: str | Path, passes: Sequence[str], known: Sequence[type[Any]]) -
         sys.stderr.write(f"{item.name} fails: {error}\n")
 
     try:
-        run_pipeline(gm, NO_STREAM, [parse_pass(one, known) for one in passes], [show], on_failure=show_failure)
+        for passes in pipelines:
+            items = [parse_pass(one, known) for one in passes]
+            result = run_pipeline(gm, stream, items, [show], on_failure=show_failure)
+            gm, stream = result.gm, result.stream
     except AdaSkipError:
         return 1
     wanted = max(Path(file).parent.glob("[0-9][0-9]-*.txt"))

@@ -40,11 +40,12 @@ class Contract:
     @classmethod
     def of(cls, gm: fx.GraphModule, stream: ResidualStream) -> Contract:
         """Read the contract off a graph."""
+        lasting, results = _writes(gm)
         return cls(
             tuple(node.name for node in gm.graph.nodes if node.op == "placeholder"),
             tuple(_type(node) for node in output_values(gm)),
-            _lasting_writes(gm) - _adds(stream),
-            _writes_of_results(gm) - _adds(stream),
+            lasting - _adds(stream),
+            results - _adds(stream),
             {name: one.path for one in stream.sublayers for node in one.writes for name, _ in _named(node)},
             ValueCheck.of(gm),
         )
@@ -111,23 +112,19 @@ def _breaches(
         yield f"writes to memory that outlives the call were lost: {', '.join(sorted(lost))}"
 
 
-def _lasting_writes(gm: fx.GraphModule) -> frozenset[str]:
-    """Return the names of the writes to what the caller passed in, those within regions too."""
-    roots = find_effects(gm).roots
-    writers = dict.fromkeys(write.node for write in find_effects(gm).writes)
-    return frozenset(
-        name for node in writers for name, target in _named(node) if roots[target].op in ("placeholder", "get_attr")
-    )
-
-
-def _writes_of_results(gm: fx.GraphModule) -> frozenset[str]:
-    """Return the names of the writes to memory of the graph's own that the caller gets back."""
+def _writes(gm: fx.GraphModule) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of the writes, those within regions too: to what the caller passed in, and to what only it gets back."""
     effects = find_effects(gm)
     returned = {effects.roots[node] for node in output_values(gm) if node is not None}
-    lasting = ("placeholder", "get_attr")
-    return frozenset(
-        write.node.name for write in effects.writes if write.root in returned and write.root.op not in lasting
-    )
+    lasting, results = set[str](), set[str]()
+    for node in dict.fromkeys(write.node for write in effects.writes):
+        for name, target in _named(node):
+            root = effects.roots[target]
+            if root.op in ("placeholder", "get_attr"):
+                lasting.add(name)
+            elif root in returned:
+                results.add(name)
+    return frozenset(lasting), frozenset(results)
 
 
 def _named(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:

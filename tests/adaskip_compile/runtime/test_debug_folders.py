@@ -136,6 +136,24 @@ def test_the_script_tells_where_the_last_graph_is_another_one(tmp_path: Path):
     assert found.stderr.startswith("the last graph is not that of 08-eliminate-dead-code.txt:\n--- before")
 
 
+def run_again(folder: Path) -> int:
+    """Run the script of a folder in this process."""
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(folder / "repro.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mixtral", "mamba"])
+def test_the_script_makes_the_very_graph_that_was_run(family: str, tmp_path: Path):
+    model = tiny(family)
+    paths = adaskip_compile.analyze(model, input_ids=tokens(length=6)).paths
+    adaskip_compile.compile(model, SkipPlan.from_scales({paths[0]: 0.9}), inner="eager", debug_dir=tmp_path)
+    model.generate(tokens(length=20), max_new_tokens=3, do_sample=False)
+    folders = sorted(tmp_path.iterdir())
+    assert {"prefill", "decode"} <= {folder.name.split("-")[2] for folder in folders}
+    assert [run_again(folder) for folder in folders] == [0] * len(folders)
+
+
 @pytest.mark.parametrize("regions", ["shared", "whole"])
 def test_what_is_lowered_is_shown_as_it_was_lowered(regions: str, tmp_path: Path):
     """The folders of the CPU's rewrites are of the very graphs that Inductor gets."""
@@ -149,9 +167,7 @@ def test_what_is_lowered_is_shown_as_it_was_lowered(regions: str, tmp_path: Path
     assert lowered
     for folder in lowered:
         assert (folder / "history.txt").read_text().count("-linear{}\n") == 2
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(folder / "repro.py"), run_name="__main__")
-        assert ended.value.code == 0
+        assert run_again(folder) == 0
     assert any(diff.read_text() for diff in tmp_path.glob("*-lowered/*.diff"))
 
 
