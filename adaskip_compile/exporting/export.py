@@ -22,11 +22,11 @@ from adaskip_compile.planning.replacement_values import replacement_values
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
 from adaskip_passes.pipeline.pipeline import Pass, run_pipeline
-from adaskip_passes.pipelines import STRAIGHTEN
+from adaskip_passes.pipelines import canonicalised
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.fold_scales import FoldScales
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 RUNNER = "generate.py"
 
@@ -145,7 +145,7 @@ def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
 def _specialise(
     model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: StaticSteps, max_length: int
 ) -> SpecialisedPhase:
-    straight = run_pipeline(phase.gm, NO_STREAM, STRAIGHTEN)
+    straight = canonicalised(phase.gm)
     result = run_pipeline(straight.gm, straight.stream, _passes(plan, straight.stream))
     maps = {path: one.tensors for path, one in plan.maps.items()}
     values = replacement_values(result.added, straight.stream, plan.scales, maps)

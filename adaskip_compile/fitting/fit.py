@@ -15,10 +15,9 @@ from adaskip_compile.profiling.profiles import Profile
 from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import OptionError
-from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.pipelines import STRAIGHTEN
+from adaskip_passes.pipelines import canonicalised
 from adaskip_passes.specialise.stream_maps import FORMS
-from adaskip_passes.stream.stream import NO_STREAM, ResidualStream, Sublayer
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
 _HELD_OUT = 4
@@ -92,7 +91,7 @@ class _StreamTap:
         self.statistics: dict[str, tuple[BranchStatistics, BranchStatistics]] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        straight = canonicalised(gm)
         stream = straight.stream
         self.streams.append(stream)
         watched = [] if stream.problems else [stream.by_path(path) for path in self.paths]

@@ -22,8 +22,8 @@ from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from adaskip_passes.ir.graph import output_values
 from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.pipelines import CANONICALISE, CUT, USE_KERNELS
-from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
+from adaskip_passes.pipelines import CANONICALISE, CUT, USE_KERNELS, canonicalised
+from adaskip_passes.stream.stream import ResidualStream
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
 _HELD_OUT = 4
@@ -166,7 +166,7 @@ class _Collector:
         self._calls: list[tuple[fx.GraphModule, ResidualStream, tuple[Any, ...]]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        canonical = run_pipeline(gm, NO_STREAM, (*CANONICALISE, *USE_KERNELS))
+        canonical = canonicalised(gm, (*CANONICALISE, *USE_KERNELS))
         self.streams.append(canonical.stream)
         wiring = None if canonical.stream.problems else run_pipeline(canonical.gm, canonical.stream, CUT)
 

@@ -24,10 +24,9 @@ from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import CaptureError, OptionError, ProfileError
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.pipelines import STRAIGHTEN
+from adaskip_passes.pipelines import canonicalised
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
-from adaskip_passes.stream.stream import NO_STREAM
 
 # Relative to the root mean square of each tensor: one rate for weights and shifts of any model.
 _RATE = 0.03
@@ -123,7 +122,7 @@ class _Pair:
         self._forward = torch.compile(forward, backend=naming(model, self._backend), dynamic=True)
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        straight = canonicalised(gm)
         stream = straight.stream
         if stream.problems:
             raise CaptureError(f"nothing to tune: {'; '.join(stream.problems)}")

@@ -11,9 +11,8 @@ from adaskip_compile.capture.graph_breaks import GraphBreaks
 from adaskip_compile.files.model_identity import unwrapped
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.pipelines import STRAIGHTEN
-from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
+from adaskip_passes.pipelines import canonicalised
+from adaskip_passes.stream.stream import ResidualStream
 
 
 def analyze(model: nn.Module, **example_inputs: Any) -> ResidualStream:
@@ -62,5 +61,5 @@ def capture_graph(model: nn.Module, **example_inputs: Any) -> tuple[fx.GraphModu
         raise CaptureError(
             f"the forward was captured in {len(runs)} pieces, and an analysis needs one graph; {breaks.first()}"
         )
-    straight = run_pipeline(graphs[0], NO_STREAM, STRAIGHTEN)
+    straight = canonicalised(graphs[0])
     return straight.gm, straight.stream

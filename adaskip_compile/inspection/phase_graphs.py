@@ -21,9 +21,8 @@ from adaskip_compile.capture.graph_breaks import GraphBreaks, why_not_captured
 from adaskip_compile.checkpoints.model_config import longest_context, text_config
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
-from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.pipelines import CANONICALISE, STRAIGHTEN
-from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
+from adaskip_passes.pipelines import CANONICALISE, STRAIGHTEN, canonicalised
+from adaskip_passes.stream.stream import ResidualStream
 
 # A prompt longer than a sliding window tells its cache from that of full attention.
 _PROMPT, _LONGEST_PROMPT = 20, 16_384
@@ -151,5 +150,5 @@ def prompt_length(model: nn.Module) -> int:
 
 def _phase_graph(gm: fx.GraphModule, on_cpu: bool) -> PhaseGraph:
     # The copy is on the CPU, whatever the model is on; elsewhere windows stay masks.
-    result = run_pipeline(gm, NO_STREAM, CANONICALISE if on_cpu else STRAIGHTEN)
+    result = canonicalised(gm, CANONICALISE if on_cpu else STRAIGHTEN)
     return PhaseGraph(result.stream.phase, result.gm, result.stream)

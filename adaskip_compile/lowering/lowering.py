@@ -23,9 +23,9 @@ from adaskip_compile.lowering.executor import Executor
 from adaskip_compile.lowering.shape_checks import AssumptionCheck
 from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.analysis.regions import Region, regions_of
-from adaskip_passes.errors import PassError, VerificationError
+from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_mode
-from adaskip_passes.pipeline.derived_graph import DerivedGraph
+from adaskip_passes.pipeline.derived_graph import DerivedGraph, is_refusal
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.pipelines import CUT, LOWER, USE_KERNELS
 from adaskip_passes.stream.stream import NO_STREAM
@@ -62,7 +62,11 @@ def start_cpu_compiler() -> None:
 
 def interpreted(gm: fx.GraphModule, _: Sequence[Any]) -> Runnable:
     """Return what runs ``gm`` operation by operation, our faster ones in place of PyTorch's: an ``inner`` that compiles nothing."""
-    return run_pipeline(gm, NO_STREAM, USE_KERNELS).gm.forward
+    try:
+        return run_pipeline(gm, NO_STREAM, USE_KERNELS).gm.forward
+    except PassError as error:
+        log.info("operations of PyTorch alone: %s", error)
+        return gm.forward
 
 
 class Lowering:
@@ -98,9 +102,9 @@ class Lowering:
             return graph
         try:
             return graph.run(CUT, recoverable=True)
-        except VerificationError:
-            raise
         except PassError as error:
+            if not is_refusal(error):
+                raise
             self.regions, self.uncut = "whole", str(error)
             return graph
 

@@ -19,9 +19,9 @@ from adaskip_compile.profiling.profiles import Profile, make_profile
 from adaskip_passes.errors import CaptureError, ProfileError
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipeline.pipeline import run_pipeline
-from adaskip_passes.pipelines import STRAIGHTEN
+from adaskip_passes.pipelines import canonicalised
 from adaskip_passes.specialise.insert_probes import InsertProbes
-from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
+from adaskip_passes.stream.stream import ResidualStream
 
 Item = TypeVar("Item")
 
@@ -36,7 +36,7 @@ class _Prober:
         self.runs = 0
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        straight = run_pipeline(gm, NO_STREAM, STRAIGHTEN)
+        straight = canonicalised(gm)
         gm, stream = straight.gm, straight.stream
         self.streams.append(stream)
         if self.costs is None and not stream.problems:

@@ -50,7 +50,7 @@ def admit(
     if problem:
         stop = graph_break(gm)
         why = f"capture broke the forward in pieces: {stop}" if stop else problem
-        return _refuse(session, gm, inputs, f"no residual stream: {why}; runs unskipped")
+        return _refuse(session, graph.gm, inputs, f"no residual stream: {why}; runs unskipped")
     if guard:
         place.guard()
     log.info("%s: captured a %s graph of %d sublayers", session.model_name, stream.phase, len(stream.sublayers))
@@ -58,7 +58,10 @@ def admit(
         if session.graphs and session.graphs[0].stream.paths != stream.paths:
             missing = sorted({*session.graphs[0].stream.paths} ^ {*stream.paths})
             return _refuse(
-                session, gm, inputs, f"a graph has other sublayers than the first one ({missing[0]}); it runs unskipped"
+                session,
+                graph.gm,
+                inputs,
+                f"a graph has other sublayers than the first one ({missing[0]}); it runs unskipped",
             )
         dispatcher = Dispatcher(session, graph)
         session.graphs.append(dispatcher)

@@ -28,7 +28,7 @@ from adaskip_compile.runtime.requests import Choice, Request
 from adaskip_compile.runtime.session import Session
 from adaskip_compile.runtime.signature import GraphSignature
 from adaskip_compile.runtime.variants import Variant, VariantCache
-from adaskip_passes.errors import LegalityError
+from adaskip_passes.errors import LegalityError, PassError
 from adaskip_passes.pipeline.derived_graph import DerivedGraph
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,11 @@ class Dispatcher:
         graph = graph.called(f"{session.model_name}-{graph.stream.phase}")
         if session.options.passes:
             graph = graph.run(session.options.passes)
+            if graph.added:
+                names = ", ".join(one.name for one in graph.added)
+                raise PassError(
+                    f"passes= have added inputs ({names}), and nobody gives the graph more than it was captured with"
+                )
         gm, stream = graph.gm, graph.stream
         self.session, self.gm, self.stream = session, gm, stream
         self.restored = restored

@@ -21,9 +21,9 @@ from adaskip_compile.lowering.lowering import Lowering, Runnable
 from adaskip_compile.lowering.shape_checks import ShapeCheck
 from adaskip_compile.options import Options
 from adaskip_passes.analysis.effects import positions_written
-from adaskip_passes.errors import PassError, VerificationError
+from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_tensor, output_values
-from adaskip_passes.pipeline.derived_graph import DerivedGraph
+from adaskip_passes.pipeline.derived_graph import DerivedGraph, is_refusal
 from adaskip_passes.pipeline.pipeline import AddedInput, PassRecord
 from adaskip_passes.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.append_in_place import GROWN
@@ -150,9 +150,9 @@ class VariantCache:
         passes = skip_passes(skipped, probed, maps)
         try:
             result = self.prepared[key].run(passes, recoverable=True)
-        except VerificationError:
-            raise
-        except PassError:
+        except PassError as error:
+            if not is_refusal(error):
+                raise
             # A region cannot go that still gives a skipped cache entry its shape; a part of it can.
             result = graph.run(passes)
             lowering = Lowering(lowering.inner, "whole", self._note)

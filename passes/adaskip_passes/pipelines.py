@@ -10,15 +10,20 @@ runs them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import fx
+
 from adaskip_passes.canonicalise.simplify_masks import SimplifyMasks
 from adaskip_passes.canonicalise.straighten_stream import StraightenStream
+from adaskip_passes.errors import PassError
 from adaskip_passes.lower.decompose_one_query_attention import DecomposeOneQueryAttention
 from adaskip_passes.lower.decompose_one_row_linear import DecomposeOneRowLinear
 from adaskip_passes.lower.fold_rows import FoldRows
 from adaskip_passes.lower.pin_layout import PinLayout
 from adaskip_passes.lower.use_banded_attention import UseBandedAttention
 from adaskip_passes.lower.use_many_row_linear import UseManyRowLinear
-from adaskip_passes.pipeline.pipeline import Pass
+from adaskip_passes.pipeline.pipeline import Pass, PipelineResult, run_pipeline
 from adaskip_passes.specialise.append_in_place import AppendInPlace
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
@@ -27,6 +32,7 @@ from adaskip_passes.specialise.narrow_rows import NarrowRows
 from adaskip_passes.specialise.outline_regions import OutlineRegions
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
+from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
 
 # The stream alone: where the graph is to stay near what it was, or masks have been seen to already.
 STRAIGHTEN: tuple[Pass, ...] = (StraightenStream(),)
@@ -54,6 +60,14 @@ LOWER: tuple[Pass, ...] = (
     FoldRows(),  # after: what the others have taken needs no folding
     PinLayout(),  # last: of outputs as they come to be
 )
+
+
+def canonicalised(gm: fx.GraphModule, passes: Sequence[Pass] = STRAIGHTEN) -> PipelineResult:
+    """Return a copy of a captured graph with the residual stream found in it; where it cannot be verified, the problem with it."""
+    try:
+        return run_pipeline(gm, NO_STREAM, passes)
+    except PassError as error:
+        return PipelineResult(gm, ResidualStream((), (str(error),)), ())
 
 
 def row_passes(body: SkipBodyRows | None = None) -> tuple[Pass, ...]:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaskip_passes.analysis.effects import CLOSING, OPENING, written_inputs
 from adaskip_passes.analysis.regions import Region
-from adaskip_passes.ir.graph import fake_mode, fake_value, op_name, output_values, size_expression, size_hint
+from adaskip_passes.ir.graph import fake_mode, fake_value, known_size, op_name, output_values, size_expression
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -87,7 +87,8 @@ class _Check:
         """Tell whether ``node`` is new, or has or reads a value of another kind than before."""
         before = self._before.get(node)
         if before is None:
-            return True
+            # What has only been copied is what it was.
+            return not self._copied(node) or not self._changed.isdisjoint(node.all_input_nodes)
         value = fake_value(node)
         if value is not before.value and self._text(value) != self._text(before.value):
             self._changed.add(node)
@@ -100,17 +101,18 @@ class _Check:
 
     def _outlined(self, region: Region) -> bool:
         """Tell whether ``region`` consists of what was there before and has been moved into it."""
-        return all(
-            (known := self._by_name.get(node.name)) is not None
-            and known.value is fake_value(node)
-            and (node.op == "placeholder" or (known.target is node.target and _reads(known) == _reads(node)))
-            for node in region.gm.graph.nodes
-            if node.op != "output"
-        )
+        return all(self._copied(node) for node in region.gm.graph.nodes if node.op != "output")
+
+    def _copied(self, node: fx.Node) -> bool:
+        """Tell whether there was a node of this name that did the same; of an input, one that had its value."""
+        known = self._by_name.get(node.name)
+        if known is None or known.value is not fake_value(node):
+            return False
+        return node.op == "placeholder" or (known.target is node.target and _call_text(known) == _call_text(node))
 
     def _misfit(self, node: fx.Node, region: Region) -> Iterator[str]:
         """Yield what is wrong with the call ``node`` of a region: its values have the names that they had."""
-        if _reads(node) != [one.name for one in region.gm.graph.find_nodes(op="placeholder")]:
+        if [one.name for one in node.args] != [one.name for one in region.gm.graph.find_nodes(op="placeholder")]:  # type: ignore[union-attr]
             yield f"node {node.name} gives {region.__name__} other inputs than it takes"
         made = [None if one is None else one.name for one in output_values(region.gm)]
         if any(made[int(item.args[1])] != item.name for item in node.users):  # type: ignore[arg-type]
@@ -154,11 +156,9 @@ class _Check:
             yield f"node {node.name} computes {found}, and its fake value says {said}"
 
 
-def _reads(node: fx.Node | _Before) -> list[str]:
-    """Return the names of what a node reads or has read, in order."""
-    names: list[str] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda source: names.append(source.name))  # type: ignore[arg-type]
-    return names
+def _call_text(node: fx.Node | _Before) -> str:
+    """Return the arguments of a node as a text, other nodes by their names."""
+    return repr(fx.node.map_arg((node.args, node.kwargs), lambda source: _Kind(source.name)))  # type: ignore[arg-type]
 
 
 def _learning_nothing(mode: FakeTensorMode) -> AbstractContextManager[Any]:
@@ -200,15 +200,10 @@ def _exact(value: Any) -> Any:
 def _hints(value: Any) -> Any:
     """Return dtype, sizes and device by what they were at capture: an entry of a cache may have got another layer's symbol."""
     if isinstance(value, torch.Tensor):
-        return (value.dtype, tuple(map(_hint, value.shape)), value.device)
+        return (value.dtype, tuple(map(known_size, value.shape)), value.device)
     if isinstance(value, (tuple, list)):
         return tuple(map(_hints, value))
-    return _hint(value) if isinstance(value, (int, torch.SymInt)) else type(value).__name__
-
-
-def _hint(size: Any) -> Any:
-    known = isinstance(size, int) or size.node.has_hint()
-    return size_hint(size) if known else str(size)
+    return known_size(value) if isinstance(value, (int, torch.SymInt)) else type(value).__name__
 
 
 def _shown(kind: Any) -> str:

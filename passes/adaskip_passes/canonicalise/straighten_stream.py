@@ -1,6 +1,6 @@
 """Bring a captured graph into the form that the analyses and passes read best. No value changes but by rounding.
 
-Three rewrites, all on the caller's own copy of the graph and before any analysis of it:
+Three rewrites, before anything is read of the stream:
 
 * Parallel branches are added one after the other, each onto the stream so far, so that every sublayer
   has a value of the stream before it and one after it::

@@ -146,6 +146,11 @@ def size_expression(size: Any) -> sympy.Expr:
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
+def known_size(size: Any) -> Any:
+    """Return what a plain or symbolic size was when the graph was captured; of one known only at run time, its text."""
+    return size_hint(size) if isinstance(size, int) or size.node.has_hint() else str(size)
+
+
 def size_hint(size: Any) -> int:
     """Return what a plain or symbolic size was when the graph was captured."""
     return size if isinstance(size, int) else int(size.node.hint)

@@ -36,12 +36,13 @@ class DecomposeOneQueryAttention:
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Rewrite ``gm`` in place."""
         found = [(node, given) for node in gm.graph.nodes if (given := _one_query(node)) is not None]
+        replaced: dict[fx.Node, fx.Node] = {}
         for node, given in found:
             with gm.graph.inserting_before(node):
-                result = _spelled_out(gm.graph, node, given)
-            node.replace_all_uses_with(result)
+                replaced[node] = _spelled_out(gm.graph, node, given)
+            node.replace_all_uses_with(replaced[node])
             gm.graph.erase_node(node)
-        return PassResult(stream, bool(found), len(found))
+        return PassResult(stream.mapped(lambda node: replaced.get(node, node)), bool(found), len(found))
 
 
 def _one_query(node: fx.Node) -> dict[str, Any] | None:

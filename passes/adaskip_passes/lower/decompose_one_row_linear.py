@@ -39,12 +39,13 @@ class DecomposeOneRowLinear:
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Rewrite ``gm`` in place."""
         found = [node for node in gm.graph.nodes if _is_one_row_linear(node)]
+        replaced: dict[fx.Node, fx.Node] = {}
         for node in found:
             with gm.graph.inserting_before(node):
-                product = _spelled_out(gm.graph, *_operands(node))
-            node.replace_all_uses_with(product)
+                replaced[node] = _spelled_out(gm.graph, *_operands(node))
+            node.replace_all_uses_with(replaced[node])
             gm.graph.erase_node(node)
-        return PassResult(stream, bool(found), len(found))
+        return PassResult(stream.mapped(lambda node: replaced.get(node, node)), bool(found), len(found))
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:

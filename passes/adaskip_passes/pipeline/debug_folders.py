@@ -115,10 +115,9 @@ class GraphLog:
 
     def _passes(self, rest: Sequence[Pass]) -> list[list[Pass]]:
         """Return the passes that were run, by pipeline, and those after one that failed."""
-        run = [[step.item for step in pipeline] for pipeline in self._pipelines()]
-        if rest:
-            run[-1] += rest[len(self.steps) :]
-        return run
+        run = [[step.item for step in pipeline] for pipeline in self.before]
+        current = [*(step.item for step in self.steps), *rest[len(self.steps) :]]
+        return [*run, current] if current else run
 
     def _files(self, stream: ResidualStream) -> Iterator[tuple[str, str]]:
         yield "00-captured.txt", self.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,13 @@ from adaskip_passes.errors import AdaSkipError, VerificationError
 from adaskip_passes.pipeline.debug_folders import GraphLog
 from adaskip_passes.pipeline.pipeline import AddedInput, Pass, PassRecord, run_pipeline
 from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
+
+logger = logging.getLogger(__name__)
+
+
+def is_refusal(error: AdaSkipError) -> bool:
+    """Tell whether a pass itself has said that it cannot do what it is told: it neither crashed nor broke the graph."""
+    return not isinstance(error, VerificationError) and error.__cause__ is None
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,13 @@ class DerivedGraph:
     @classmethod
     def captured(cls, gm: fx.GraphModule, debug_dir: Any = None, title: str = "graph") -> DerivedGraph:
         """Return the beginning: ``gm``, to be shown in ``debug_dir``, where there is one, as ``title``."""
-        return cls(gm, log=None if debug_dir is None else GraphLog.captured(gm, debug_dir, title))
+        if debug_dir is None:
+            return cls(gm)
+        try:
+            return cls(gm, log=GraphLog.captured(gm, debug_dir, title))
+        except (TypeError, ValueError, NotImplementedError) as error:  # a value that no file can hold
+            logger.warning("%s has no debug folder: %s", title, error)
+            return cls(gm)
 
     def run(self, passes: Sequence[Pass], *, recoverable: bool = False) -> DerivedGraph:
         """Return what ``passes`` make of it, on a copy.
@@ -51,7 +65,7 @@ class DerivedGraph:
                 self.gm, self.stream, passes, instruments, on_failure=None if log is None else log.failed
             )
         except AdaSkipError as error:
-            if log is None or (recoverable and not isinstance(error, VerificationError)):
+            if log is None or (recoverable and is_refusal(error)):
                 raise
             script = log.write("failed", self.stream, passes) / "repro.py"
             raise type(error)(f"{error}; to see it alone: python {script}") from error

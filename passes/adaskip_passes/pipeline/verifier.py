@@ -3,7 +3,7 @@
 A graph lints, its names are unique, every value has a fake value, which is what its node computes,
 its inputs are those it was captured with (a pass may append some, and tells of them), its outputs keep their shapes
 and dtypes (a pass may append one), and no write to memory that outlives the call is lost, except
-those of skipped sublayers. Every node that the residual stream names is in the graph.
+those of skipped sublayers; one to memory that only the outputs name may become a value. Every node that the residual stream names is in the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adaskip_passes.analysis.effects import OPENING, find_effects, written_input
 from adaskip_passes.analysis.regions import Region, regions_of
 from adaskip_passes.analysis.touched_values import ValueCheck
 from adaskip_passes.errors import VerificationError
-from adaskip_passes.ir.graph import fake_tensor, op_name, output_values, size_hint
+from adaskip_passes.ir.graph import fake_tensor, known_size, op_name, output_values
 from adaskip_passes.stream.stream import ResidualStream
 
 
@@ -61,10 +61,12 @@ def verify(
     """
     for problem in _own_problems(gm):
         raise VerificationError(f"after {after}: {problem}")
-    offered = Contract.of(gm, stream)
-    broken = (
-        () if contract is None else (*_breaches(gm, contract, offered, stream, added), *contract.values.problems(gm))
-    )
+    try:
+        offered = Contract.of(gm, stream)
+        broken = [] if contract is None else [*_breaches(gm, contract, offered, stream, added)]
+        broken += [] if contract is None else contract.values.problems(gm)
+    except Exception as error:  # whatever an analysis trips over in a graph of a kind that it does not know
+        raise VerificationError(f"after {after}: cannot be verified: {type(error).__name__}: {error}") from error
     for problem in (*broken, *_erased(gm, stream)):
         raise VerificationError(f"after {after}: {problem}")
     return offered
@@ -106,7 +108,8 @@ def _breaches(
     if not 0 <= now - before <= 1:
         yield f"there were {before} outputs and are now {now}; a pass may append one"
     lost = contract.writes - offered.writes - _adds(stream)
-    lost |= contract.results - offered.results - _adds(stream) - _names(gm)
+    results = contract.results - offered.results - _adds(stream)
+    lost |= results - _values(gm) if results else results
     lost = {name for name in lost if contract.owners.get(name) not in stream.skipped}
     if lost:
         yield f"writes to memory that outlives the call were lost: {', '.join(sorted(lost))}"
@@ -139,10 +142,10 @@ def _named(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
             yield write.node.name, given[write.root]  # type: ignore[misc]
 
 
-def _names(gm: fx.GraphModule) -> frozenset[str]:
-    """Return the names of all nodes, those within regions too."""
+def _values(gm: fx.GraphModule) -> frozenset[str]:
+    """Return the names of nodes that are values of their own: that write nothing, or write within a region that gives them out."""
     inner = (node for region in regions_of(gm) for node in region.gm.graph.nodes)
-    return frozenset(node.name for node in (*gm.graph.nodes, *inner))
+    return frozenset(node.name for node in (*(one for one in gm.graph.nodes if not [*written_inputs(one)]), *inner))
 
 
 def _adds(stream: ResidualStream) -> frozenset[str]:
@@ -155,4 +158,4 @@ def _type(node: fx.Node | None) -> str:
     if not isinstance(value, torch.Tensor):
         return "constant"
     # By the sizes at capture: a skipped sublayer's cache output may have got another layer's symbol.
-    return f"{value.dtype} {tuple(map(size_hint, value.shape))} on {value.device}"
+    return f"{value.dtype} {tuple(map(known_size, value.shape))} on {value.device}"

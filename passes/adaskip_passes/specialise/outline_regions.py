@@ -200,6 +200,7 @@ def _extracted(
         images[node].meta = dict(node.meta)
     for node in nodes:
         images[node] = graph.node_copy(node, images.__getitem__)
-        images[node].name = node.name
+    for node, image in images.items():
+        image.name = node.name  # of an input too: left to itself, a graph calls X x
     graph.output(tuple(images[node] for node in outputs))
     return graph_module(source, graph)

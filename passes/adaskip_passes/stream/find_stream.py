@@ -26,7 +26,7 @@ def find_residual_stream(gm: fx.GraphModule) -> ResidualStream:
     """Find the residual stream of ``gm``. Never mutates it, and never raises for want of a stream.
 
     Where there is none, ``problems`` says why and ``sublayers`` is empty. Parallel branches are
-    sublayers of their own in a graph that :func:`straighten_stream` has gone over; otherwise the tree
+    sublayers of their own in a graph that :class:`~adaskip_passes.canonicalise.straighten_stream.StraightenStream` has gone over; otherwise the tree
     that joins them is one sublayer.
     """
     dependence = Dependence(gm, find_effects(gm))

@@ -124,7 +124,7 @@ class ResidualStream:
     def __str__(self) -> str:
         if self.problems:
             return "no residual stream: " + "; ".join(self.problems)
-        width = max(map(len, self.paths), default=0)
+        width = max(map(len, self.paths))
         return "\n".join(
             f"{sublayer.index:>4}  {sublayer.path:<{width}}  {sublayer.kind:<9}  "
             f"{'stateful' if sublayer.stateful else 'stateless'}"
@@ -133,4 +133,4 @@ class ResidualStream:
 
 
 # Of a graph in which none has been looked for: of a region, or of one just captured.
-NO_STREAM = ResidualStream(())
+NO_STREAM = ResidualStream((), ("none has been looked for",))

@@ -15,6 +15,7 @@ import adaskip_compile
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime import variants
 from adaskip_passes.errors import FileError, PassError, VerificationError
+from adaskip_passes.pipeline import verifier
 from tests.models import plain, tiny, tokens
 
 ROOT = Path(__file__).parents[3]
@@ -252,3 +253,22 @@ def test_the_script_knows_a_graph_that_lies_below_a_prefix(tmp_path: Path):
     done = repro(folder)
     assert done.returncode == 0, done.stderr
     assert "skip-sublayers: modified, matched 1" in done.stdout
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_a_graph_that_cannot_be_verified_runs_unskipped_and_says_why(
+    debug: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(gm: torch.fx.GraphModule):
+        raise KeyError("strange")
+
+    model, ids = tiny("llama"), tokens(length=6)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        adaskip_compile.compile(model, inner="eager", debug_dir=tmp_path if debug else None)
+        with monkeypatch.context() as patched:
+            patched.setattr(verifier, "find_effects", broken)
+            found = model(ids).logits
+    torch.testing.assert_close(found, wanted)
+    assert "it has no canonical form: after capture: cannot be verified: KeyError" in str(adaskip_compile.report(model))
+    assert len(list(tmp_path.iterdir())) == debug

@@ -14,8 +14,8 @@ from torch import fx, nn
 import adaskip_compile
 from adaskip_compile import OptionError, SkipPlan
 from adaskip_compile.runtime.session import sessions_of
-from adaskip_passes.ir.graph import call
-from adaskip_passes.pipeline.pipeline import PassResult, run_pipeline
+from adaskip_passes.ir.graph import add_placeholder, call
+from adaskip_passes.pipeline.pipeline import AddedInput, PassResult, run_pipeline
 from adaskip_passes.stream.find_stream import find_residual_stream
 from adaskip_passes.stream.stream import ResidualStream
 from tests.doors import compiled_by
@@ -211,3 +211,18 @@ def test_any_backend_compiles_the_regions(inner: str):
     adaskip_compile.compile(model := tiny("llama", num_hidden_layers=3), plan, inner=own)
     assert_close(logits(model, model), expected)
     assert compiled
+
+
+def test_inputs_that_nobody_gives_are_refused():
+    @dataclass(frozen=True)
+    class AddInput:
+        name: ClassVar[str] = "add-input"
+
+        def apply(self, gm, stream):
+            add_placeholder(gm.graph, "mine", torch.ones(2))
+            return PassResult(stream, True, 1, (AddedInput("mine", "mine"),))
+
+    model = tiny("llama")
+    adaskip_compile.compile(model, inner="eager", passes=[AddInput()])
+    with pytest.raises(Exception, match=r"passes= have added inputs \(mine\)"):
+        logits(model, model)

@@ -71,6 +71,7 @@ def test_what_names_and_compiled_code_are_is_no_change():
 def test_a_copy_has_analyses_of_its_own():
     gm = traced()
     known = find_effects(gm)
+    assert find_effects(gm) is known
     copied, images = copy_graph(gm)
     assert find_effects(copied).roots == {images[node]: images[root] for node, root in known.roots.items()}
 

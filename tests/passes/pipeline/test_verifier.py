@@ -1,5 +1,6 @@
+import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -7,11 +8,14 @@ import torch
 from adaskip_passes.analysis import touched_values
 from adaskip_passes.analysis.regions import Region, regions_of
 from adaskip_passes.errors import VerificationError
-from adaskip_passes.ir.graph import call, op_name
-from adaskip_passes.pipeline.pipeline import PassResult, run_pipeline
+from adaskip_passes.ir.graph import add_placeholder, call, copy_graph, fake_mode, op_name, tensor_of
+from adaskip_passes.pipeline import verifier
+from adaskip_passes.pipeline.pipeline import AddedInput, PassResult, run_pipeline
+from adaskip_passes.pipelines import LOWER, canonicalised
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.outline_regions import OutlineRegions
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
+from adaskip_passes.stream.find_stream import find_residual_stream
 from adaskip_passes.stream.stream import NO_STREAM
 from tests.captures import first_graph, shared_captures, stream_of
 
@@ -213,8 +217,6 @@ def test_a_lost_write_to_a_cache_that_the_graph_itself_makes_is_noticed(first_pr
 
 
 def test_a_graph_that_came_broken_is_no_pass_s_fault(decode):
-    from adaskip_passes.ir.graph import copy_graph
-
     gm, images = copy_graph(decode.gm)
     forget_fake_value(gm.graph)
     with pytest.raises(VerificationError, match="after capture: node"):
@@ -236,8 +238,7 @@ def test_what_opens_a_scope_needs_no_value(decode):
     assert "_enter_autocast" in {op_name(node) for node in result.gm.graph.nodes if node.op == "call_function"}
 
 
-def call_another_region(gm):
-    """Swap two inputs of the first region that has two."""
+def swap_inputs_of_a_region(gm):
     node = next(node for node in gm.graph.nodes if isinstance(node.target, Region) and len(node.args) > 1)
     first, second, *rest = node.args
     node.args = (second, first, *rest)
@@ -255,7 +256,7 @@ def lose_a_write_inside(gm):
 
 
 INSIDE = {
-    call_another_region: r"node region_\d+ gives region_\d+ other inputs than it takes",
+    swap_inputs_of_a_region: r"node region_\d+ gives region_\d+ other inputs than it takes",
     take_another_result: r"node region_\d+ takes other results from region_\d+ than it makes",
     lose_a_write_inside: r"writes to memory that outlives the call were lost: index_copy_",
 }
@@ -284,6 +285,76 @@ def test_what_is_cut_right_is_not_computed_again(decode, monkeypatch):
     assert not any(isinstance(node.target, Region) for node in computed)
 
 
+def test_a_region_in_which_something_was_changed_is_computed(decode, monkeypatch):
+    @dataclass(frozen=True)
+    class CutAndChange:
+        name: ClassVar[str] = "cut-and-change"
+
+        def apply(self, gm, stream):
+            result = OutlineRegions().apply(gm, stream)
+            nodes = [node for region in regions_of(gm) for node in region.gm.graph.nodes]
+            epsilon = next(node for node in nodes if op_name(node) == "add" and isinstance(node.args[1], float))
+            epsilon.args = (epsilon.args[0], 3.0)
+            return result
+
+    computed = []
+    real = touched_values._evaluated
+    monkeypatch.setattr(touched_values, "_evaluated", lambda node: (computed.append(node), real(node))[1])
+    run_pipeline(decode.gm, stream_of(decode.gm), (CutAndChange(),))
+    assert sum(isinstance(node.target, Region) for node in computed) == 1
+
+
+def test_numbers_that_are_read_out_of_tensors_may_be_named_anew(decode):
+    """Fake mode gives ``x.item()`` another symbol each time: what the wiring keeps of it is a copy, and not computed."""
+    graph, images = copy_graph(decode.gm)
+    stream = stream_of(decode.gm).mapped(images.__getitem__)
+    tokens = next(node for node in graph.graph.find_nodes(op="placeholder") if not tensor_of(node).is_floating_point())
+    mode: Any = fake_mode(graph.graph)
+    mode.shape_env._allow_scalar_outputs = True
+    with graph.graph.inserting_after(tokens):
+        first = call(graph.graph, "max", tokens)
+    with graph.graph.inserting_after(first):
+        number = call(graph.graph, "item", first)
+    with graph.graph.inserting_after(number):
+        graph.graph.call_function(torch._check, (number,))
+    mode.epoch += 1
+    run_pipeline(graph, stream, (OutlineRegions(),))
+
+
+def test_sizes_that_are_known_only_at_run_time_are_compared_by_name():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        gm = first_graph(lambda x: (torch.nonzero(x), x + 1), torch.ones(3))
+    assert canonicalised(gm).stream.problems == find_residual_stream(gm).problems
+
+
+def test_what_cannot_be_verified_is_a_problem_and_no_crash(decode, monkeypatch):
+    monkeypatch.setattr(verifier, "find_effects", lambda gm: {}["nothing"])
+    with pytest.raises(VerificationError, match="after capture: cannot be verified: KeyError: 'nothing'"):
+        run_pipeline(decode.gm, NO_STREAM, ())
+    assert "cannot be verified" in canonicalised(decode.gm).stream.problems[0]
+
+
+@pytest.mark.parametrize("told", [(), ("another",), ("extra", "another")])
+def test_a_pass_tells_of_the_inputs_that_it_adds(decode, told):
+    @dataclass(frozen=True)
+    class AddInput:
+        name: ClassVar[str] = "add-input"
+
+        def apply(self, gm, stream):
+            add_placeholder(gm.graph, "extra", torch.ones(2))
+            return PassResult(stream, True, 1, tuple(AddedInput(name, "mine") for name in told))
+
+    told_of = re.escape(", ".join(told) or "none")
+    with pytest.raises(VerificationError, match=f"the pass tells of the inputs {told_of} .* and these are new: extra"):
+        run_pipeline(decode.gm, stream_of(decode.gm), (AddInput(),))
+
+
+def test_what_is_lowered_as_a_whole_keeps_its_stream(decode):
+    result = run_pipeline(decode.gm, stream_of(decode.gm), LOWER)
+    assert result.stream.paths == stream_of(decode.gm).paths
+    assert result.history[0].matched > 0
+
+
 def test_a_write_to_what_only_the_outputs_name_may_become_a_value():
     """``x.mul_(2)`` and ``x * 2`` return the same; without either the output is another one."""
     gm = first_graph(lambda x: (x + 1).mul_(2), torch.ones(3))
@@ -305,3 +376,19 @@ def test_a_write_to_what_only_the_outputs_name_may_become_a_value():
     assert run_pipeline(gm, NO_STREAM, (Replace("mul"),)).history[0].modified
     with pytest.raises(VerificationError, match=r"after replace\{.*were lost: mul_"):
         run_pipeline(gm, NO_STREAM, (Replace(),))
+
+
+def test_a_write_that_is_there_still_and_returned_no_more_is_lost():
+    gm = first_graph(lambda x: (x + 1).clone().mul_(2), torch.ones(3))
+
+    @dataclass(frozen=True)
+    class ReturnEarlier:
+        name: ClassVar[str] = "return-earlier"
+
+        def apply(self, gm, stream):
+            clone = next(node for node in gm.graph.nodes if op_name(node) == "clone")
+            gm.graph.output_node().args = ((clone.args[0],),)
+            return PassResult(stream, True, 1)
+
+    with pytest.raises(VerificationError, match="were lost: mul_"):
+        run_pipeline(gm, NO_STREAM, (ReturnEarlier(),))

@@ -7,7 +7,7 @@ from torch import fx
 from adaskip_passes.analysis.regions import Region, region_key, regions_of
 from adaskip_passes.canonicalise.straighten_stream import StraightenStream
 from adaskip_passes.errors import PassError
-from adaskip_passes.ir.graph import fake_value
+from adaskip_passes.ir.graph import copy_graph, fake_value
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
@@ -245,3 +245,15 @@ def test_a_graph_that_calls_graphs_is_not_cut():
     gm = next(gm for gm in graphs if "flex_attention" in print_graph(gm))
     with pytest.raises(PassError, match="is no value that a region could be given"):
         run_pipeline(gm, find_residual_stream(gm), (OutlineRegions(),))
+
+
+def test_nodes_of_a_region_have_the_names_that_they_had():
+    """An input ``X`` and a node ``x`` are two: left to itself, a graph calls both ``x``."""
+    captured = shared_captures("llama")[1]
+    gm, images = copy_graph(captured.gm)
+    stream = stream_of(captured.gm).mapped(images.__getitem__)
+    sublayer = stream.sublayers[2]
+    sublayer.stream_in.name, sublayer.nodes[1].name = "X", "x"
+    for region in regions_of(run_pipeline(gm, stream, (OutlineRegions(),)).gm):
+        region.gm.graph.lint()
+        assert {node.name for node in region.gm.graph.nodes} - {"output"} <= {node.name for node in gm.graph.nodes}
