@@ -28,9 +28,9 @@ def kept_on_graph(analysis: Callable[[fx.GraphModule], Result]) -> Callable[[fx.
 
     @functools.wraps(analysis)
     def kept(gm: fx.GraphModule) -> Result:
-        now = _structure(gm.graph)
+        now = structure(gm.graph)
         known: tuple[list[Any], dict[Any, Result]] | None = getattr(gm.graph, _ATTRIBUTE, None)
-        if known is None or len(known[0]) != len(now) or not all(map(operator.is_, known[0], now)):
+        if known is None or not same_structure(known[0], now):
             known = now, dict[Any, Result]()
             setattr(gm.graph, _ATTRIBUTE, known)
         _, results = known
@@ -41,6 +41,11 @@ def kept_on_graph(analysis: Callable[[fx.GraphModule], Result]) -> Callable[[fx.
     return kept
 
 
-def _structure(graph: fx.Graph) -> list[Any]:
+def structure(graph: fx.Graph) -> list[Any]:
     """Return the objects that a graph consists of: it has changed where one of them is another one."""
     return [part for node in graph.nodes for part in (node, node.target, node.args, node.kwargs, fake_value(node))]
+
+
+def same_structure(before: list[Any], now: list[Any]) -> bool:
+    """Tell whether a graph is what it was, names aside."""
+    return len(before) == len(now) and all(map(operator.is_, before, now))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx
 from adaskip_passes.errors import AdaSkipError, VerificationError
 from adaskip_passes.pipeline.debug_folders import GraphLog
 from adaskip_passes.pipeline.pipeline import AddedInput, Pass, PassRecord, run_pipeline
+from adaskip_passes.pipeline.verifier import Contract
 from adaskip_passes.stream.stream import NO_STREAM, ResidualStream
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def is_refusal(error: AdaSkipError) -> bool:
 class DerivedGraph:
     """What passes have made of a captured graph so far.
 
-    ``history`` goes back to the capture, and ``added`` are the inputs that it has more than that, in order; ``log`` keeps the text after each pass where somebody wants to see it. Others
+    ``contract`` is what it has been verified to offer. ``history`` goes back to the capture, and ``added`` are the inputs that it has more than that, in order; ``log`` keeps the text after each pass where somebody wants to see it. Others
     can be derived from it: it is never changed.
     """
 
@@ -36,6 +37,7 @@ class DerivedGraph:
     history: tuple[PassRecord, ...] = ()
     added: tuple[AddedInput, ...] = ()
     log: GraphLog | None = None
+    contract: Contract | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def captured(cls, gm: fx.GraphModule, debug_dir: Any = None, title: str = "graph") -> DerivedGraph:
@@ -61,16 +63,15 @@ class DerivedGraph:
         log = None if self.log is None else self.log.opened()
         instruments = () if log is None else (log.after,)
         try:
-            result = run_pipeline(
-                self.gm, self.stream, passes, instruments, on_failure=None if log is None else log.failed
-            )
+            failed = None if log is None else log.failed
+            result = run_pipeline(self.gm, self.stream, passes, instruments, on_failure=failed, contract=self.contract)
         except AdaSkipError as error:
             if log is None or (recoverable and is_refusal(error)):
                 raise
             script = log.write("failed", self.stream, passes) / "repro.py"
             raise type(error)(f"{error}; to see it alone: python {script}") from error
         history, added = (*self.history, *result.history), (*self.added, *result.added)
-        return DerivedGraph(result.gm, result.stream, history, added, log)
+        return DerivedGraph(result.gm, result.stream, history, added, log, result.contract)
 
     def show(self, title: str) -> Path | None:
         """Write its debug folder and return it, where somebody wants to see it."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import ast
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
+from adaskip_passes.analysis.kept import same_structure, structure
 from adaskip_passes.errors import AdaSkipError, PassError
 from adaskip_passes.ir.graph import copy_graph
 from adaskip_passes.pipeline.verifier import Contract, verify
@@ -71,12 +72,16 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The rewritten copy of a graph, its stream, what each pass did to it, and the inputs that they added, in order."""
+    """The rewritten copy of a graph, its stream, what each pass did to it, and the inputs that they added, in order.
+
+    ``contract`` is what it has been verified to offer.
+    """
 
     gm: fx.GraphModule
     stream: ResidualStream
     history: tuple[PassRecord, ...]
     added: tuple[AddedInput, ...] = ()
+    contract: Contract | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return "\n".join(
@@ -97,11 +102,13 @@ def run_pipeline(
     instruments: Sequence[Instrument] = (),
     *,
     on_failure: FailureInstrument | None = None,
+    contract: Contract | None = None,
 ) -> PipelineResult:
     """Apply ``passes`` in order to a copy of ``gm``; ``gm`` itself stays as it is.
 
     ``instruments`` are called after each pass has been verified, ``on_failure`` with the graph as a pass
-    that failed has left it.
+    that failed has left it. With the ``contract`` of an earlier run that ``gm`` comes from, it is not verified again
+    before the first pass.
 
     Raises:
         VerificationError: A pass broke the graph, or it came broken; the message names which.
@@ -110,7 +117,7 @@ def run_pipeline(
     gm, images = copy_graph(gm)
     # A node without an image is none of the graph's: the verifier tells of it.
     stream = stream.mapped(lambda node: images.get(node, node))
-    contract = verify(gm, None, stream, after="capture")
+    contract = verify(gm, None, stream, after="capture") if contract is None else contract.of_copy(gm)
     history, added = list[PassRecord](), list[AddedInput]()
     for item in passes:
         started, before = time.perf_counter(), len(gm.graph.nodes)
@@ -128,20 +135,28 @@ def run_pipeline(
         )
         for instrument in instruments:
             instrument(item, gm, result)
-    return PipelineResult(gm, stream, tuple(history), tuple(added))
+    return PipelineResult(gm, stream, tuple(history), tuple(added), contract)
 
 
 def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Contract) -> tuple[PassResult, Contract]:
+    before, names = structure(gm.graph), _names(gm)
     try:
         result = item.apply(gm, stream)
     except AdaSkipError:
         raise
     except Exception as error:
         raise PassError(f"{pass_text(item)} failed: {type(error).__name__}: {error}") from error
-    names = tuple(one.name for one in result.added)
-    contract = verify(gm, contract, result.stream, after=pass_text(item), added=names)
+    unchanged = result.stream is stream and not result.added and names == _names(gm)
+    if unchanged and same_structure(before, structure(gm.graph)):
+        return result, contract  # whatever the pass says
+    added = tuple(one.name for one in result.added)
+    contract = verify(gm, contract, result.stream, after=pass_text(item), added=added)
     gm.recompile()
     return result, contract
+
+
+def _names(gm: fx.GraphModule) -> list[str]:
+    return [node.name for node in gm.graph.nodes]
 
 
 def pass_text(item: Pass) -> str:

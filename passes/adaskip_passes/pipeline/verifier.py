@@ -9,7 +9,7 @@ those of skipped sublayers; one to memory that only the outputs name may become 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -49,6 +49,10 @@ class Contract:
             {name: one.path for one in stream.sublayers for node in one.writes for name, _ in _named(node)},
             ValueCheck.of(gm),
         )
+
+    def of_copy(self, gm: fx.GraphModule) -> Contract:
+        """Return what a copy offers, whose nodes have the names of those that it is of."""
+        return replace(self, values=ValueCheck.of(gm))
 
 
 def verify(
