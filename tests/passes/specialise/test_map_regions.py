@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaskip_passes.analysis.regions import Region, regions_of, symbols_of
-from adaskip_passes.ir.graph import fake_value
+from adaskip_passes.ir.graph import fake_value, op_name
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
@@ -54,8 +54,7 @@ def test_maps_are_calls_of_one_region_a_form(name, cache):
         assert [region.__name__ for region in called] == ["low_rank_map", "low_rank_map", "affine_map"]
         assert called[0] is called[1]
         assert print_graph(cut).count("_map(") == 3
-        assert "linear" not in print_graph(cut)
-        assert "rms_norm" not in print_graph(cut)
+        assert {"linear", "rms_norm"}.isdisjoint(map(op_name, cut.graph.nodes))
         assert print_graph(whole.gm).count("rms_norm(") == 3
         values = (scales_input(stream, dict.fromkeys(forms, 0.9)), *tensors(forms))
         got, wanted = run(cut.forward, captured, *values), run(whole.gm.forward, captured, *values)
