@@ -76,6 +76,7 @@ class Switch:
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         dispatch = admit(self.session, gm, inputs)
         # What the driver refuses, and runs unskipped, has no stream for the reference either.
+        gm = getattr(dispatch, "gm", gm)  # in canonical form
         stream = getattr(dispatch, "stream", None) or replace(find_residual_stream(gm), sublayers=())
         self.graphs.append(gm)
         self.streams.append(stream)
