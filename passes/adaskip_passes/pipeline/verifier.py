@@ -19,7 +19,7 @@ from adaskip_passes.analysis.regions import Region, regions_of
 from adaskip_passes.analysis.touched_values import ValueCheck
 from adaskip_passes.errors import VerificationError
 from adaskip_passes.ir.graph import fake_tensor, known_size, op_name, output_values
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Contract:
             tuple(_type(node) for node in output_values(gm)),
             lasting - _adds(stream),
             results - _adds(stream),
-            {name: one.path for one in stream.sublayers for node in one.writes for name, _ in _named(node)},
+            {name: one.path for one in stream.sublayers for node in _writers(one) for name, _ in _named(node)},
             ValueCheck.of(gm),
         )
 
@@ -127,11 +127,17 @@ def _writes(gm: fx.GraphModule) -> tuple[frozenset[str], frozenset[str]]:
     for node in dict.fromkeys(write.node for write in effects.writes):
         for name, target in _named(node):
             root = effects.roots[target]
-            if root.op in ("placeholder", "get_attr"):
+            # What a region gives out may be memory of the caller's: nothing tells from outside.
+            if root.op in ("placeholder", "get_attr") or isinstance(root.target, Region):
                 lasting.add(name)
             elif root in returned:
                 results.add(name)
     return frozenset(lasting), frozenset(results)
+
+
+def _writers(sublayer: Sublayer) -> Iterator[fx.Node]:
+    yield from sublayer.writes
+    yield from (node for node in sublayer.nodes if isinstance(node.target, Region))
 
 
 def _named(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
