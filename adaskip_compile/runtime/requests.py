@@ -129,10 +129,10 @@ class Request:
 
         A stateful sublayer that is dropped is a hole from then on: :meth:`check` refuses to run it again.
         """
-        later = tuple(step for step in self.ramp if step.after > self.decoded)
-        if later == self.ramp:
+        if not self.ramp or self.ramp[0].after > self.decoded:
             return
-        self.ramp, self.scales = later, self.plan.scales_at(self.decoded)
+        self.ramp = tuple(step for step in self.ramp if step.after > self.decoded)
+        self.scales = self.plan.scales_at(self.decoded)
         # The plan decides on those from now on, not the window.
         self.extra = {path: scale for path, scale in self.extra.items() if path not in self.scales}
         self.holes |= stateful.intersection(self.scales)

@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaskip_passes.analysis.effects import CLOSING, OPENING, written_inputs
+from adaskip_passes.analysis.kept import same_structure, structure
 from adaskip_passes.analysis.regions import Region
 from adaskip_passes.ir.graph import fake_mode, fake_value, known_size, op_name, output_values, size_expression
 
@@ -49,6 +50,13 @@ class ValueCheck:
     def of(cls, gm: fx.GraphModule) -> ValueCheck:
         """Remember ``gm`` as it is."""
         return cls({node: _Before.of(node) for node in gm.graph.nodes})
+
+    def unchanged(self, gm: fx.GraphModule) -> bool:
+        """Tell whether ``gm`` consists of the very objects that it did, names aside."""
+        before = (
+            part for node, was in self.nodes.items() for part in (node, was.target, was.args, was.kwargs, was.value)
+        )
+        return same_structure([*before], structure(gm.graph))
 
     def problems(self, gm: fx.GraphModule) -> list[str]:
         """Return what is wrong with the values of nodes that were touched since, in graph order."""

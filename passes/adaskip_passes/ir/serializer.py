@@ -2,7 +2,8 @@
 
 A file holds data only: what a node calls is kept by its name, sizes as expression trees, and nothing is run
 when it is read. So a graph can be rewritten again where neither the model nor its library is installed:
-passes never run captured operations, and an operation that is not to be found has a stub.
+passes run captured operations at the most on fake values, where they change what those read, and an operation that is
+not to be found has a stub.
 """
 
 from __future__ import annotations

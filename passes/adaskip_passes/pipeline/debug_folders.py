@@ -18,7 +18,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class GraphLog:
 
     def opened(self) -> GraphLog:
         """Return a copy, to go on with another pipeline."""
-        return GraphLog(self.root, self.title, self.text, self.source, self._pipelines())
+        return replace(self, before=self._pipelines(), steps=[])
 
     def after(self, item: Pass, gm: fx.GraphModule, result: PassResult) -> None:
         """Note the graph after a pass."""
@@ -102,7 +102,7 @@ class GraphLog:
             FileError: It cannot be written.
         """
         try:
-            folder = _new_folder(self.root, f"{self.title}-{title}" if title else self.title)
+            folder = _new_folder(self.root, f"{self.title}-{title}")
             for name, text in self._files(stream):
                 (folder / name).write_text(f"{text}\n" if text else "", "utf-8")
             (folder / "repro.py").write_text(_repro(folder, self._passes(rest)), "utf-8")

@@ -28,7 +28,8 @@ def is_refusal(error: AdaSkipError) -> bool:
 class DerivedGraph:
     """What passes have made of a captured graph so far.
 
-    ``contract`` is what it has been verified to offer. ``history`` goes back to the capture, and ``added`` are the inputs that it has more than that, in order; ``log`` keeps the text after each pass where somebody wants to see it. Others
+    ``history`` goes back to the capture, and ``added`` are the inputs that it has more than that, in order. ``contract`` is
+    what it has been verified to offer, and ``log`` keeps the text after each pass where somebody wants to see it. Others
     can be derived from it: it is never changed.
     """
 

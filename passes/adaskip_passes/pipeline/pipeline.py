@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
-from adaskip_passes.analysis.kept import same_structure, structure
 from adaskip_passes.errors import AdaSkipError, PassError
 from adaskip_passes.ir.graph import copy_graph
 from adaskip_passes.pipeline.verifier import Contract, verify
@@ -139,7 +138,7 @@ def run_pipeline(
 
 
 def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Contract) -> tuple[PassResult, Contract]:
-    before, names = structure(gm.graph), _names(gm)
+    names = _names(gm)
     try:
         result = item.apply(gm, stream)
     except AdaSkipError:
@@ -147,7 +146,7 @@ def _apply(item: Pass, gm: fx.GraphModule, stream: ResidualStream, contract: Con
     except Exception as error:
         raise PassError(f"{pass_text(item)} failed: {type(error).__name__}: {error}") from error
     unchanged = result.stream is stream and not result.added and names == _names(gm)
-    if unchanged and same_structure(before, structure(gm.graph)):
+    if unchanged and contract.values.unchanged(gm):
         return result, contract  # whatever the pass says
     added = tuple(one.name for one in result.added)
     contract = verify(gm, contract, result.stream, after=pass_text(item), added=added)

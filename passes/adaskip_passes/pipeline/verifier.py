@@ -3,7 +3,8 @@
 A graph lints, its names are unique, every value has a fake value, which is what its node computes,
 its inputs are those it was captured with (a pass may append some, and tells of them), its outputs keep their shapes
 and dtypes (a pass may append one), and no write to memory that outlives the call is lost, except
-those of skipped sublayers; one to memory that only the outputs name may become a value. Every node that the residual stream names is in the graph.
+those of skipped sublayers; one to memory that only the outputs name may become a value. Every node
+that the residual stream names is in the graph.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def verify(
         raise VerificationError(f"after {after}: {problem}")
     try:
         offered = Contract.of(gm, stream)
-        broken = [] if contract is None else [*_breaches(gm, contract, offered, stream, added)]
-        broken += [] if contract is None else contract.values.problems(gm)
+        broken = list[str]()
+        if contract is not None:
+            broken += [*_breaches(gm, contract, offered, stream, added), *contract.values.problems(gm)]
     except Exception as error:  # whatever an analysis trips over in a graph of a kind that it does not know
         raise VerificationError(f"after {after}: cannot be verified: {type(error).__name__}: {error}") from error
     for problem in (*broken, *_erased(gm, stream)):
@@ -153,7 +155,7 @@ def _named(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
 
 
 def _values(gm: fx.GraphModule) -> frozenset[str]:
-    """Return the names of nodes that are values of their own: that write nothing, or write within a region that gives them out."""
+    """Return the names of nodes that are values of their own: that write nothing, or lie within a region."""
     inner = (node for region in regions_of(gm) for node in region.gm.graph.nodes)
     return frozenset(node.name for node in (*(one for one in gm.graph.nodes if not [*written_inputs(one)]), *inner))
 

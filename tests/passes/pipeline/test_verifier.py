@@ -32,6 +32,14 @@ def first_prefill():
     return shared_captures("llama", "static")[0]
 
 
+@pytest.fixture
+def computed(monkeypatch):
+    """The nodes whose values the verifier has computed again."""
+    nodes, real = list[Any](), touched_values._evaluated
+    monkeypatch.setattr(touched_values, "_evaluated", lambda node: (nodes.append(node), real(node))[1])
+    return nodes
+
+
 @dataclass(frozen=True)
 class Break:
     """A pass that does something to a graph that no pass may do."""
@@ -203,10 +211,7 @@ def test_the_stream_of_a_rewritten_graph_names_nodes_of_that_graph_alone(decode,
     assert again.stream.skipped == (paths[0], paths[1], paths[3])
 
 
-def test_what_was_not_touched_is_not_computed_again(decode, monkeypatch):
-    computed = []
-    real = touched_values._evaluated
-    monkeypatch.setattr(touched_values, "_evaluated", lambda node: (computed.append(node.name), real(node))[1])
+def test_what_was_not_touched_is_not_computed_again(decode, computed):
     paths = stream_of(decode.gm).paths
     run_pipeline(decode.gm, stream_of(decode.gm), (SkipSublayers((paths[0], paths[3])), EliminateDeadCode()))
     # The scale of each sublayer, one product for both, since they are alike, and nothing that reads the stream.
@@ -279,15 +284,12 @@ def test_a_graph_that_is_cut_wrong_is_noticed(decode, how):
         run_pipeline(decode.gm, stream_of(decode.gm), (CutWrong(),))
 
 
-def test_what_is_cut_right_is_not_computed_again(decode, monkeypatch):
-    computed = []
-    real = touched_values._evaluated
-    monkeypatch.setattr(touched_values, "_evaluated", lambda node: (computed.append(node), real(node))[1])
+def test_what_is_cut_right_is_not_computed_again(decode, computed):
     run_pipeline(decode.gm, stream_of(decode.gm), (OutlineRegions(),))
     assert not any(isinstance(node.target, Region) for node in computed)
 
 
-def test_a_region_in_which_something_was_changed_is_computed(decode, monkeypatch):
+def test_a_region_in_which_something_was_changed_is_computed(decode, computed):
     @dataclass(frozen=True)
     class CutAndChange:
         name: ClassVar[str] = "cut-and-change"
@@ -299,9 +301,6 @@ def test_a_region_in_which_something_was_changed_is_computed(decode, monkeypatch
             epsilon.args = (epsilon.args[0], 3.0)
             return result
 
-    computed = []
-    real = touched_values._evaluated
-    monkeypatch.setattr(touched_values, "_evaluated", lambda node: (computed.append(node), real(node))[1])
     run_pipeline(decode.gm, stream_of(decode.gm), (CutAndChange(),))
     assert sum(isinstance(node.target, Region) for node in computed) == 1
 
