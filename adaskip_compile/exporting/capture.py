@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 
@@ -24,16 +25,18 @@ from adaskip_compile.tested_versions import internals_of
 from adaskip_passes.errors import CaptureError, OptionError
 from adaskip_passes.ir.module_paths import naming
 
-# A prime, so that the number of tokens is never taken for a size of the model.
-EXAMPLE_TOKENS = 13
+# How many tokens a prefill takes, where a plan does not ask for more. They are a prime in the example, so that their number
+# is never taken for a size of the model.
+LEAST_TOKENS = 2
+_EXAMPLE_TOKENS = 13
 
 
 @dataclass(frozen=True)
 class CapturedPhase:
     """One step of a model as Dynamo captured it.
 
-    ``name`` is ``prefill`` or ``decode``; ``values`` are what each placeholder of ``gm`` was given. Among
-    them are ``input_ids`` ``(batch, tokens)``, ``positions`` ``(1, tokens)``, and the tensors of ``cache``.
+    ``name`` is ``prefill`` or ``decode``; ``tokens`` are how few and how many it takes; ``values`` are what each placeholder of
+    ``gm`` was given. Among them are ``input_ids`` ``(batch, tokens)``, ``positions`` ``(1, tokens)``, and the tensors of ``cache``.
     The graph's only output is the logits.
     """
 
@@ -42,6 +45,7 @@ class CapturedPhase:
     values: tuple[Any, ...]
     input_ids: torch.Tensor
     positions: torch.Tensor
+    tokens: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,17 @@ class StaticSteps:
 
 
 def capture_steps(
-    model: nn.Module, *, batch: int, max_length: int, report: Callable[[str], None] = lambda stage: None
+    model: nn.Module,
+    *,
+    batch: int,
+    max_length: int,
+    least: int = LEAST_TOKENS,
+    report: Callable[[str], None] = lambda stage: None,
 ) -> StaticSteps:
     """Capture ``model`` for ``batch`` rows and up to ``max_length`` tokens, prompt and continuation together.
 
-    The model runs three times, on a handful of tokens. ``report`` is told what is being done.
+    A prefill takes ``least`` tokens or more. The model runs three times, on few more than those. ``report`` is told what is
+    being done.
 
     Raises:
         CaptureError: The model is none of ``transformers``, keeps something else than keys and values, or is
@@ -79,9 +89,12 @@ def capture_steps(
         with torch.no_grad(), _native_experts(model):
             cache = make_cache(model, batch, max_length)
             steps = []
-            for name, tokens in (("prefill", EXAMPLE_TOKENS), ("decode", 1)):
+            for name, tokens, between in (
+                ("prefill", _example_tokens(least), (least, max_length)),
+                ("decode", 1, (1, 1)),
+            ):
                 report(f"capturing {name}")
-                steps.append(_capture(model, name, cache, batch, tokens, max_length))
+                steps.append(_capture(model, name, cache, batch, tokens, between))
     finally:
         model.train(was_training)
     return StaticSteps(steps[0], steps[1], cache_tensors(cache))
@@ -120,14 +133,14 @@ def _native_experts(model: Any) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_length: int) -> CapturedPhase:
+def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, between: tuple[int, int]) -> CapturedPhase:
     from adaskip_compile.exporting.cache import tell_positions
 
     ids = torch.ones(batch, tokens, dtype=torch.long, device=model.device)
     positions = torch.arange(tokens, device=model.device)[None].clone()  # a view would be captured by its base
     if tokens > 1:
         for tensor in (ids, positions):
-            torch._dynamo.mark_dynamic(tensor, 1, min=2, max=max_length)
+            torch._dynamo.mark_dynamic(tensor, 1, min=between[0], max=between[1])
     tell_positions(cache, positions)
     captured: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
@@ -151,7 +164,7 @@ def _capture(model: Any, name: str, cache: Any, batch: int, tokens: int, max_len
         ) from error
     [(gm, values)] = captured
     captured.clear()  # Dynamo keeps what it has compiled, and with it the weights
-    return CapturedPhase(name, gm, values, ids, positions)
+    return CapturedPhase(name, gm, values, ids, positions, between)
 
 
 def _arguments(model: Any, positions: torch.Tensor) -> dict[str, Any]:
@@ -161,13 +174,22 @@ def _arguments(model: Any, positions: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in known}
 
 
-def check_max_length(model: nn.Module, max_length: int | None) -> int:
-    """Return ``max_length``, by default 2048 or what the model allows; :class:`OptionError` where it cannot be."""
+def check_max_length(model: nn.Module, max_length: int | None, least: int = LEAST_TOKENS) -> int:
+    """Return ``max_length``, by default 2048 or what the model allows; :class:`OptionError` where it cannot be.
+
+    A prefill takes ``least`` tokens or more.
+    """
     longest = longest_context(model)
     if max_length is None:
-        return min(2048, longest or 2048)
-    if type(max_length) is not int or max_length <= EXAMPLE_TOKENS:
-        raise OptionError(f"max_length={max_length!r}: takes a number of tokens, {EXAMPLE_TOKENS + 1} or more")
+        max_length = min(2048, longest or 2048)
+    fewest = _example_tokens(least) + 1
+    if type(max_length) is not int or max_length < fewest:
+        why = "" if least == LEAST_TOKENS else f", for the plan skips in prompts of {least} and more"
+        raise OptionError(f"max_length={max_length!r}: takes a number of tokens, {fewest} or more{why}")
     if longest is not None and max_length > longest:
         raise OptionError(f"max_length={max_length}: this model has {longest} positions")
     return max_length
+
+
+def _example_tokens(least: int) -> int:
+    return _EXAMPLE_TOKENS if least <= _EXAMPLE_TOKENS else int(sympy.nextprime(least - 1))

@@ -13,18 +13,26 @@ from typing import Any
 from torch import nn
 
 from adaskip_compile.exporting import runner
-from adaskip_compile.exporting.capture import CapturedPhase, StaticSteps, capture_steps, check_max_length
+from adaskip_compile.exporting.capture import (
+    LEAST_TOKENS,
+    CapturedPhase,
+    StaticSteps,
+    capture_steps,
+    check_max_length,
+)
 from adaskip_compile.exporting.files import SpecialisedPhase, describe, write_package, write_program
 from adaskip_compile.exporting.folders import EXPORT_FORMAT, MANIFEST, check_folder, whole_folder
 from adaskip_compile.exporting.programs import make_program
 from adaskip_compile.files.model_identity import ModelIdentity, identify
+from adaskip_compile.planning.prompt_skips import PromptSkips, computed_all_the_same
 from adaskip_compile.planning.replacement_values import replacement_values
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_passes.errors import CaptureError, LegalityError, OptionError, PlanError
 from adaskip_passes.pipeline.pipeline import Pass, run_pipeline
-from adaskip_passes.pipelines import canonicalised
+from adaskip_passes.pipelines import canonicalised, row_passes
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.fold_scales import FoldScales
+from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -46,10 +54,12 @@ class ExportedGraphs:
         lines: list[str] = []
         for name, program in found["programs"].items():
             share = program["weight_bytes"] / found["full_weight_bytes"]
+            body = f" and {len(program['body_skipped'])} for the body of a prompt" if program["body_skipped"] else ""
             lines.append(
-                f"{name:<8} {program['bytes'] / 1e6:9.1f} MB  skips {len(program['skipped'])} sublayers; "
+                f"{name:<8} {program['bytes'] / 1e6:9.1f} MB  skips {len(program['skipped'])} sublayers{body}; "
                 f"weights {program['weight_bytes'] / 1e6:.1f} MB, {share:.0%} of the model's"
             )
+            lines += [f"{'':<8} {note}" for note in program["notes"]]
         if found["aot"] is not None:
             lines.append(f"{'package':<8} {found['aot']['bytes'] / 1e6:9.1f} MB  compiled by AOTInductor")
         share = found["cache_bytes"] / found["full_cache_bytes"]
@@ -73,8 +83,9 @@ def export(
 
     ``directory`` gets ``prefill.pt2`` and ``decode.pt2``, which ``torch.export.load`` reads; their graphs
     as text; ``generate.py``, which generates from them; and ``manifest.json``. What is skipped is not in
-    them: neither its weights, nor the keys and values of a skipped attention. An earlier export there is
-    replaced, anything else is not; on failure everything stays as it was.
+    them: neither its weights, nor the keys and values of a skipped attention. Where a plan skips for the body of a prompt
+    alone, ``prefill.pt2`` does, and takes prompts that have a body; decode goes through shorter ones token by token. An
+    earlier export there is replaced, anything else is not; on failure everything stays as it was.
 
     Args:
         model: A causal language model of ``transformers``, with its weights.
@@ -98,17 +109,21 @@ def export(
     """
     if type(batch) is not int or batch < 1:
         raise OptionError(f"batch={batch!r}: takes a number of rows, 1 or more")
-    max_length = check_max_length(model, max_length)
     target = check_folder(directory)
     identity = identify(model)
     plans = {"prefill": _resolve(plan, model, identity)}
     plans["decode"] = plans["prefill"] if decode_plan is None else _resolve(decode_plan, model, identity)
+    if decode_plan is not None and _prompt_skips(plans["decode"]).skipped:
+        raise PlanError("decode_plan skips for the body of a prompt, which decode never has: give it as plan")
+    prompt = _prompt_skips(plans["prefill"])
+    least = max(LEAST_TOKENS, prompt.least_rows) if prompt.skipped else LEAST_TOKENS
+    max_length = check_max_length(model, max_length, least)
     with _stages(progress) as report:
-        steps = capture_steps(model, batch=batch, max_length=max_length, report=report)
+        steps = capture_steps(model, batch=batch, max_length=max_length, least=least, report=report)
         phases: dict[str, SpecialisedPhase] = {}
         for phase in (steps.prefill, steps.decode):
             report(f"exporting {phase.name}")
-            phases[phase.name] = _specialise(model, phase, plans[phase.name], steps, max_length)
+            phases[phase.name] = _specialise(model, phase, plans[phase.name], steps)
         _require_one_cache(phases)
         with whole_folder(target) as folder:
             for name, specialised in phases.items():
@@ -129,11 +144,6 @@ def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
     found = plan if isinstance(plan, SkipPlan) else SkipPlan.load(plan)
     found.check(identity, source="this plan" if found is plan else str(plan))
     found.check_paths(model)
-    if found.prompt is not None and found.prompt.skipped:
-        raise PlanError(
-            "this plan skips for the body of a prompt and keeps keys and values, which programs cannot do yet: export a plan "
-            "that skips for the whole request, or none"
-        )
     if found.ramp:
         raise PlanError(
             "this plan has a ramp, and programs do not change while they run: make a plan that skips the same in prefill "
@@ -142,32 +152,48 @@ def _resolve(plan: Plan, model: nn.Module, identity: ModelIdentity) -> SkipPlan:
     return found
 
 
-def _specialise(
-    model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: StaticSteps, max_length: int
-) -> SpecialisedPhase:
+def _prompt_skips(plan: SkipPlan) -> PromptSkips:
+    return PromptSkips(()) if plan.prompt is None else plan.prompt
+
+
+def _specialise(model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: StaticSteps) -> SpecialisedPhase:
     straight = canonicalised(phase.gm)
-    result = run_pipeline(straight.gm, straight.stream, _passes(plan, straight.stream))
-    maps = {path: one.tensors for path, one in plan.maps.items()}
-    values = replacement_values(result.added, straight.stream, plan.scales, maps)
+    stream = straight.stream
+    prompt = _prompt_skips(plan) if phase.name == "prefill" else PromptSkips(())
+    body = prompt.as_pass(stream.paths) if prompt.skipped else None
+    scales, maps = {**plan.scales, **prompt.scales}, {**plan.maps, **prompt.maps}
+    result = run_pipeline(straight.gm, stream, _passes(phase, plan, body, scales, stream))
+    tensors = {path: one.tensors for path, one in maps.items()}
+    values = replacement_values(result.added, stream, scales, tensors)
     added = dict(zip((one.name for one in result.added), values, strict=True))
-    program = make_program(phase, result.gm, model, steps.cache, max_length, added=added)
-    return SpecialisedPhase(phase, plan, result, program)
+    program = make_program(phase, result.gm, model, steps.cache, added=added)
+    notes = () if body is None else tuple(computed_all_the_same(result.gm, result.stream, body))
+    return SpecialisedPhase(phase, plan, result, program, notes)
 
 
-def _passes(plan: SkipPlan, stream: ResidualStream) -> tuple[Pass, ...]:
+def _passes(
+    phase: CapturedPhase,
+    plan: SkipPlan,
+    body: SkipBodyRows | None,
+    scales: Mapping[str, float],
+    stream: ResidualStream,
+) -> tuple[Pass, ...]:
     """Return the pipeline that builds ``plan`` into a graph."""
-    if not plan.paths:
-        return ()
     if stream.problems:
+        if not plan.named_paths:
+            return ()
         raise CaptureError(
             f"nothing can be skipped: {'; '.join(stream.problems)}. Export with a plan that skips nothing"
         )
-    for path in plan.paths:
+    for path in plan.named_paths:
         stream.by_path(path)
     paths = tuple(path for path in stream.paths if path in plan.scales)
+    # Of a prompt the last token's logits are all that is read.
+    rows = row_passes(body) if phase.name == "prefill" else ()
     return (
+        *rows,
         SkipSublayers(paths, plan.map_forms(paths)),
-        FoldScales(tuple((path, plan.scales[path]) for path in paths)),  # the skips put in what it reads
+        FoldScales(tuple(scales.items())),  # the skips put in what it reads
         EliminateDeadCode(),  # last: what the skips have cut off
     )
 

@@ -34,6 +34,7 @@ class SpecialisedPhase:
     plan: SkipPlan
     result: PipelineResult
     program: torch.export.ExportedProgram
+    notes: tuple[str, ...] = ()
 
     @property
     def cache_names(self) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def describe(
         "batch": steps.decode.input_ids.shape[0],
         "max_length": max_length,
         "end_tokens": end_tokens(model),
-        "programs": {name: _program(folder, name, one, max_length) for name, one in phases.items()},
+        "programs": {name: _program(folder, name, one) for name, one in phases.items()},
         "aot": {"file": PACKAGE, "bytes": package.stat().st_size} if package.exists() else None,
         "cache": cache,
         "cache_bytes": sum(steps.cache[name].nbytes for name in kept),
@@ -115,13 +116,13 @@ def describe(
     }
 
 
-def _program(folder: Path, name: str, specialised: SpecialisedPhase, max_length: int) -> dict[str, Any]:
+def _program(folder: Path, name: str, specialised: SpecialisedPhase) -> dict[str, Any]:
     program = specialised.program
     plan = {
         key: value for key, value in specialised.plan.to_dict().items() if key != "model"
     }  # the manifest says it once
     ids, logits = specialised.phase.input_ids, _outputs(program)
-    tokens = {"from": 2, "to": max_length} if name == "prefill" else {"from": 1, "to": 1}
+    fewest, most = specialised.phase.tokens
     length = "tokens" if name == "prefill" else 1
     return {
         "file": f"{name}.pt2",
@@ -132,8 +133,10 @@ def _program(folder: Path, name: str, specialised: SpecialisedPhase, max_length:
             {"name": "cache_position", "dtype": "int64", "shape": [length]},
         ],
         "outputs": [{"name": "logits", "dtype": _dtype(value), "shape": list(value.shape)} for value in logits],
-        "tokens": tokens,
+        "tokens": {"from": fewest, "to": most},
         "skipped": {path: specialised.plan.scales[path] for path in specialised.result.stream.skipped},
+        "body_skipped": list(specialised.result.stream.body_skipped),
+        "notes": list(specialised.notes),
         "weight_bytes": sum(parameter.nbytes for _, parameter in program.named_parameters()),
         "passes": str(specialised.result).splitlines(),
         "plan": plan,

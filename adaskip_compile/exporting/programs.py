@@ -24,7 +24,6 @@ def make_program(
     gm: fx.GraphModule,
     model: nn.Module,
     cache: Mapping[str, torch.Tensor],
-    max_length: int,
     *,
     added: Mapping[str, torch.Tensor],
 ) -> torch.export.ExportedProgram:
@@ -32,16 +31,19 @@ def make_program(
 
     ``program(input_ids, cache_position) -> logits``, as ExecuTorch's exports have it: ids ``i64[batch, tokens]``,
     the places of these tokens in their text ``i64[tokens]``, and the logits of the last one
-    ``[batch, 1, vocabulary]``. Tokens are from 2 to ``max_length`` in prefill, and 1 in decode. The program
-    holds the weights and the parts of ``cache`` (zeroed) that the graph still reads, and no others. ``added`` are the
+    ``[batch, 1, vocabulary]``. Tokens are as many as ``phase`` takes. The program holds the weights and the parts of ``cache`` (zeroed) that the graph still reads, and no others. ``added`` are the
     values, by name, of the inputs that passes have added; they count as weights.
 
     Raises:
         CaptureError: ``torch.export`` refuses the graph, or it calls an operator that PyTorch alone does not have.
     """
     module = _bind(phase, gm, model, cache, added)
-    tokens = torch.export.Dim("tokens", min=2, max=max_length)
-    program = _export(phase, module, ({1: tokens}, {0: tokens}) if phase.name == "prefill" else None)
+    dynamic = None
+    if phase.name == "prefill":
+        fewest, most = phase.tokens
+        tokens = torch.export.Dim("tokens", min=fewest, max=most)
+        dynamic = ({1: tokens}, {0: tokens})
+    program = _export(phase, module, dynamic)
     for part in program.graph_module.modules():
         if isinstance(part, fx.GraphModule):
             _require_native(part)

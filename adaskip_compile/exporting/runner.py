@@ -25,7 +25,7 @@ class ExportedModel:
     """The programs of a folder, with one copy of the weights and one cache: one text (or batch) at a time.
 
     prefill and decode are called with ids i64[batch, tokens] and their positions in the text i64[tokens], and
-    return the logits of the last token [batch, 1, vocabulary]. decode takes one token, prefill two and more.
+    return the logits of the last token [batch, 1, vocabulary]. decode takes one token, prefill as many as the manifest says.
     With compiled=True they are those of the AOTInductor package. manifest is what the folder says of itself.
     """
 
@@ -68,7 +68,7 @@ class ExportedModel:
         ids = ids.to(self.manifest["device"])
         ends = torch.tensor(stop, dtype=ids.dtype, device=ids.device)
         positions = torch.arange(length, device=ids.device)
-        logits = self.prefill(ids, positions) if length > 1 else self.decode(ids, positions)
+        logits = self._read(ids, positions)
         chosen = [logits[:, -1:].argmax(-1)]
         ended = torch.isin(chosen[0], ends)
         while len(chosen) < new_tokens and not ended.all():
@@ -76,6 +76,14 @@ class ExportedModel:
             chosen.append(logits[:, -1:].argmax(-1))
             ended |= torch.isin(chosen[-1], ends)
         return torch.cat(chosen, dim=1)
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the logits after a prompt; decode goes through one that is too short for prefill."""
+        if ids.shape[1] >= self.manifest["programs"]["prefill"]["tokens"]["from"]:
+            return self.prefill(ids, positions)
+        for step in range(ids.shape[1] - 1):
+            self.decode(ids[:, step : step + 1], positions[step : step + 1])
+        return self.decode(ids[:, -1:], positions[-1:])
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

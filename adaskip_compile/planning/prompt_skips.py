@@ -7,13 +7,17 @@ then. So the cache has no holes, and whatever comes after the prompt may run in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import fx
+
 from adaskip_compile.planning.quality import Quality
 from adaskip_passes.errors import PlanError
+from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
+from adaskip_passes.stream.stream import ResidualStream
 
 if TYPE_CHECKING:
     from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
@@ -104,14 +108,25 @@ class PromptSkips:
         forms = tuple((path, self.maps[path].form, self.maps[path].rank) for path in self.paths if path in self.maps)
         return SkipBodyRows(tuple(path for path in stream_paths if path in self.paths), forms, self.head, self.tail)
 
+    @property
+    def least_rows(self) -> int:
+        """How many rows a prompt has at least whose body is worth skipping for."""
+        return _LEAST_ROWS * (self.head + self.tail)
+
     def apply_to(self, rows: int) -> bool:
         """Whether a prompt of so many rows has a body worth skipping for; a shorter one runs in full.
 
         So do the few tokens that a draft proposes, which are no prompt.
         """
-        return bool(self.skipped) and rows >= _LEAST_ROWS * (self.head + self.tail)
+        return bool(self.skipped) and rows >= self.least_rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return what it says as JSON holds it; of maps their form, rank and error."""
         maps = {path: {"form": one.form, "rank": one.rank, "error": one.error} for path, one in self.maps.items()}
         return {**asdict(replace(self, maps={})), "maps": maps}
+
+
+def computed_all_the_same(gm: fx.GraphModule, stream: ResidualStream, body: SkipBodyRows) -> Iterator[str]:
+    """Yield a note for each sublayer that ``body`` skips in the graph, and that is computed of the whole prompt all the same."""
+    for path, operation in stopped_at(gm, stream, body.head + body.tail):
+        yield f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"

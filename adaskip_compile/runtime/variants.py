@@ -20,6 +20,7 @@ from adaskip_compile.lowering.cuda_graphs import RecordedRun, recordable
 from adaskip_compile.lowering.lowering import Lowering, Runnable
 from adaskip_compile.lowering.shape_checks import ShapeCheck
 from adaskip_compile.options import Options
+from adaskip_compile.planning.prompt_skips import computed_all_the_same
 from adaskip_passes.analysis.effects import positions_written
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import fake_tensor, output_values
@@ -27,7 +28,6 @@ from adaskip_passes.pipeline.derived_graph import DerivedGraph, is_refusal
 from adaskip_passes.pipeline.pipeline import AddedInput, PassRecord
 from adaskip_passes.pipelines import row_passes, skip_passes
 from adaskip_passes.specialise.append_in_place import GROWN
-from adaskip_passes.specialise.needed_rows import stopped_at
 from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 
 log = logging.getLogger(__name__)
@@ -177,10 +177,8 @@ class VariantCache:
         """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
             result = self._appends.graph.run(row_passes(body))
-            for path, operation in () if body is None else stopped_at(result.gm, result.stream, body.head + body.tail):
-                self._note(
-                    f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"
-                )
+            for note in () if body is None else computed_all_the_same(result.gm, result.stream, body):
+                self._note(note)
             if body is not None and _gives_every_row(result):
                 self._note(
                     "the model returns something of every token of a prompt (logits or hidden states): for its body that of a "

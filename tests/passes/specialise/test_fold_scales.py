@@ -8,6 +8,7 @@ from adaskip_passes.pipeline.pipeline import parse_pass, pass_text, run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.fold_scales import FoldScales
 from adaskip_passes.specialise.replacements import SCALES_INPUT
+from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.specialise.skip_sublayers import SkipSublayers
 from tests.captures import run, scales_input, shared_captures, stream_of
 
@@ -53,6 +54,14 @@ def test_laws(captured):
     assert (again.history[0].modified, again.history[0].matched) == (False, 0)
     assert print_graph(again.gm) == print_graph(once.gm)
     assert parse_pass(pass_text(BAKES), (SkipSublayers, FoldScales)) == BAKES
+
+
+def test_the_stream_names_no_read_that_is_gone(captured):
+    body = SkipBodyRows(tuple(SCALES), (), 1, 1)
+    prefill = shared_captures("llama", "static")[0]
+    baked = run_pipeline(prefill.gm, stream_of(prefill.gm), (body, BAKES))
+    nodes = set(baked.gm.graph.nodes)
+    assert all(node in nodes for sublayer in baked.stream.sublayers for node in sublayer.nodes)
 
 
 def test_a_skipped_sublayer_without_a_scale_is_an_error(captured):
