@@ -13,6 +13,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import sympy
@@ -162,13 +163,21 @@ class PhaseTime:
     rest: float
     full: float
 
-    def without(self, found: Costed, skipped: Collection[str]) -> float:
-        """Return the seconds with the sublayers at the paths ``skipped`` left out: what stands for them is free."""
-        return self.full - math.fsum(self.groups[one.group] for one in found.sublayers if one.path in skipped)
+    def without(
+        self, found: Costed, skipped: Collection[str], saved: Mapping[str, float] = MappingProxyType({})
+    ) -> float:
+        """Return the seconds with the sublayers at the paths ``skipped`` left out: what stands for them is free.
 
-    def speedup(self, found: Costed, skipped: Collection[str]) -> float:
-        """Return how many times faster the phase is with ``skipped`` left out."""
-        return self.full / self.without(found, skipped)
+        Of those in ``saved`` a share is left out.
+        """
+        shares = {**saved, **dict.fromkeys(skipped, 1.0)}
+        return self.full - math.fsum(self.groups[one.group] * shares.get(one.path, 0.0) for one in found.sublayers)
+
+    def speedup(
+        self, found: Costed, skipped: Collection[str], saved: Mapping[str, float] = MappingProxyType({})
+    ) -> float:
+        """Return how many times faster the phase is with ``skipped`` left out, and a share of those in ``saved``."""
+        return self.full / self.without(found, skipped, saved)
 
 
 def predict(found: Costed, timer: Timer, phase: str, context: int) -> PhaseTime:

@@ -50,14 +50,18 @@ def _structure(found: Inspection) -> Iterator[str]:
 
 def _profit(found: Inspection, timer: Timer, context: int) -> Iterator[str]:
     likely = likely_skips(found, min(_EXAMPLE_SKIPS, len(found.sublayers) // 2))
-    planned = bool(found.skipped or found.skipped_at_last)
+    planned = bool(found.skipped or found.skipped_at_last or found.body_left)
     if not planned and not likely:
         return
     for phase in found.phases:
         skipped = found.skipped_in(phase) if planned else likely
-        if not skipped:
+        body = len(found.body_left) if phase == "prefill" else 0
+        if not skipped and not body:
             continue
         what = f"the {len(skipped)} sublayers of the plan" if planned else f"{len(skipped)} sublayers"
+        if body:
+            what = f"{what} and {body}" if skipped else f"the {body} sublayers of the plan"
+            what = f"{what} for the body of a prompt"
         gains = {
             tokens: _gain(found, timer, phase, tokens, skipped) for tokens in default_contexts(context, found.longest)
         }
@@ -68,11 +72,13 @@ def _profit(found: Inspection, timer: Timer, context: int) -> Iterator[str]:
         where = f"; it pays from about {later:,} tokens" if later else "; skip more sublayers, or none"
         yield f"skipping {what} hardly speeds {phase} up at {context:,} tokens ({gains[context]:.2f} times){where}"
     yield from _what_maps_cost(found)
+    yield from _what_is_lost(found)
     yield from _where_time_goes(found, predict(found, timer, found.phases[-1], context), context)
 
 
 def _gain(found: Inspection, timer: Timer, phase: str, context: int, skipped: frozenset[str]) -> float:
-    return predict(found, timer, phase, context).speedup(found, skipped)
+    saved = found.saved_shares(phase, context)
+    return predict(found, timer, phase, context).speedup(found, skipped, saved)
 
 
 def _where_time_goes(found: Inspection, time: PhaseTime, context: int) -> Iterator[str]:
@@ -92,6 +98,13 @@ def _what_maps_cost(found: Inspection) -> Iterator[str]:
         f"{len(found.plan.maps)} maps stand in for skipped sublayers; they hold {numbers / max(replaced, 1):.0%} as many numbers, "
         "and the predicted speed-ups leave out what they take"
     )
+
+
+def _what_is_lost(found: Inspection) -> Iterator[str]:
+    if found.plan is None or found.plan.prompt is None or found.plan.prompt.measured is None:
+        return
+    quality = found.plan.prompt.measured.quality
+    yield f"measured of the plan when it was made: {quality.perplexity} of perplexity, and of facts {quality.retrieval} found"
 
 
 def _next_steps(found: Inspection) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from adaskip_compile.checkpoints.model_config import longest_context
 from adaskip_compile.costs.model_costs import Group, find_model_costs
+from adaskip_compile.costs.timers import cost_at
 from adaskip_compile.inspection.phase_graphs import PhaseGraph, capture_phases
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
@@ -74,7 +75,9 @@ class PassStep:
 class Inspection:
     """What was found in one model. ``rest`` is the cost by phase of all that is in no sublayer.
 
-    ``longest`` is the longest context that the model is made for, None where it does not say.
+    ``longest`` is the longest context that the model is made for, None where it does not say. ``body_left`` is by path what a
+    prompt still costs of each sublayer that the plan skips for its body: keys and values, edges, and what stands
+    for it.
     """
 
     model: str
@@ -89,6 +92,7 @@ class Inspection:
     problems: tuple[str, ...] = ()
     plan: SkipPlan | None = None
     steps: tuple[PassStep, ...] = ()
+    body_left: Mapping[str, Cost] = field(default_factory=dict)
     graphs: tuple[PhaseGraph, ...] = field(default=(), repr=False)
 
     @cached_property
@@ -105,6 +109,17 @@ class Inspection:
     def skipped_at_last(self) -> frozenset[str]:
         """The paths that the plan skips once its ramp is over; without a ramp those of :attr:`skipped`."""
         return self.plan.paths_at(math.inf) if self.plan is not None else frozenset()
+
+    def saved_shares(self, phase: str, context: int) -> dict[str, float]:
+        """Return by path what share of a sublayer's operations a prompt of ``context`` tokens saves where its body skips it."""
+        prompt = None if self.plan is None else self.plan.prompt
+        if phase != "prefill" or prompt is None or not prompt.apply_to(context):
+            return {}
+        costs = {one.path: self.groups[one.group].cost[phase] for one in self.sublayers}
+        return {
+            path: 1 - cost_at(left, phase, context)["flops"] / cost_at(costs[path], phase, context)["flops"]
+            for path, left in self.body_left.items()
+        }
 
     def skipped_in(self, phase: str) -> frozenset[str]:
         """Return the paths that the plan skips in ``phase``, in decode once its ramp is over."""
@@ -216,9 +231,19 @@ def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
     found = replace(found, sublayers=sublayers, plan=plan)
     try:
         steps = tuple(step for graph in found.graphs for step in _dry_run(graph, found))
+        left = _left_of_body(found.graphs[0], plan)
     except AdaSkipError as error:
         return replace(found, problems=(f"the plan cannot be carried out: {error}",))
-    return replace(found, steps=steps)
+    return replace(found, steps=steps, body_left=left)
+
+
+def _left_of_body(graph: PhaseGraph, plan: SkipPlan) -> dict[str, Cost]:
+    if plan.prompt is None or not plan.prompt.skipped:
+        return {}
+    result = run_pipeline(graph.gm, graph.stream, row_passes(plan.prompt.as_pass(graph.stream.paths)))
+    costs = find_model_costs({graph.phase: (result.gm, result.stream)})
+    left = {one.path: costs.groups[one.group].cost[graph.phase] for one in costs.sublayers}
+    return {path: left[path] for path in result.stream.body_skipped}
 
 
 def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:

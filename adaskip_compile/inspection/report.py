@@ -64,23 +64,27 @@ def predictions(found: Inspection, timer: Timer, context: int) -> list[dict[str,
     for tokens in default_contexts(context, found.longest):
         row: dict[str, Any] = {"context": tokens}
         for phase in found.phases:
-            time = predict(found, timer, phase, tokens)
-            speedups = {name: as_plain(time.speedup(found, chosen)) for name, chosen in sets.items()}
+            time, saved = predict(found, timer, phase, tokens), found.saved_shares(phase, tokens)
+            speedups = {name: as_plain(time.speedup(found, chosen, saved)) for name, chosen in sets.items()}
             row[phase] = {"seconds": as_plain(time.full), "speedup": speedups}
         rows.append(row)
     return rows
 
 
 def phase_states(found: Inspection, one: InspectedSublayer) -> dict[str, str] | None:
-    """Return whether a sublayer is kept or skipped in each phase of a request; None without a plan."""
+    """Return whether a sublayer is kept or skipped in each phase of a request; None without a plan.
+
+    ``body`` is skipped for the body of a prompt alone, keys and values kept.
+    """
     if one.skipped is None:
         return None
     assert found.plan is not None
     watched = one.path in found.watched
     begins = "skipped" if one.path in found.plan.paths_at(0) else "kept"
     ends = "skipped" if one.path in found.skipped_at_last else "kept"
+    prompt = "body" if one.path in found.body_left else "kept"
     return {
-        "prefill": "skipped" if one.skipped else "kept",
+        "prefill": "skipped" if one.skipped else prompt,
         "window": "probed" if watched else begins,
         "steady": "open" if watched and ends == "kept" else ends,
     }
@@ -105,6 +109,7 @@ def _sublayer(
         "phases": phase_states(found, one),
         "cost": cost,
         "share": share,
+        "body_left": None if one.path not in found.body_left else _costs({"prefill": found.body_left[one.path]}),
     }
 
 
@@ -131,4 +136,11 @@ def _timer(timer: Timer) -> dict[str, Any]:
 
 def _plan(found: Inspection) -> dict[str, Any]:
     assert found.plan is not None
-    return {"format": PLAN_FORMAT.name, **found.plan.to_dict(), "model": None, "watched": sorted(found.watched)}
+    prompt = found.plan.prompt
+    return {
+        "format": PLAN_FORMAT.name,
+        **found.plan.to_dict(),
+        "model": None,
+        "watched": sorted(found.watched),
+        "prompt_from": None if prompt is None or not prompt.skipped else prompt.least_rows,
+    }

@@ -55,12 +55,14 @@ function seconds(index, phase, context) {
   return Math.max(cost.flops / timer.flops, (cost.weight_bytes + cost.activation_bytes) / timer.bandwidth);
 }
 
-function predict(phase, context, skipped) {
+// Of the sublayers in `saved` a share is left out, of those in `skipped` all.
+function predict(phase, context, skipped, saved = new Map()) {
   const groups = report.groups.map((_, index) => seconds(index, phase, context));
   const rest = seconds(report.groups.length, phase, context);
   const sum = (rows) => rows.reduce((total, row) => total + groups[row.group], 0);
   const full = rest + sum(report.sublayers);
-  const without = full - sum(report.sublayers.filter((row) => skipped.has(row.path)));
+  const share = (row) => (skipped.has(row.path) ? 1 : saved.get(row.path) ?? 0);
+  const without = full - report.sublayers.reduce((total, row) => total + groups[row.group] * share(row), 0);
   return { groups, rest, full, without, speedup: full / without };
 }
 

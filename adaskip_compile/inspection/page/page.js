@@ -17,6 +17,16 @@ function sliderStops() {
 }
 
 const skipped = () => skipSets[state.set] ?? new Set();
+const bodySkipped = () => (planned && state.set === "plan" ? report.sublayers.filter((row) => row.body_left) : []);
+
+// What a prompt of that length saves of each sublayer that the plan skips for its body.
+function savedShares(phase, context) {
+  if (phase !== "prefill" || context < report.plan?.prompt_from) return new Map();
+  const left = (row) => costAt(row.body_left, phase, context).flops / costAt(report.groups[row.group].cost, phase, context).flops;
+  return new Map(bodySkipped().map((row) => [row.path, 1 - left(row)]));
+}
+
+const predictShown = (phase, context) => predict(phase, context, skipped(), savedShares(phase, context));
 
 function showHead() {
   document.title = `${report.model} · adaskip`;
@@ -37,7 +47,7 @@ function tile(id, title, value, text, note) {
 
 function showTiles() {
   const tiles = phases.map((phase) => {
-    const time = predict(phase, state.context, skipped());
+    const time = predictShown(phase, state.context);
     const note = `${duration(time.full)} → ${duration(time.without)}${phase === "decode" ? " a token" : ""}`;
     return tile(`${phase}-speedup`, `${phase === "prefill" ? "Prefill" : "Decode"} speed-up`, time.speedup, `${time.speedup.toFixed(2)}×`, note);
   });
@@ -45,14 +55,21 @@ function showTiles() {
   const share = cache.full ? 1 - cache.without / cache.full : 0;
   tiles.push(tile("cache-bytes", "KV cache", cache.without, bytes(cache.without), `${bytes(cache.full)} in full, ${(100 * share).toFixed(0)} % less`));
   const left = report.sublayers.length - skipped().size;
-  tiles.push(tile("sublayers-run", "Sublayers run", left, `${left} of ${report.sublayers.length}`, `${skipped().size} skipped from the first token on`));
+  const body = bodySkipped().length;
+  tiles.push(tile("sublayers-run", "Sublayers run", left, `${left} of ${report.sublayers.length}`,
+    body ? `${body} of them not for the body of a prompt` : `${skipped().size} skipped from the first token on`));
+  const lost = body ? report.plan.prompt.measured?.quality : null;
+  if (lost) {
+    const facts = lost.found_full === null ? "facts were not asked for" : `of facts ${(100 * lost.found).toFixed(0)} % found, in full ${(100 * lost.found_full).toFixed(0)} %`;
+    tiles.push(tile("perplexity", "Perplexity, as measured", Math.expm1(lost.loss), `${lost.loss < 0 ? "" : "+"}${(100 * Math.expm1(lost.loss)).toFixed(1)} %`, facts));
+  }
   byId("tiles").replaceChildren(...tiles);
 }
 
 function showGains() {
   const [first, last] = [contexts[0], contexts[contexts.length - 1]];
   const place = (value) => Math.log(value / first) / Math.log(last / first || 2);
-  const lines = phases.map((phase) => contexts.map((context) => [context, predict(phase, context, skipped()).speedup]));
+  const lines = phases.map((phase) => contexts.map((context) => [context, predictShown(phase, context).speedup]));
   const high = Math.max(1.1, ...lines.flat().map(([, gain]) => gain)) * 1.03;
   const marks = contexts.filter((context) => Number.isInteger(Math.log2(context)) && Math.log2(context) % 2 === 0);
   const chart = frame({ width: byId("gain-chart").clientWidth, low: 1, high, xPlace: place, yLabel: "Predicted speed-up by context length", unit: "×",
@@ -61,7 +78,7 @@ function showGains() {
   lines.forEach((points, index) => {
     const kind = index ? "ffn" : "attention";
     chart.svg.append(draw("path", { class: `line ${kind}`, d: path(points.map(([x, y]) => [chart.x(x), chart.y(y)])) }));
-    const gain = predict(phases[index], state.context, skipped()).speedup;
+    const gain = predictShown(phases[index], state.context).speedup;
     chart.svg.append(draw("circle", { class: `dot ${kind}`, cx: chart.x(state.context), cy: chart.y(gain), r: 4.5 }));
   });
   const legend = make("ul", { class: "legend" }, ...phases.map((phase, index) => legendItem(index ? "ffn" : "attention", phase, "line")));
@@ -84,7 +101,7 @@ function connect() {
   const slider = byId("context");
   slider.max = String(contexts.length - 1);
   slider.addEventListener("input", () => { state.context = contexts[Number(slider.value)]; update(); });
-  byId("skip-set").append(...names.map((name) => make("option", { value: name }, name === "plan" ? `the plan (${skipSets.plan.size})` : `${skipSets[name].size} sublayers`)));
+  byId("skip-set").append(...names.map((name) => make("option", { value: name }, name === "plan" ? `the plan (${skipSets.plan.size + report.sublayers.filter((row) => row.body_left).length})` : `${skipSets[name].size} sublayers`)));
   byId("skip-set").addEventListener("change", (event) => { state.set = event.target.value; showStream(); showSimilarity(); update(); });
   byId("table-phase").append(...phases.map((phase) => make("option", { value: phase }, phase)));
   byId("table-phase").addEventListener("change", (event) => { state.phase = event.target.value; showTable(); });

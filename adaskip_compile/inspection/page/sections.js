@@ -13,6 +13,7 @@ function showStream() {
   const kinds = [...new Set(report.sublayers.map((row) => row.kind))];
   const legend = kinds.map((kind) => legendItem(kind, kind));
   legend.push(legendItem("rest skipped", "skipped: the stream is scaled"));
+  if (bodySkipped().length) legend.push(legendItem("ffn body", "pale: skipped for the body of a prompt, keys and values kept"));
   if (report.plan?.watched.length && shown.length > 1) {
     legend.push(legendItem("ffn open", "open: each request decides after its window"));
   }
@@ -140,7 +141,7 @@ function showTable() {
     const cost = costs[row.group];
     const share = time.groups[row.group] / time.full;
     const bar = make("span", { class: `share ${row.kind}`, style: `width:${Math.round((40 * share) / most)}px` });
-    const cells = [make("td", {}, row.path), make("td", { class: row.kind }, row.kind), ...(planned ? [row.phases.steady] : []), count(row.parameters), operations(cost.flops),
+    const cells = [make("td", {}, row.path), make("td", { class: row.kind }, row.kind), ...(planned ? [state.phase === "prefill" ? row.phases.prefill : row.phases.steady] : []), count(row.parameters), operations(cost.flops),
       bytes(cost.weight_bytes), bytes(cost.activation_bytes), bytes(cost.cache_bytes), make("td", {}, bar, `${(100 * share).toFixed(2)} %`)];
     if (profiled) cells.push(row.similarity?.toFixed(4) ?? "–");
     if (planned) cells.push(row.scale?.toFixed(4) ?? "–");

@@ -14,6 +14,8 @@ from adaskip_compile.inspection.forecasts import likely_skips
 from adaskip_compile.inspection.inspection import inspect_model
 from adaskip_compile.inspection.phase_graphs import capture_phases, hollow_copy
 from adaskip_compile.inspection.report import inspection_report
+from adaskip_compile.planning.prompt_skips import Trade
+from adaskip_compile.planning.quality import Quality
 from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_passes.analysis.cost import find_costs
 from adaskip_passes.canonicalise.straighten_stream import StraightenStream
@@ -128,6 +130,36 @@ def test_a_ramp_is_carried_out_on_paper_where_decode_ends():
     assert phases[FFN.format(0)] == {"prefill": "skipped", "window": "skipped", "steady": "kept"}
     assert phases[ATTENTION.format(1)] == {"prefill": "kept", "window": "skipped", "steady": "skipped"}
     assert json.loads(json.dumps(report["plan"]))["ramp"][1]["resumed"] == [FFN.format(0)]
+
+
+def test_a_prompt_with_a_body_costs_what_is_left_of_it():
+    """Keys and values of all rows, scores and FFN of the edges alone, and the maps: counted by hand."""
+    paths = [FFN.format(0), ATTENTION.format(1)]
+    plan = SkipPlan.from_prompt_scales(dict.fromkeys(paths, 0.9), head=1, tail=4)
+    quality = Quality(0.02, 0.005, found=0.9, found_full=1.0, answer_loss=0.01)
+    assert plan.prompt is not None
+    plan = replace(plan, prompt=replace(plan.prompt, measured=Trade(1, 1, 1.2, within=True, quality=quality)))
+    found = inspect_model(on_meta("llama", num_hidden_layers=3), plan=plan)
+    ffn, scores, projection = 2 * 3 * 64 * 96, 2 * 2 * 64, 2 * 64 * 64
+    at = {path: cost.at(q=100, t=100).flops for path, cost in found.body_left.items()}
+    assert at == {paths[0]: 5 * ffn, paths[1]: 100 * projection + 5 * 2 * projection + 5 * 100 * scores}
+    assert found.saved_shares("decode", 100) == found.saved_shares("prefill", 19) == {}
+    saved = found.saved_shares("prefill", 100)
+    assert saved[paths[0]] == pytest.approx(0.95)
+    time = predict(found, ROOFLINES["cpu"], "prefill", 100)
+    less = sum(share * time.groups[index] for share, index in zip(saved.values(), (1, 0), strict=True))
+    assert time.speedup(found, (), saved) == pytest.approx(time.full / (time.full - less))
+    report = json.loads(json.dumps(inspection_report(found, ROOFLINES["cpu"], 100)))
+    rows = {row["path"]: row for row in report["sublayers"]}
+    assert rows[paths[0]]["phases"] == {"prefill": "body", "window": "kept", "steady": "kept"}
+    assert rows[ATTENTION.format(0)]["body_left"] is None
+    [row] = [row for row in report["predictions"] if row["context"] == 100]
+    assert row["prefill"]["speedup"]["plan"] == pytest.approx(time.speedup(found, (), saved), 1e-5)
+    assert row["decode"]["speedup"]["plan"] == 1
+    assert report["plan"]["prompt_from"] == 20
+    advice = "\n".join(report["advice"])
+    assert "the 2 sublayers of the plan for the body of a prompt" in advice
+    assert "+2.02 % (+-0.50) of perplexity, and of facts 90 % of 100 % found" in advice
 
 
 def test_a_plan_of_another_model_is_refused():
