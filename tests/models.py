@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_passes.ir.module_paths import naming
+from adaskip_passes.stream.stream import Phase
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -233,7 +234,7 @@ class Captured:
     gm: fx.GraphModule
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
-    phase: str
+    phase: Phase
     call: int
 
 
@@ -248,7 +249,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.captured: list[Captured] = []
-        self.phase = "prefill"
+        self.phase: Phase = "prefill"
         self.call = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

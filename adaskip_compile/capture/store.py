@@ -38,7 +38,7 @@ from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import name_modules
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.ir.serializer import read_graph, write_graph
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.stream.stream import Phase, ResidualStream
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class KeptCapture:
 
     capture: Capture
     graph: dict[str, Any]
-    phase: str
+    phase: Phase
     place: CachePlace | None
 
 
@@ -133,7 +133,7 @@ class CaptureKeeper:
     ) -> None:
         self.session, self._code, self._key = session, ModelCode(model), _key(model)
         self._cache_folder, self._admit, self._restore_graph = cache_folder, admit, restore
-        self._admitted: tuple[dict[str, Any], str, CachePlace | None] | None = None
+        self._admitted: tuple[dict[str, Any], Phase, CachePlace | None] | None = None
         self._restored: list[_RestoredGraph] = []
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:

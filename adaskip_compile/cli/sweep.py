@@ -11,6 +11,7 @@ examples:
   adaskip sweep smollm2 --skips 0 4 8 12 16 --max-loss 0.3 --out plan.json
   adaskip sweep smollm2 --inner eager --windows 1 --length 512 --context 512 --rounds 1
   adaskip sweep ./my-model --texts news=./articles --measures nll needle --speedup 1.2 --out plan.json --plot curve.svg
+  adaskip sweep ./my-model --skips 8 --depths 6,6 8,11 --measures needle --max-loss 0.02 --out plan.json
   adaskip sweep ./my-model --longbench ./LongBench --tasks trec,triviaqa --items 50
 """
 
@@ -46,18 +47,20 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     _check(arguments)
     from adaskip_compile.cli import sweep_tables
     from adaskip_compile.evaluation.candidates import make_candidates
-    from adaskip_compile.evaluation.domains import read_domains
+    from adaskip_compile.evaluation.domains import mixed_windows, read_domains
     from adaskip_compile.evaluation.sweep_results import SweepResults
     from adaskip_compile.evaluation.tradeoff import make_rows, recommend
 
     domains = read_domains(arguments.texts)
     model, tokenizer = common.load_model(arguments)
     results = SweepResults.open(arguments.results, _about(model, domains, arguments))
+    samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
     with output.status("profiling"):
-        profile = _profile(model, tokenizer, domains, results, arguments)
+        profile = _profile(model, samples, results, arguments)
     candidates = make_candidates(
         profile, arguments.skips, arguments.policies, arguments.compensations, window=arguments.window
     )
+    candidates += _prompt_candidates(model, samples, arguments, output)
     results.measure_by({one.name: one.plan for one in candidates})
     _measure(model, tokenizer, domains, candidates, results, arguments, output)
     _time(model, domains, tokenizer, candidates, results, arguments, output)
@@ -80,6 +83,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
     check_names(arguments.policies, arguments.compensations)
     check_kinds(arguments.measures)
+    if arguments.depths:
+        _check_depths(arguments)
     for task in _tasks(arguments):
         find_task(task)
     if arguments.out and arguments.max_loss is None and arguments.speedup is None:
@@ -96,25 +101,61 @@ def _check(arguments: argparse.Namespace) -> None:
         check_plot(arguments.plot)
 
 
+def _check_depths(arguments: argparse.Namespace) -> None:
+    """Raise where a plan that skips for the body of a prompt would meet none."""
+    from adaskip_compile.evaluation.suite import Sizes
+    from adaskip_compile.planning.prompt_skips import PromptSkips
+
+    least, decoded = PromptSkips(()).least_rows, Sizes.decoded
+    if "nll" in arguments.measures:
+        raise OptionError(
+            "--measures nll reads what the model says after every token of a prompt, and --depths skips for those; what follows a "
+            "prompt is measured (decode)"
+        )
+    for option, tokens, needed in (
+        ("--context", arguments.context, least),
+        ("--length", arguments.length, least + decoded + 1),
+    ):
+        if tokens < needed:
+            raise OptionError(
+                f"{option} {tokens}: with --depths it takes {needed} tokens or more, for shorter prompts run in full"
+            )
+
+
+def _prompt_candidates(
+    model: Any, samples: Sequence[Any], arguments: argparse.Namespace, output: Output
+) -> tuple[Candidate, ...]:
+    """Return the plans of --depths: kept by an earlier run of this sweep, or fitted."""
+    from pathlib import Path
+
+    from adaskip_compile.evaluation.candidates import make_prompt_candidates
+
+    results = Path(arguments.results)
+    with output.progress("fitting maps", len({*arguments.depths} - {(0, 0)})) as advance:
+        return make_prompt_candidates(
+            model,
+            samples,
+            arguments.depths,
+            lambda name: results.with_name(f"{results.stem}.prompt-{name}.json"),
+            progress=advance,
+        )
+
+
 def _tasks(arguments: argparse.Namespace) -> list[str]:
     return arguments.tasks.split(",") if arguments.tasks else []
 
 
-def _profile(
-    model: Any, tokenizer: Any, domains: Sequence[Domain], results: Any, arguments: argparse.Namespace
-) -> Profile:
+def _profile(model: Any, samples: Sequence[Any], results: Any, arguments: argparse.Namespace) -> Profile:
     """Return the profile that an earlier run of this sweep kept, or the one that was named, or measure it."""
     from pathlib import Path
 
     import adaskip_compile
     from adaskip_compile.evaluation.candidates import complete_profile
-    from adaskip_compile.evaluation.domains import mixed_windows
     from adaskip_compile.files.model_identity import identify
     from adaskip_compile.profiling.profiles import Profile
 
     kept = Path(arguments.results).with_suffix(".profile.json")
     named = kept if results.path.exists() and kept.exists() else arguments.profile
-    samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
     if named is not None:
         profile = Profile.load(named)
         profile.check(identify(model), source=str(named))
@@ -162,10 +203,11 @@ def _measure(
     """Measure the quality of every plan, but for what the results hold already."""
     import adaskip_compile
     from adaskip_compile.evaluation.suite import Sizes, longbench_measures, make_measures
+    from adaskip_compile.evaluation.tradeoff import loss_measure
 
     sizes = Sizes(windows=arguments.windows, length=arguments.length, contexts=(arguments.context,))
     adaskip_compile.compile(model, candidates[0].plan, inner=arguments.inner)
-    kinds = list(dict.fromkeys(["nll", *arguments.measures]))
+    kinds = list(dict.fromkeys([loss_measure(candidates), *arguments.measures]))
     measures = make_measures(kinds, model, tokenizer, domains, sizes)
     if arguments.longbench:
         measures += longbench_measures(arguments.longbench, _tasks(arguments), model, tokenizer, count=arguments.items)

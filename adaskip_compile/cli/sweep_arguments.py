@@ -22,6 +22,15 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers of sublayers to skip (default: 0 4 8 12 16)",
     )
     plans.add_argument(
+        "--depths",
+        type=_depths,
+        nargs="+",
+        default=[],
+        metavar="A,F",
+        help="also skip in the prompt alone, keys and values kept: the attentions of the A deepest layers below the last and "
+        "the FFNs of the F deepest, with maps in their place",
+    )
+    plans.add_argument(
         "--policies", nargs="+", default=["adaskip"], metavar="NAME", help="how to choose them (default: adaskip)"
     )
     plans.add_argument(
@@ -40,9 +49,9 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     measures.add_argument(
         "--measures",
         nargs="+",
-        default=["nll"],
+        default=[],
         metavar="NAME",
-        help="nll, decode, needle, classification, rouge (default: nll, which is always measured)",
+        help="nll, decode, needle, classification, rouge; nll is always measured, with --depths decode instead",
     )
     measures.add_argument("--longbench", metavar="DIR", help="a folder with the JSONL files of LongBench")
     measures.add_argument("--tasks", metavar="A,B", help="which of its English tasks, such as trec,triviaqa")
@@ -78,3 +87,10 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     )
     goal.add_argument("--speedup", type=float, metavar="A", help="recommend the best that is at least A times as fast")
     results.add_argument("--out", metavar="PATH", help="write the recommended plan")
+
+
+def _depths(text: str) -> tuple[int, int]:
+    attentions, _, ffns = text.partition(",")
+    if not (attentions.isdigit() and ffns.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: takes two numbers of layers, such as 8,11")
+    return int(attentions), int(ffns)

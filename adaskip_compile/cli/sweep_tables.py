@@ -33,6 +33,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "skip": row.candidate.skip,
             "compensation": row.candidate.compensation,
             "skipped": list(row.candidate.plan.paths),
+            "prompt_skipped": [] if row.candidate.plan.prompt is None else list(row.candidate.plan.prompt.paths),
             "nll_loss": row.loss,
             "speedup": {what: asdict(getattr(row, what)) for what in ("request", "prefill", "decode")},
             "cache_bytes": row.cache_bytes,

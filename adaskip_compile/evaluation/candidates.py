@@ -1,16 +1,24 @@
-"""Candidates: the plans that a sweep or a study compares, by policy, number of sublayers and compensation."""
+"""Candidates: the plans that a sweep or a study compares, by policy, number of sublayers and compensation.
+
+Those of the policy ``prompt`` skip for the body of a prompt alone, keys and values kept, the deepest layers of a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from adaskip_compile.files.model_identity import identify
 from adaskip_compile.fitting.fit import fit
 from adaskip_compile.fitting.joint_order import order_by_loss
+from adaskip_compile.fitting.loss_budget import deepest, layers_from_the_end
+from adaskip_compile.fitting.sequence import SequenceFitter
+from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.planning.planner import plan
 from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
 from adaskip_compile.planning.skip_plan import SkipPlan
@@ -23,17 +31,22 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One plan to measure; ``policy`` and ``compensation`` are empty where nothing is skipped."""
+    """One plan to measure; ``policy`` and ``compensation`` are empty where nothing is skipped.
+
+    ``depths`` are of the policy ``prompt``: of how many deepest layers the attentions are skipped, and of how many the FFNs.
+    """
 
     policy: str
     skip: int
     compensation: str
     plan: SkipPlan
+    depths: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
-        """What tables call it, such as ``adaskip/8/scale``; the full model is ``full``."""
-        return f"{self.policy}/{self.skip}/{self.compensation}" if self.policy else FULL
+        """What tables call it, such as ``adaskip/8/scale`` and ``prompt/8+11/low_rank``; the full model is ``full``."""
+        much = str(self.skip) if self.depths is None else _text(self.depths)
+        return f"{self.policy}/{much}/{self.compensation}" if self.policy else FULL
 
 
 def check_names(policies: Iterable[str], compensations: Iterable[str]) -> None:
@@ -85,3 +98,53 @@ def make_candidates(
         made = plan(profile, skip=skip, policy=policy, compensation=compensation, **options)
         found.append(Candidate(policy, skip, compensation, made))
     return tuple(found)
+
+
+def make_prompt_candidates(
+    model: Any,
+    samples: Sequence[torch.Tensor],
+    depths: Iterable[tuple[int, int]],
+    kept: Callable[[str], Path],
+    *,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[Candidate, ...]:
+    """Return what skips for the body of a prompt the attentions and FFNs of the deepest layers but the last, by ``depths``.
+
+    Maps are fitted in sequence on ``samples``, and kept in the file that ``kept`` names for each (``8+11``): a plan that is
+    there is not fitted again. ``progress`` is called after each.
+
+    Raises:
+        OptionError: A depth is greater than the model has layers below the last.
+        FileError: What is kept is damaged, or of another model.
+    """
+    asked = sorted({*depths} - {(0, 0)})
+    if not asked:
+        return ()
+    stream = capture_phases(model)[0].stream
+    layers = layers_from_the_end(stream)
+    for one in asked:
+        if max(one) > len(layers):
+            raise OptionError(f"depths={_text(one)}: this model has {len(layers)} layers below the last")
+    identity = identify(model)
+    fitter: SequenceFitter | None = None
+    found = []
+    for one in asked:
+        file = kept(_text(one))
+        if file.exists():
+            made = SkipPlan.load(file)
+            made.check(identity, source=str(file))
+        else:
+            if fitter is None:
+                fitter = SequenceFitter(model, samples, max_samples=len(samples))
+                fitter.begin_at(deepest(layers, *(max(depth) for depth in zip(*asked, strict=True))))
+            skips = fitter.fit(deepest(layers, *one), progress=False)
+            made = replace(SkipPlan.none(), policy="prompt", model=identity, prompt=skips)
+            made.save(file)
+        progress()
+        assert made.prompt is not None
+        found.append(Candidate("prompt", len(made.prompt.paths), "low_rank", made, one))
+    return tuple(found)
+
+
+def _text(depths: tuple[int, int]) -> str:
+    return f"{depths[0]}+{depths[1]}"

@@ -20,8 +20,8 @@ from adaskip_passes.errors import PlanError
 class Row:
     """What a sweep found of one candidate.
 
-    ``loss`` is the NLL above the full model's, nats a token, the mean over the domains, each counting the same; ``measures``
-    the scores by measure. Speed-ups are against the full model in the same round: of the time to the first token
+    ``loss`` is the NLL above the full model's, nats a token, the mean over the domains, each counting the same: of all tokens of
+    a window, or, where a plan skips for the body of a prompt alone, of those after a prompt. ``measures`` are the scores by measure. Speed-ups are against the full model in the same round: of the time to the first token
     (``prefill``), of a token after the window (``decode``), and of the whole request (``request``).
     """
 
@@ -42,11 +42,12 @@ def make_rows(candidates: Sequence[Candidate], results: SweepResults) -> list[Ro
         candidate.name: {name: Scores(tuple(each[name])) for name in common}
         for candidate, each in zip(candidates, found, strict=True)
     }
-    full = _mean_nll(measures[FULL])
+    kind = loss_measure(candidates)
+    full = _mean_nll(measures[FULL], kind)
     return [
         Row(
             candidate,
-            _mean_nll(measures[candidate.name]) - full,
+            _mean_nll(measures[candidate.name], kind) - full,
             measures[candidate.name],
             Spread.of(results.speedups(candidate.name, "first")),
             Spread.of(results.speedups(candidate.name, "step")),
@@ -55,6 +56,11 @@ def make_rows(candidates: Sequence[Candidate], results: SweepResults) -> list[Ro
         )
         for candidate in candidates
     ]
+
+
+def loss_measure(candidates: Sequence[Candidate]) -> str:
+    """Return the measure that a loss is told by: where one skips for the body of a prompt, nobody reads what follows its tokens."""
+    return "decode" if any(one.depths is not None for one in candidates) else "nll"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -90,7 +96,12 @@ def draw_curve(axes: Any, rows: Sequence[Row]) -> None:
         ]
         axes.errorbar(speeds, [row.loss for row in curve], xerr=spread, fmt="o-", capsize=2, label=label)
         for row in found:
-            axes.annotate(row.candidate.skip, (row.request.median, row.loss), xytext=(4, 4), textcoords="offset points")
+            axes.annotate(
+                row.candidate.name.split("/")[1],
+                (row.request.median, row.loss),
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
     axes.legend()
 
 
@@ -124,8 +135,8 @@ def recommend(rows: Sequence[Row], *, max_loss: float | None = None, speedup: fl
     return min(fast, key=lambda row: row.loss)
 
 
-def _mean_nll(measures: dict[str, Scores]) -> float:
-    found = [scores.mean for name, scores in measures.items() if kind_of(name) == "nll"]
+def _mean_nll(measures: dict[str, Scores], kind: str) -> float:
+    found = [scores.mean for name, scores in measures.items() if kind_of(name) == kind]
     return sum(found) / len(found)
 
 

@@ -26,6 +26,7 @@ from adaskip_passes.ir.module_paths import source_name, tensors_behind
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.pipeline.pipeline import Pass, PassResult, run_pipeline
 from adaskip_passes.pipelines import row_passes, skip_passes
+from adaskip_passes.stream.stream import Kind
 
 PHASES = ("prefill", "decode")
 
@@ -39,7 +40,7 @@ class InspectedSublayer:
     """
 
     path: str
-    kind: str
+    kind: Kind
     stateful: bool
     group: int
     parameters: int

@@ -22,7 +22,7 @@ from adaskip_compile.checkpoints.model_config import longest_context, text_confi
 from adaskip_passes.errors import CaptureError
 from adaskip_passes.ir.module_paths import naming
 from adaskip_passes.pipelines import CANONICALISE, STRAIGHTEN, canonicalised
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.stream.stream import Phase, ResidualStream
 
 # A prompt longer than a sliding window tells its cache from that of full attention.
 _PROMPT, _LONGEST_PROMPT = 20, 16_384
@@ -34,7 +34,7 @@ _LARGE = 1 << 22
 class PhaseGraph:
     """One phase of a model, ``"prefill"`` or ``"decode"``: its graph and the residual stream found in it."""
 
-    phase: str
+    phase: Phase
     gm: fx.GraphModule
     stream: ResidualStream
 

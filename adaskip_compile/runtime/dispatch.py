@@ -24,7 +24,7 @@ from adaskip_compile.kv_cache.holes_seen import find_holes
 from adaskip_compile.kv_cache.shared_holes import SharedHoles
 from adaskip_compile.planning.replacement_values import replacement_values
 from adaskip_compile.runtime.request_table import ForeignRequest
-from adaskip_compile.runtime.requests import Choice, Request
+from adaskip_compile.runtime.requests import Choice, Request, RequestPhase
 from adaskip_compile.runtime.session import Session
 from adaskip_compile.runtime.signature import GraphSignature
 from adaskip_compile.runtime.variants import Variant, VariantCache
@@ -117,7 +117,7 @@ class Dispatcher:
         skipped = request.plan.scales_at(request.decoded) | request.extra
         self._variant_for(request, skipped, self._phase(request), 1)
 
-    def _phase(self, request: Request) -> str:
+    def _phase(self, request: Request) -> RequestPhase:
         if self.stream.phase == "prefill":
             return "prefill"
         return "window" if request.window_left else "steady"
@@ -183,7 +183,7 @@ class Dispatcher:
         )
         return request
 
-    def _probes(self, request: Request, phase: str, skipped: Mapping[str, float]) -> tuple[str, ...]:
+    def _probes(self, request: Request, phase: RequestPhase, skipped: Mapping[str, float]) -> tuple[str, ...]:
         if request.learning:
             return self.stream.paths if phase == "prefill" else ()
         if phase != "window":
@@ -194,7 +194,7 @@ class Dispatcher:
         """Return the cache entries as this call shall leave them, with room for its tokens."""
         return self._appends.entries(variant.grown, variant.skipped, inputs, *self._signature.rows_and_tokens(inputs))
 
-    def _choice(self, request: Request, phase: str, tokens: int) -> Choice:
+    def _choice(self, request: Request, phase: RequestPhase, tokens: int) -> Choice:
         """Return what ``request`` calls for in ``phase``, for so many ``tokens`` a row.
 
         A decoded token finds what the one before it has found: that changes only where the request forgets it.
@@ -217,7 +217,7 @@ class Dispatcher:
         tensors = {path: one.tensors for path, one in maps.items()}
         return tuple(replacement_values(variant.given, self.stream, scales, tensors))
 
-    def _variant_for(self, request: Request, skipped: Mapping[str, float], phase: str, tokens: int) -> Variant:
+    def _variant_for(self, request: Request, skipped: Mapping[str, float], phase: RequestPhase, tokens: int) -> Variant:
         """Return the variant that ``request`` calls for in ``phase`` where it skips that, for so many ``tokens`` a row."""
         prompt = request.plan.prompt
         paths = tuple(path for path in self.stream.paths if path in skipped)
@@ -232,7 +232,7 @@ class Dispatcher:
     def _finish(
         self,
         request: Request,
-        phase: str,
+        phase: RequestPhase,
         variant: Variant,
         inputs: Sequence[Any],
         outputs: Any,

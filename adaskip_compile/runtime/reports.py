@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from adaskip_compile.lowering.cuda_graphs import RecordedRun
-from adaskip_compile.runtime.requests import Request
+from adaskip_compile.runtime.requests import Request, RequestPhase
 from adaskip_compile.runtime.session import CapturedGraph, Session, sessions_of
+from adaskip_passes.stream.stream import Phase
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class GraphReport:
     one that is ``restored``: an earlier capture of the same structure, from the cache directory.
     """
 
-    phase: str
+    phase: Phase
     calls: int
     variants: tuple[VariantReport, ...]
     captured_because: str | None = None
@@ -45,7 +46,7 @@ class GraphReport:
 class PhaseReport:
     """One phase of one request: tokens a row, seconds in its graphs as seen from the host, and the paths skipped."""
 
-    phase: str
+    phase: RequestPhase
     tokens: int
     seconds: float
     skipped: tuple[str, ...]
@@ -65,8 +66,8 @@ class RequestReport:
 
     number: int
     batch: int
-    tokens: dict[str, int]
-    seconds: dict[str, float]
+    tokens: dict[RequestPhase, int]
+    seconds: dict[RequestPhase, float]
     skipped: dict[str, float]
     extra: dict[str, float]
     kv_bytes: int
@@ -83,7 +84,7 @@ class RequestReport:
     def phases(self) -> tuple[PhaseReport, ...]:
         """The phases that it has been through, in order, each with its skip set; of a ramp, as far as it has come."""
         decoding = {path: scale for path, scale in self.skipped.items() if path not in self.resumed} | self.ramped
-        sets = {
+        sets: dict[RequestPhase, tuple[str, ...]] = {
             "prefill": tuple(self.skipped),
             "window": tuple(decoding),
             "steady": tuple({**decoding, **self.extra}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -14,6 +14,9 @@ from adaskip_compile.planning.skip_plan import RampStep, SkipPlan
 from adaskip_compile.runtime.variants import Variant
 from adaskip_compile.runtime.window import extra_sublayers
 from adaskip_passes.errors import LegalityError
+
+# What a call of a request is: its prompt, one of its first decoded tokens, measured, or a later one.
+RequestPhase = Literal["prefill", "window", "steady"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +49,8 @@ class Request:
     window_left: int = 0
     window_rows: list[torch.Tensor] = field(default_factory=list)
     window_paths: tuple[str, ...] = ()
-    tokens: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "window": 0, "steady": 0})
-    seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "window": 0.0, "steady": 0.0})
+    tokens: dict[RequestPhase, int] = field(default_factory=lambda: {"prefill": 0, "window": 0, "steady": 0})
+    seconds: dict[RequestPhase, float] = field(default_factory=lambda: {"prefill": 0.0, "window": 0.0, "steady": 0.0})
     batch: int = 1
     kv_bytes: int = 0
     notes: list[str] = field(default_factory=list)

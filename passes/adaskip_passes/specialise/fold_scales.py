@@ -11,7 +11,7 @@ from torch import fx
 
 from adaskip_passes.errors import PassError
 from adaskip_passes.pipeline.pipeline import PassResult
-from adaskip_passes.specialise.replacements import SCALES_INPUT
+from adaskip_passes.specialise.replacements import find_scales
 from adaskip_passes.stream.stream import ResidualStream
 
 
@@ -37,12 +37,8 @@ class FoldScales:
         :class:`PassError` where a skipped sublayer has no scale here.
         """
         by_path = dict(self.scales)
-        reads = [
-            node
-            for source in gm.graph.find_nodes(op="placeholder")
-            if source.name == SCALES_INPUT
-            for node in source.users
-        ]
+        source = find_scales(gm.graph)
+        reads = [] if source is None else list(source.users)
         for node in reads:
             number = _scale(by_path, stream.paths[node.args[2]])  # type: ignore[index]
             for user in list(node.users):

@@ -19,6 +19,8 @@ from adaskip_passes.specialise.stream_maps import FORMS, emit_map, part_shapes
 
 SCALES_INPUT = "adaskip_scales"
 SCALES = "scales"
+# Under this key an input's node says what was added: a captured input may have any name.
+_ADDED = "adaskip_added"
 
 
 class Replacements:
@@ -30,9 +32,8 @@ class Replacements:
     def __init__(self, gm: fx.GraphModule, count: int, maps: Iterable[tuple[str, str, int]]) -> None:
         self._graph, self._forms = gm.graph, {path: (form, rank) for path, form, rank in maps}
         self._device = next(value.device for node in gm.graph.nodes if (value := fake_tensor(node)) is not None)
-        known = [node for node in gm.graph.find_nodes(op="placeholder") if node.name == SCALES_INPUT]
         self.added: list[AddedInput] = []
-        self._scales = known[0] if known else self._input(AddedInput(SCALES_INPUT, SCALES), (count,), torch.float32)
+        self._scales = find_scales(gm.graph) or self._input(AddedInput(SCALES_INPUT, SCALES), (count,), torch.float32)
         self._one: torch.Tensor | None = None
         cut = any(isinstance(node.target, Region) for node in gm.graph.nodes)
         self._map_regions = MapRegions(gm.graph) if cut else None
@@ -64,4 +65,12 @@ class Replacements:
     ) -> fx.Node:
         device = self._device if like is None else like.device
         self.added.append(added)
-        return add_placeholder(self._graph, added.name, torch.empty(shape, dtype=dtype, device=device))
+        node = add_placeholder(self._graph, added.name, torch.empty(shape, dtype=dtype, device=device))
+        node.meta[_ADDED] = added
+        return node
+
+
+def find_scales(graph: fx.Graph) -> fx.Node | None:
+    """Return the input of ``graph`` that brings the scales, None where no skip has added one."""
+    inputs = (node for node in graph.find_nodes(op="placeholder") if _ADDED in node.meta)
+    return next((node for node in inputs if node.meta[_ADDED].part == SCALES), None)

@@ -19,6 +19,7 @@ from adaskip_passes.ir.graph import fake_tensor, op_name, output_values
 from adaskip_passes.stream.add_trees import AddTree, find_add_trees, find_weighted, is_add, leaves_of
 from adaskip_passes.stream.problems import entries_outside, stream_problems
 from adaskip_passes.stream.state import State, find_state
+from adaskip_passes.stream.stream import Kind
 
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "imatmul", "__matmul__"})
 _ATTENTION = frozenset({"scaled_dot_product_attention", "flex_attention"})
@@ -32,7 +33,7 @@ class Part:
     branches: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     state: State
-    kind: str
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,9 @@ def _read_later(region: Sequence[fx.Node], dependence: Dependence) -> set[fx.Nod
     return found
 
 
-def _kind(region: tuple[fx.Node, ...], state: State, returned: Sequence[fx.Node | None], dependence: Dependence) -> str:
+def _kind(
+    region: tuple[fx.Node, ...], state: State, returned: Sequence[fx.Node | None], dependence: Dependence
+) -> Kind:
     if _attends(region, set(region), dependence):
         return "attention"
     if not state.exists:

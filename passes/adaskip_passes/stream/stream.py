@@ -8,10 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import fx
 
 from adaskip_passes.errors import UnknownSublayerError
+
+# What a sublayer is, by what it does; and what a graph is captured for.
+Kind = Literal["attention", "ssm", "ffn"]
+Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Sublayer:
 
     index: int
     path: str
-    kind: str
+    kind: Kind
     stateful: bool
     stream_in: fx.Node
     stream_out: fx.Node
@@ -86,7 +91,7 @@ class ResidualStream:
 
     sublayers: tuple[Sublayer, ...]
     problems: tuple[str, ...] = ()
-    phase: str = "prefill"
+    phase: Phase = "prefill"
     skipped: tuple[str, ...] = ()
     probed: tuple[str, ...] = ()
     body_skipped: tuple[str, ...] = ()

@@ -14,8 +14,9 @@ from adaskip_compile import Profile, SkipPlan
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.cli import main, sweep
 from adaskip_compile.evaluation import suite
-from adaskip_compile.evaluation.likelihood import window_nlls
+from adaskip_compile.evaluation.likelihood import decoded_nlls, window_nlls
 from adaskip_compile.evaluation.sweep_results import SWEEP_FORMAT
+from adaskip_compile.fitting.sequence import SequenceFitter
 from tests.made_up_texts import made_up_domain, made_up_folder
 from tests.tiny_checkpoints import save_tiny
 
@@ -113,6 +114,52 @@ def test_what_a_sweep_labels_is_what_it_measures_and_saves(sweeps: Callable[...,
         adaskip_compile.plan(profile, skip=3, compensation=recommended),
     )
     assert (saved.scales, saved.map_forms(saved.paths)) == (wanted.scales, wanted.map_forms(wanted.paths))
+
+
+LONGER = ["--length", "128", "--context", "100"]
+
+
+def test_plans_for_the_prompt_alone_are_compared_by_what_follows_it(
+    sweeps: Callable[..., int], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ["--skips", "0", "2", "--depths", "1,1", "0,1", *LONGER, "--json", "all.json"]
+    assert sweeps(*arguments, "--speedup", "0.01", "--out", "plan.json", "--csv", "curve.csv") == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "all.json").read_text())["rows"]}
+    assert list(rows) == ["full", "adaskip/2/scale", "prompt/0+1/low_rank", "prompt/1+1/low_rank"]
+    row = rows["prompt/1+1/low_rank"]
+    assert (row["skip"], row["skipped"], set(row["measures"])) == (2, [], {"decode/sea", "decode/city"})
+    loaded, tokenizer = load_checkpoint(model)
+    plan = SkipPlan.load(tmp_path / "sweep.prompt-1+1.json")
+    assert plan.prompt is not None
+    assert list(plan.prompt.paths) == row["prompt_skipped"]
+    windows = made_up_domain("sea").windows(tokenizer, "evaluation", 1, 128)
+    wanted, full = (
+        decoded_nlls(adaskip_compile.compile(loaded, one, inner="eager"), windows, decoded=32)
+        for one in (plan, SkipPlan.none())
+    )
+    assert row["measures"]["decode/sea"] == pytest.approx(wanted)
+    assert rows["full"]["measures"]["decode/sea"] == pytest.approx(full)
+    assert wanted != pytest.approx(full, rel=1e-4)
+    # What was fitted is not fitted again, and what was measured of it is not measured again.
+    monkeypatch.setattr(SequenceFitter, "fit", None)
+    monkeypatch.setattr(suite, "decoded_nlls", None)
+    assert sweeps(*arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depths", "1,1"], "--context 40: with --depths it takes 68 tokens or more"),
+        (["--depths", "1,1", "--context", "100"], "--length 48: with --depths it takes 101 tokens or more"),
+        (["--depths", "1,1", *LONGER, "--measures", "nll"], "--measures nll reads what the model says"),
+        (["--depths", "9,1", *LONGER], "depths=9+1: this model has "),
+    ],
+)
+def test_depths_that_make_no_sense_are_refused(
+    arguments: list[str], message: str, sweeps: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    assert sweeps("--skips", "0", *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_was_measured_of_another_plan_under_this_name_is_measured_again(

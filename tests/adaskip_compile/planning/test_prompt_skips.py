@@ -16,6 +16,7 @@ from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import LegalityError, PlanError
 from adaskip_passes.ir.module_paths import naming
+from tests.architectures import tiny_architecture
 from tests.generation import CACHE_NAME, CACHES, generate, left_padded, make_cache
 from tests.models import tiny, tokens
 from tests.reference import Body, body_backend, replace_body, run_request
@@ -217,6 +218,58 @@ def test_recurrent_sublayers_are_refused() -> None:
         torch.no_grad(),
     ):
         model(tokens(1, 100))
+
+
+HYBRID_SCALES = {
+    "model.layers.1.self_attn": 1.1,
+    "model.layers.1.feed_forward": 0.9,
+    "model.layers.2.feed_forward": 0.8,
+    "model.layers.3.self_attn": 1.2,
+}
+HYBRID = Body({path: lambda a, scale=scale: scale * a for path, scale in HYBRID_SCALES.items()}, HEAD, TAIL)
+
+
+def hybrid_forward(path: str, layer: Any) -> Any:
+    """Return the forward of a layer of Bamba, written by hand, with the replacements of ``HYBRID``."""
+
+    def forward(hidden: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        normed = layer.input_layernorm(hidden)
+        if hasattr(layer, "mamba"):
+            mask = kwargs.get("attention_mask")
+            mixed = layer.mamba(hidden_states=normed, cache_params=kwargs.get(CACHE_NAME), attention_mask=mask)
+        else:
+            mixed, _ = layer.self_attn(hidden_states=normed, **kwargs)
+        hidden = HYBRID.joined(f"{path}.self_attn", hidden, hidden + mixed)
+        branch = layer.feed_forward(layer.pre_ff_layernorm(hidden))
+        return HYBRID.joined(f"{path}.feed_forward", hidden, hidden + branch), None
+
+    return forward
+
+
+def test_a_hybrid_skips_beside_its_state_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attentions and FFNs go for the body; what carries a state from token to token between them runs for all rows."""
+    model, ids = tiny_architecture("bamba"), tokens(1, 40)
+
+    @torch.no_grad()
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return model(ids).logits[:, -1], generate(model, ids, torch.ones_like(ids), 6)
+
+    full = run()
+    with monkeypatch.context() as patched:
+        for index, layer in enumerate(model.model.layers):
+            patched.setattr(layer, "forward", hybrid_forward(f"model.layers.{index}", layer))
+        reference = run()
+    plan = SkipPlan.from_prompt_scales(HYBRID_SCALES, head=HEAD, tail=TAIL)
+    interpreted = torch.compile(model, backend=naming(model, body_backend(HYBRID)), dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(interpreted(ids).logits[:, -1], reference[0], rtol=2e-5, atol=2e-5)
+    torch._dynamo.reset()
+    compiled(model, plan)
+    got = run()
+    torch.testing.assert_close(got[0], reference[0], rtol=2e-5, atol=2e-5)
+    assert (got[0] - full[0]).abs().max() > 2e-3
+    assert torch.equal(got[1], reference[1])
+    assert adaskip_compile.report(model).requests[-1].prompt_skipped == HYBRID_SCALES
 
 
 @pytest.mark.newest("before, experts of a mixture run for all rows of a prompt, and the report names the operation")
