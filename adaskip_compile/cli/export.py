@@ -1,8 +1,8 @@
 """Write programs with a plan built in, which PyTorch alone runs.
 
 The folder gets prefill.pt2 and decode.pt2, their graphs as text, generate.py, which generates from them in a
-process that has neither this package nor transformers, and manifest.json. What the plan skips is not in
-them. With --aot they are compiled by AOTInductor too, which takes minutes.
+process that has neither this package nor transformers, and manifest.json. What the plan skips throughout is
+not in them. With --aot they are compiled by AOTInductor too, which takes minutes.
 
 examples:
   adaskip export smollm2 --plan plan.json --out exported

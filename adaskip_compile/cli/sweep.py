@@ -18,6 +18,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from adaskip_passes.errors import OptionError
 if TYPE_CHECKING:
     from adaskip_compile.evaluation.candidates import Candidate
     from adaskip_compile.evaluation.domains import Domain
+    from adaskip_compile.evaluation.sweep_results import SweepResults
     from adaskip_compile.evaluation.tradeoff import Row
     from adaskip_compile.profiling.profiles import Profile
 
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     candidates = make_candidates(
         profile, arguments.skips, arguments.policies, arguments.compensations, window=arguments.window
     )
-    candidates += _prompt_candidates(model, samples, arguments, output)
+    candidates += _prompt_candidates(model, samples, results, arguments, output)
     results.measure_by({one.name: one.plan for one in candidates})
     _measure(model, tokenizer, domains, candidates, results, arguments, output)
     _time(model, domains, tokenizer, candidates, results, arguments, output)
@@ -123,20 +125,19 @@ def _check_depths(arguments: argparse.Namespace) -> None:
 
 
 def _prompt_candidates(
-    model: Any, samples: Sequence[Any], arguments: argparse.Namespace, output: Output
+    model: Any, samples: Sequence[Any], results: SweepResults, arguments: argparse.Namespace, output: Output
 ) -> tuple[Candidate, ...]:
-    """Return the plans of --depths: kept by an earlier run of this sweep, or fitted."""
-    from pathlib import Path
-
+    """Return the plans of --depths: kept by an earlier run of this very sweep, or fitted."""
     from adaskip_compile.evaluation.candidates import make_prompt_candidates
+    from adaskip_compile.files.versioned_json import digest
 
-    results = Path(arguments.results)
+    about = digest(json.dumps(results.about, sort_keys=True))[:8]  # maps of other texts are other maps
     with output.progress("fitting maps", len({*arguments.depths} - {(0, 0)})) as advance:
         return make_prompt_candidates(
             model,
             samples,
             arguments.depths,
-            lambda name: results.with_name(f"{results.stem}.prompt-{name}.json"),
+            lambda name: results.path.with_name(f"{results.path.stem}.prompt-{name}-{about}.json"),
             progress=advance,
         )
 

@@ -125,6 +125,8 @@ def make_prompt_candidates(
     for one in asked:
         if max(one) > len(layers):
             raise OptionError(f"depths={_text(one)}: this model has {len(layers)} layers below the last")
+        if not deepest(layers, *one):
+            raise OptionError(f"depths={_text(one)}: so deep there is neither attention nor FFN to skip")
     identity = identify(model)
     fitter: SequenceFitter | None = None
     found = []

@@ -70,14 +70,15 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     speeds = [f"{what}_speedup{end}" for what in ("prefill", "decode", "request") for end in ("", "_low", "_high")]
     scores = [f"{name}{end}" for name in names for end in ("", "_error")]
-    writer.writerow(["policy", "compensation", "skipped", "nll_loss", *speeds, "cache_bytes", *scores])
+    writer.writerow(["plan", "policy", "compensation", "skipped", "nll_loss", *speeds, "cache_bytes", *scores])
     for row in rows:
         one = row.candidate
         spreads = [number for each in (row.prefill, row.decode, row.request) for number in _numbers(each)]
         values = [number for name in names for number in (row.measures[name].mean, row.measures[name].error)]
         numbers = [f"{number:.6g}" for number in (row.loss, *spreads)]
         writer.writerow(
-            [one.policy or FULL, one.compensation, one.skip, *numbers, row.cache_bytes, *(f"{v:.6g}" for v in values)]
+            [one.name, one.policy or FULL, one.compensation, one.skip, *numbers, row.cache_bytes]
+            + [f"{value:.6g}" for value in values]
         )
     return text.getvalue()
 
@@ -115,14 +116,14 @@ def recommend(rows: Sequence[Row], *, max_loss: float | None = None, speedup: fl
     """
     plans = [row for row in rows if row.candidate.policy]
     if not plans:
-        raise PlanError("there is no plan to recommend: give --skips above 0")
+        raise PlanError("there is no plan to recommend: give --skips above 0, or --depths")
     if max_loss is not None:
         good = [row for row in plans if row.loss <= max_loss]
         if not good:
             best = min(plans, key=lambda row: row.loss)
             raise PlanError(
                 f"no plan loses at most {max_loss:g} nats a token: {best.candidate.name} loses least, {best.loss:.3f}. "
-                "Try smaller --skips, or allow more with --max-loss"
+                "Try smaller --skips or --depths, or allow more with --max-loss"
             )
         return max(good, key=lambda row: row.request.median)
     fast = [row for row in plans if speedup is None or row.request.median >= speedup]
@@ -130,7 +131,7 @@ def recommend(rows: Sequence[Row], *, max_loss: float | None = None, speedup: fl
         best = max(plans, key=lambda row: row.request.median)
         raise PlanError(
             f"no plan is {speedup:g} times as fast: {best.candidate.name} is fastest, {best.request.median:.2f}x. "
-            "Try greater --skips, or ask for less with --speedup"
+            "Try greater --skips or --depths, or ask for less with --speedup"
         )
     return min(fast, key=lambda row: row.loss)
 

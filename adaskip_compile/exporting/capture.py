@@ -180,11 +180,13 @@ def check_max_length(model: nn.Module, max_length: int | None, least: int = LEAS
     A prefill takes ``least`` tokens or more.
     """
     longest = longest_context(model)
-    if max_length is None:
-        max_length = min(2048, longest or 2048)
     fewest = _example_tokens(least) + 1
+    why = "" if least == LEAST_TOKENS else f", for the plan skips in prompts of {least} and more"
+    if longest is not None and longest < fewest:
+        raise OptionError(f"this model has {longest} positions, and export takes {fewest} or more{why}")
+    if max_length is None:
+        return min(2048, longest or 2048)
     if type(max_length) is not int or max_length < fewest:
-        why = "" if least == LEAST_TOKENS else f", for the plan skips in prompts of {least} and more"
         raise OptionError(f"max_length={max_length!r}: takes a number of tokens, {fewest} or more{why}")
     if longest is not None and max_length > longest:
         raise OptionError(f"max_length={max_length}: this model has {longest} positions")

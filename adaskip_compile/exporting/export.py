@@ -84,7 +84,8 @@ def export(
     ``directory`` gets ``prefill.pt2`` and ``decode.pt2``, which ``torch.export.load`` reads; their graphs
     as text; ``generate.py``, which generates from them; and ``manifest.json``. What is skipped is not in
     them: neither its weights, nor the keys and values of a skipped attention. Where a plan skips for the body of a prompt
-    alone, ``prefill.pt2`` does, and takes prompts that have a body; decode goes through shorter ones token by token. An
+    alone, ``prefill.pt2`` does, and takes prompts that have a body; decode goes through shorter ones token by token, and skips
+    for them what it skips. An
     earlier export there is replaced, anything else is not; on failure everything stays as it was.
 
     Args:
@@ -114,7 +115,9 @@ def export(
     plans = {"prefill": _resolve(plan, model, identity)}
     plans["decode"] = plans["prefill"] if decode_plan is None else _resolve(decode_plan, model, identity)
     if decode_plan is not None and _prompt_skips(plans["decode"]).skipped:
-        raise PlanError("decode_plan skips for the body of a prompt, which decode never has: give it as plan")
+        raise PlanError(
+            "decode_plan skips for the body of a prompt, which decode never has: give a plan of what decode skips, or none"
+        )
     prompt = _prompt_skips(plans["prefill"])
     least = max(LEAST_TOKENS, prompt.least_rows) if prompt.skipped else LEAST_TOKENS
     max_length = check_max_length(model, max_length, least)
@@ -180,7 +183,7 @@ def _passes(
 ) -> tuple[Pass, ...]:
     """Return the pipeline that builds ``plan`` into a graph."""
     if stream.problems:
-        if not plan.named_paths:
+        if not (plan.named_paths if phase.name == "prefill" else plan.paths):
             return ()
         raise CaptureError(
             f"nothing can be skipped: {'; '.join(stream.problems)}. Export with a plan that skips nothing"

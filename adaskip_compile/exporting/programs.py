@@ -90,7 +90,7 @@ def _bind(
     for node in inputs[len(phase.values) :]:
         if node.users:
             value = nn.Parameter(added[node.name], requires_grad=False)
-            images[node] = graph.get_attr(_hold(root, f"compensation.{node.name}", value, cache))
+            images[node] = graph.get_attr(_hold(root, f"compensation.{phase.name}.{node.name}", value, cache))
     for node, value in zip(inputs, phase.values, strict=False):
         if not node.users:
             continue

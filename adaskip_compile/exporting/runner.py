@@ -81,9 +81,10 @@ class ExportedModel:
         """Return the logits after a prompt; decode goes through one that is too short for prefill."""
         if ids.shape[1] >= self.manifest["programs"]["prefill"]["tokens"]["from"]:
             return self.prefill(ids, positions)
-        for step in range(ids.shape[1] - 1):
-            self.decode(ids[:, step : step + 1], positions[step : step + 1])
-        return self.decode(ids[:, -1:], positions[-1:])
+        *before, last = zip(ids.split(1, dim=1), positions.split(1), strict=True)
+        for token, position in before:
+            self.decode(token.contiguous(), position)
+        return self.decode(last[0].contiguous(), last[1])  # a compiled program takes its strides for granted
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

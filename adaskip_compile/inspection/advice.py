@@ -104,7 +104,8 @@ def _what_is_lost(found: Inspection) -> Iterator[str]:
     if found.plan is None or found.plan.prompt is None or found.plan.prompt.measured is None:
         return
     quality = found.plan.prompt.measured.quality
-    yield f"measured of the plan when it was made: {quality.perplexity} of perplexity, and of facts {quality.retrieval} found"
+    facts = "" if quality.found is None else f", and of facts {quality.retrieval} found"
+    yield f"measured of the plan when it was made: {quality.perplexity} of perplexity{facts}"
 
 
 def _next_steps(found: Inspection) -> Iterator[str]:

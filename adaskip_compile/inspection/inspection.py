@@ -117,10 +117,9 @@ class Inspection:
         if phase != "prefill" or prompt is None or not prompt.apply_to(context):
             return {}
         costs = {one.path: self.groups[one.group].cost[phase] for one in self.sublayers}
-        return {
-            path: 1 - cost_at(left, phase, context)["flops"] / cost_at(costs[path], phase, context)["flops"]
-            for path, left in self.body_left.items()
-        }
+        found = {path: cost_at(costs[path], phase, context)["flops"] for path in self.body_left}
+        left = {path: cost_at(cost, phase, context)["flops"] for path, cost in self.body_left.items()}
+        return {path: 1 - left[path] / full if full else 0.0 for path, full in found.items()}
 
     def skipped_in(self, phase: str) -> frozenset[str]:
         """Return the paths that the plan skips in ``phase``, in decode once its ramp is over."""
@@ -225,9 +224,9 @@ def _with_profile(found: Inspection, profile: Profile | None) -> Inspection:
 def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
     for path in plan.named_paths:
         found.graphs[0].stream.by_path(path)
+    scales = {**({} if plan.prompt is None else plan.prompt.scales), **plan.all_scales}
     sublayers = tuple(
-        replace(one, skipped=one.path in plan.scales, scale=plan.all_scales.get(one.path, one.scale))
-        for one in found.sublayers
+        replace(one, skipped=one.path in plan.scales, scale=scales.get(one.path, one.scale)) for one in found.sublayers
     )
     found = replace(found, sublayers=sublayers, plan=plan)
     try:

@@ -65,7 +65,10 @@ def predictions(found: Inspection, timer: Timer, context: int) -> list[dict[str,
         row: dict[str, Any] = {"context": tokens}
         for phase in found.phases:
             time, saved = predict(found, timer, phase, tokens), found.saved_shares(phase, tokens)
-            speedups = {name: as_plain(time.speedup(found, chosen, saved)) for name, chosen in sets.items()}
+            speedups = {
+                name: as_plain(time.speedup(found, chosen, saved if name == "plan" else {}))
+                for name, chosen in sets.items()
+            }
             row[phase] = {"seconds": as_plain(time.full), "speedup": speedups}
         rows.append(row)
     return rows

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from adaskip_compile.profiling.stream_maps import StreamMap
 
 HEAD, TAIL = 1, 16
-_LEAST_ROWS = 4  # for each row that runs in full
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class PromptSkips:
     @property
     def least_rows(self) -> int:
         """How many rows a prompt has at least whose body is worth skipping for."""
-        return _LEAST_ROWS * (self.head + self.tail)
+        return SkipBodyRows(head=self.head, tail=self.tail).least_rows
 
     def apply_to(self, rows: int) -> bool:
         """Whether a prompt of so many rows has a body worth skipping for; a shorter one runs in full.

@@ -226,6 +226,7 @@ class Dispatcher:
             self.session.note("no input of the graph counts its tokens: the prompt runs in full")
         if prompt is not None and phase == "prefill" and prompt.apply_to(tokens):
             body = prompt.as_pass(self.stream.paths)
+            body = body if self.variants.skips_body(body) else None
         probed, maps = self._probes(request, phase, skipped), request.plan.map_forms(paths)
         return self.variants.get(paths, probed, maps, body, learning=self.session.learning)
 

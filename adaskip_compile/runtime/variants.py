@@ -86,6 +86,7 @@ class VariantCache:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         self._plain = Lowering("eager", "whole")
         self._narrowed: dict[SkipBodyRows | None, DerivedGraph] = {}
+        self._long: dict[int, DerivedGraph] = {}
         self.prepared: dict[tuple[Lowering, SkipBodyRows | None, bool], DerivedGraph] = {}
         # Who makes a variant holds the second one, so that calls of other variants need not wait.
         self._lock, self._making = threading.Lock(), threading.Lock()
@@ -173,10 +174,25 @@ class VariantCache:
             skipped, probed, body, run, ShapeCheck(self._gm, result.gm), grown, given, result.history, seconds
         )
 
+    def skips_body(self, body: SkipBodyRows) -> bool:
+        """Tell whether a prompt may skip so; where not, the note says why it runs in full."""
+        try:
+            self._with_body(body)
+        except PassError as error:
+            self._note(f"the first prompt had no body to skip for, and so prompts run in full: {error}")
+            return False
+        return True
+
+    def _with_body(self, body: SkipBodyRows) -> DerivedGraph:
+        """Return the graph as captured with a prompt that has a body: the first one may have been too short."""
+        if body.least_rows not in self._long:
+            self._long[body.least_rows] = self._appends.graph.for_rows(body.least_rows)
+        return self._long[body.least_rows]
+
     def narrowed(self, body: SkipBodyRows | None) -> DerivedGraph:
         """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
-            result = self._appends.graph.run(row_passes(body))
+            result = (self._appends.graph if body is None else self._with_body(body)).run(row_passes(body))
             for note in () if body is None else computed_all_the_same(result.gm, result.stream, body):
                 self._note(note)
             if body is not None and _gives_every_row(result):

@@ -22,8 +22,11 @@ const bodySkipped = () => (planned && state.set === "plan" ? report.sublayers.fi
 // What a prompt of that length saves of each sublayer that the plan skips for its body.
 function savedShares(phase, context) {
   if (phase !== "prefill" || context < report.plan?.prompt_from) return new Map();
-  const left = (row) => costAt(row.body_left, phase, context).flops / costAt(report.groups[row.group].cost, phase, context).flops;
-  return new Map(bodySkipped().map((row) => [row.path, 1 - left(row)]));
+  const saved = (row) => {
+    const full = costAt(report.groups[row.group].cost, phase, context).flops;
+    return full ? 1 - costAt(row.body_left, phase, context).flops / full : 0;
+  };
+  return new Map(bodySkipped().map((row) => [row.path, saved(row)]));
 }
 
 const predictShown = (phase, context) => predict(phase, context, skipped(), savedShares(phase, context));

@@ -11,6 +11,8 @@ from typing import Any
 from torch import fx
 
 from adaskip_passes.errors import AdaSkipError, VerificationError
+from adaskip_passes.ir.graph import copy_graph, size_hint, tensor_of
+from adaskip_passes.ir.hints import raise_hint
 from adaskip_passes.pipeline.debug_folders import GraphLog
 from adaskip_passes.pipeline.pipeline import AddedInput, Pass, PassRecord, run_pipeline
 from adaskip_passes.pipeline.verifier import Contract
@@ -73,6 +75,19 @@ class DerivedGraph:
             raise type(error)(f"{error}; to see it alone: python {script}") from error
         history, added = (*self.history, *result.history), (*self.added, *result.added)
         return DerivedGraph(result.gm, result.stream, history, added, log, result.contract)
+
+    def for_rows(self, least: int) -> DerivedGraph:
+        """Return it as captured with at least so many rows in its stream; the very same where it was.
+
+        Raises:
+            PassError: It cannot be told to have so many.
+        """
+        rows = tensor_of(self.stream.sublayers[0].stream_in).shape[1]
+        if isinstance(rows, int) or not rows.node.has_hint() or size_hint(rows) >= least:
+            return self
+        gm, images = copy_graph(self.gm)
+        raise_hint(gm.graph, rows, least)
+        return replace(self, gm=gm, stream=self.stream.mapped(images.__getitem__), contract=None)
 
     def show(self, title: str) -> Path | None:
         """Write its debug folder and return it, where somebody wants to see it."""

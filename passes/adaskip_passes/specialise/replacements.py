@@ -7,6 +7,7 @@ the tensors of each map (:mod:`adaskip_passes.specialise.stream_maps`), so that 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -64,9 +65,10 @@ class Replacements:
         self, added: AddedInput, shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor | None = None
     ) -> fx.Node:
         device = self._device if like is None else like.device
-        self.added.append(added)
         node = add_placeholder(self._graph, added.name, torch.empty(shape, dtype=dtype, device=device))
-        node.meta[_ADDED] = added
+        # A captured input may have the name already: fx has chosen another one then.
+        node.meta[_ADDED] = added = replace(added, name=node.name)
+        self.added.append(added)
         return node
 
 

@@ -16,6 +16,7 @@ from adaskip_passes.specialise.replacements import Replacements
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 _ROWS = 1  # of a stream (batch, rows, d_model)
+_LEAST_ROWS = 4  # for each row that runs in full
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class SkipBodyRows:
 
     That the branch is computed of all rows still is left to ``narrow-rows`` to mend. A replacement is a scale, or the
     map that ``maps`` names by (path, form, rank); its numbers come in as they do for ``skip-sublayers``.
-    The graph must not be called for fewer rows than ``head + tail + 1``.
+    The graph must not be called for fewer rows than ``least_rows``, nor have been captured with fewer
+    (:meth:`~adaskip_passes.pipeline.derived_graph.DerivedGraph.for_rows`): a body of one row or none is none.
     """
 
     name: ClassVar[str] = "skip-body-rows"
@@ -40,6 +42,11 @@ class SkipBodyRows:
     maps: tuple[tuple[str, str, int], ...] = ()
     head: int = 1
     tail: int = 16
+
+    @property
+    def least_rows(self) -> int:
+        """How many rows a prompt has at least whose body is worth skipping for."""
+        return _LEAST_ROWS * (self.head + self.tail)
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Skip ``paths``; those that are skipped so already are left as they are.

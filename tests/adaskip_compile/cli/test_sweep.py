@@ -129,7 +129,8 @@ def test_plans_for_the_prompt_alone_are_compared_by_what_follows_it(
     row = rows["prompt/1+1/low_rank"]
     assert (row["skip"], row["skipped"], set(row["measures"])) == (2, [], {"decode/sea", "decode/city"})
     loaded, tokenizer = load_checkpoint(model)
-    plan = SkipPlan.load(tmp_path / "sweep.prompt-1+1.json")
+    [kept] = tmp_path.glob("sweep.prompt-1+1-*.json")
+    plan = SkipPlan.load(kept)
     assert plan.prompt is not None
     assert list(plan.prompt.paths) == row["prompt_skipped"]
     windows = made_up_domain("sea").windows(tokenizer, "evaluation", 1, 128)
@@ -142,8 +143,10 @@ def test_plans_for_the_prompt_alone_are_compared_by_what_follows_it(
     assert wanted != pytest.approx(full, rel=1e-4)
     # What was fitted is not fitted again, and what was measured of it is not measured again.
     monkeypatch.setattr(SequenceFitter, "fit", None)
-    monkeypatch.setattr(suite, "decoded_nlls", None)
+    monkeypatch.setattr(suite, "decoded_nlls", lambda *_, **__: pytest.fail("measured"))
     assert sweeps(*arguments) == 0
+    (tmp_path / "sweep.json").unlink()
+    assert sweeps(*arguments, "--length", "120") == 1, "maps of other texts are fitted anew"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,19 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import OptionError, PlanError, SkipPlan
+from adaskip_compile import OptionError, PlanError, RampStep, SkipPlan
 from adaskip_compile.exporting.runner import ExportedModel
 from tests.adaskip_compile.exporting.exports import generate_alone
-from tests.adaskip_compile.planning.test_prompt_skips import BODY, FAMILIES, HEAD, SCALES, TAIL, body_plan, model_of
+from tests.adaskip_compile.planning.test_prompt_skips import (
+    BODY,
+    FAMILIES,
+    HEAD,
+    SCALES,
+    TAIL,
+    a_map,
+    body_plan,
+    model_of,
+)
 from tests.generation import generate
 from tests.models import tokens
 from tests.reference import replace_body
@@ -83,6 +92,16 @@ def test_with_pytorch_alone_and_beside_holes(tmp_path: Path) -> None:
     adaskip_compile.compile(model, plan, inner="eager")
     wanted = generate(model, ids, torch.ones_like(ids), 24)
     assert torch.equal(generate_alone(graphs, ids, 24), wanted)
+
+
+def test_decode_has_maps_of_its_own(tmp_path: Path) -> None:
+    """Both programs name their maps by sublayer, and share one copy of their weights."""
+    model, ids, path = model_of("llama"), tokens(1, 40), "model.layers.2.mlp"
+    later = replace(SkipPlan.from_scales({path: 1.0}), maps={path: a_map(5)})
+    adaskip_compile.export(model, body_plan(), tmp_path / "out", decode_plan=later, max_length=96)
+    adaskip_compile.compile(model, body_plan(ramp=(RampStep(0, later.skipped),), maps=later.maps), inner="eager")
+    wanted = generate(model, ids, torch.ones_like(ids), 24)
+    assert torch.equal(ExportedModel(tmp_path / "out").generate(ids, 24), wanted)
 
 
 def test_less_is_computed_of_the_body(tmp_path: Path) -> None:

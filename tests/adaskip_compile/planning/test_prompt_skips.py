@@ -14,7 +14,7 @@ from adaskip_compile import SkipPlan
 from adaskip_compile.planning.prompt_skips import PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.stream_maps import StreamMap
-from adaskip_passes.errors import LegalityError, PlanError
+from adaskip_passes.errors import LegalityError, PassError, PlanError
 from adaskip_passes.ir.module_paths import naming
 from tests.architectures import tiny_architecture
 from tests.generation import CACHE_NAME, CACHES, generate, left_padded, make_cache
@@ -178,6 +178,53 @@ def test_a_short_prompt_runs_in_full(llama: Any) -> None:
         torch.testing.assert_close(llama(ids).logits, eager, rtol=2e-5, atol=2e-5)
     [request] = adaskip_compile.report(llama).requests
     assert request.body_tokens == 0
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("first", [4, HEAD + TAIL + 1])
+def test_the_first_prompt_may_be_too_short_to_have_a_body(llama: Any, first: int, inner: str) -> None:
+    """The graph that it is captured in serves long prompts too."""
+    ids = tokens(1, 40)
+    reference = wanted(llama, lambda: llama(ids).logits)
+    with torch.no_grad():
+        short = llama(tokens(1, first)).logits
+        compiled(llama, inner=inner)
+        for _ in range(2):
+            torch.testing.assert_close(llama(tokens(1, first)).logits, short, rtol=5e-5, atol=5e-5)
+            torch.testing.assert_close(llama(ids).logits, reference, rtol=5e-5, atol=5e-5)
+    report = adaskip_compile.report(llama)
+    assert [one.body_tokens for one in report.requests] == [0, 40 - HEAD - TAIL] * 2
+    assert [len(one.captures) for one in report.requests] == [1, 0, 0, 0]
+
+
+def test_where_a_short_prompt_cannot_be_told_to_be_longer_the_report_says_so(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PassError("values of Odd cannot be told to have more rows")
+
+    monkeypatch.setattr("adaskip_passes.pipeline.derived_graph.raise_hint", refuse)
+    ids = tokens(1, 40)
+    with torch.no_grad():
+        full = llama(ids).logits
+        compiled(llama)
+        llama(tokens(1, 4))
+        torch.testing.assert_close(llama(ids).logits, full, rtol=2e-5, atol=2e-5)
+    report = adaskip_compile.report(llama)
+    assert report.requests[-1].body_tokens == 0
+    assert "prompts run in full: values of Odd cannot be told to have more rows" in str(report)
+
+
+@pytest.mark.parametrize("door", ["model.compile", "torch.compile"])
+def test_a_short_first_prompt_by_other_doors(llama: Any, door: str) -> None:
+    ids, options = tokens(1, 40), dict[str, Any](plan=body_plan(), inner="eager")
+    reference = wanted(llama, lambda: llama(ids).logits)
+    with torch.no_grad():
+        if door == "model.compile":
+            llama.compile(backend="adaskip", options=options)
+        call = llama if door == "model.compile" else torch.compile(llama, backend="adaskip", options=options)
+        call(tokens(1, 4))
+        torch.testing.assert_close(call(ids).logits, reference, rtol=2e-5, atol=2e-5)
 
 
 def test_nothing_is_captured_anew_and_decoding_runs_in_full(llama: Any) -> None:
