@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an unexpected failure, 2 a mistake in what was asked for, 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -42,6 +43,8 @@ completion: adaskip --print-completion bash > ~/.local/share/bash-completion/com
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. ``argv`` is without the program's name."""
+    # torchao, where it is installed, registers its enums in a way that torch has since deprecated: nobody here can mend that.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         arguments = _parser().parse_args(argv)
     except AdaSkipError as error:

@@ -44,11 +44,14 @@ def raise_hint(graph: fx.Graph, size: torch.SymInt, least: int) -> None:
 def _copied(env: ShapeEnv, hints: Mapping[sympy.Symbol, sympy.Expr]) -> ShapeEnv:
     """Return an environment of the same symbols, and what is known of them, with other hints."""
     again = ShapeEnv()
-    again.backed_var_to_val.update(hints)
-    again.var_to_range.update(env.var_to_range)
-    again.var_to_sources.update(env.var_to_sources)
-    again.symbol_guard_counter.update(env.symbol_guard_counter)
-    again.var_to_range_sloc.update({symbol: copy.copy(where) for symbol, where in env.var_to_range_sloc.items()})
+    try:
+        again.backed_var_to_val.update(hints)
+        again.var_to_range.update(env.var_to_range)
+        again.var_to_sources.update(env.var_to_sources)
+        again.symbol_guard_counter.update(env.symbol_guard_counter)
+        again.var_to_range_sloc.update({symbol: copy.copy(where) for symbol, where in env.var_to_range_sloc.items()})
+    except AttributeError as error:  # internals: 2.13 was tried
+        raise PassError(f"torch {torch.__version__} keeps what it knows of sizes in another place: {error}") from error
     return again
 
 
