@@ -16,6 +16,7 @@ from torch import fx
 from adaskip_passes.errors import AdaSkipError
 from adaskip_passes.ir.printer import diff_graphs, print_graph
 from adaskip_passes.ir.serializer import read_graph
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
 from adaskip_passes.pipeline.pipeline import Pass, PassResult, parse_pass, run_pipeline
 from adaskip_passes.stream.stream import NO_STREAM
 
@@ -45,7 +46,9 @@ def rerun(file: str | Path, pipelines: Sequence[Sequence[str]], known: Sequence[
     try:
         for passes in pipelines:
             items = [parse_pass(one, known) for one in passes]
-            result = run_pipeline(gm, stream, items, [show], on_failure=show_failure)
+            least = max((getattr(item, "least_rows", 0) for item in items), default=0)
+            graph = DerivedGraph(gm, stream).for_rows(least) if least else DerivedGraph(gm, stream)
+            result = run_pipeline(graph.gm, graph.stream, items, [show], on_failure=show_failure)
             gm, stream = result.gm, result.stream
     except AdaSkipError:
         return 1

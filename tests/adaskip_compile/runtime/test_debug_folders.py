@@ -155,6 +155,19 @@ def test_the_script_makes_the_very_graph_that_was_run(family: str, tmp_path: Pat
     assert [run_again(folder) for folder in folders] == [0] * len(folders)
 
 
+@pytest.mark.parametrize("first", [4, 40])
+def test_the_script_knows_that_a_graph_was_meant_for_longer_prompts(first: int, tmp_path: Path):
+    model = tiny("llama")
+    plan = SkipPlan.from_prompt_scales({ATTENTION: 0.9, FFN: 1.1}, tail=4)
+    adaskip_compile.compile(model, plan, inner="eager", debug_dir=tmp_path)
+    with torch.no_grad():
+        for length in (first, 40):
+            model(tokens(length=length), logits_to_keep=1)
+    folders = sorted(tmp_path.iterdir())
+    assert any((folder / "history.txt").read_text().count("skip-body-rows") for folder in folders)
+    assert [run_again(folder) for folder in folders] == [0] * len(folders)
+
+
 @pytest.mark.parametrize("regions", ["shared", "whole"])
 def test_what_is_lowered_is_shown_as_it_was_lowered(regions: str, tmp_path: Path):
     """The folders of the CPU's rewrites are of the very graphs that Inductor gets."""
