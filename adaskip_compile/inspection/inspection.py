@@ -24,8 +24,10 @@ from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import source_name, tensors_behind
 from adaskip_passes.ir.printer import diff_graphs, print_graph
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
 from adaskip_passes.pipeline.pipeline import Pass, PassResult, run_pipeline
 from adaskip_passes.pipelines import row_passes, skip_passes
+from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.stream.stream import Kind
 
 PHASES = ("prefill", "decode")
@@ -240,10 +242,18 @@ def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
 def _left_of_body(graph: PhaseGraph, plan: SkipPlan) -> dict[str, Cost]:
     if plan.prompt is None or not plan.prompt.skipped:
         return {}
-    result = run_pipeline(graph.gm, graph.stream, row_passes(plan.prompt.as_pass(graph.stream.paths)))
+    body = plan.prompt.as_pass(graph.stream.paths)
+    graph = _with_rows(graph, body)
+    result = run_pipeline(graph.gm, graph.stream, row_passes(body))
     costs = find_model_costs({graph.phase: (result.gm, result.stream)})
     left = {one.path: costs.groups[one.group].cost[graph.phase] for one in costs.sublayers}
     return {path: left[path] for path in result.stream.body_skipped}
+
+
+def _with_rows(graph: PhaseGraph, body: SkipBodyRows) -> PhaseGraph:
+    """Return a prompt's graph as captured with a prompt that has a body."""
+    found = DerivedGraph(graph.gm, graph.stream).for_rows(body.least_rows)
+    return replace(graph, gm=found.gm, stream=found.stream)
 
 
 def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
@@ -257,7 +267,8 @@ def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
         paths = tuple(path for path in graph.stream.paths if path in skipped)
         passes = skip_passes(paths, probes, found.plan.map_forms(paths))
         if phase == "prefill" and found.plan.prompt is not None:
-            passes = (*row_passes(found.plan.prompt.as_pass(graph.stream.paths)), *passes)
+            body = found.plan.prompt.as_pass(graph.stream.paths)
+            graph, passes = _with_rows(graph, body), (*row_passes(body), *passes)
         yield from _steps(graph, phase, passes)
 
 

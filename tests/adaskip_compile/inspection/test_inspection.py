@@ -162,6 +162,15 @@ def test_a_prompt_with_a_body_costs_what_is_left_of_it():
     assert "+2.02 % (+-0.50) of perplexity, and of facts 90 % of 100 % found" in advice
 
 
+def test_edges_longer_than_the_prompt_that_was_captured():
+    """A graph is captured with few tokens, and the plan is for prompts that have a body."""
+    path, ffn = FFN.format(0), 2 * 3 * 64 * 96
+    found = inspect_model(on_meta("llama"), plan=SkipPlan.from_prompt_scales({path: 0.9}, head=4, tail=60))
+    assert found.problems == ()
+    assert found.body_left[path].at(q=1000, t=1000).flops == 64 * ffn
+    assert found.saved_shares("prefill", 255) == {}
+
+
 def test_a_plan_of_another_model_is_refused():
     with pytest.raises(UnknownSublayerError, match=r"model\.layers\.7\.mlp"):
         inspect_model(on_meta("llama"), plan=SkipPlan.from_scales({FFN.format(7): 1.0}))
