@@ -185,7 +185,7 @@ def check_max_length(model: nn.Module, max_length: int | None, least: int = LEAS
     if longest is not None and longest < fewest:
         raise OptionError(f"this model has {longest} positions, and export takes {fewest} or more{why}")
     if max_length is None:
-        return min(2048, longest or 2048)
+        return min(max(2048, fewest), longest or max(2048, fewest))
     if type(max_length) is not int or max_length < fewest:
         raise OptionError(f"max_length={max_length!r}: takes a number of tokens, {fewest} or more{why}")
     if longest is not None and max_length > longest:

@@ -86,7 +86,8 @@ class VariantCache:
         # While it learns, a graph runs a few dozen times: not worth an optimising compiler's time.
         self._plain = Lowering("eager", "whole")
         self._narrowed: dict[SkipBodyRows | None, DerivedGraph] = {}
-        self._long: dict[int, DerivedGraph] = {}
+        # By how many rows a prompt with a body has: the graph as captured with so many, or why it cannot be.
+        self._long: dict[int, DerivedGraph | str] = {}
         self.prepared: dict[tuple[Lowering, SkipBodyRows | None, bool], DerivedGraph] = {}
         # Who makes a variant holds the second one, so that calls of other variants need not wait.
         self._lock, self._making = threading.Lock(), threading.Lock()
@@ -176,23 +177,30 @@ class VariantCache:
 
     def skips_body(self, body: SkipBodyRows) -> bool:
         """Tell whether a prompt may skip so; where not, the note says why it runs in full."""
-        try:
-            self._with_body(body)
-        except PassError as error:
-            self._note(f"the first prompt had no body to skip for, and so prompts run in full: {error}")
-            return False
-        return True
-
-    def _with_body(self, body: SkipBodyRows) -> DerivedGraph:
-        """Return the graph as captured with a prompt that has a body: the first one may have been too short."""
         if body.least_rows not in self._long:
-            self._long[body.least_rows] = self._appends.graph.for_rows(body.least_rows)
-        return self._long[body.least_rows]
+            with self._making:
+                self._long[body.least_rows] = self._with_body(body)
+        found = self._long[body.least_rows]
+        if isinstance(found, str):
+            self._note(f"the first prompt had no body to skip for, and so prompts run in full: {found}")
+        return isinstance(found, DerivedGraph)
+
+    def _with_body(self, body: SkipBodyRows) -> DerivedGraph | str:
+        """Return the graph as captured with a prompt that has a body, or why it cannot be: the first one may have been short."""
+        graph = self._appends.graph
+        try:
+            return graph.for_rows(body.least_rows)
+        except PassError as error:
+            # Of a body of two rows or more nothing is known that is not so of longer ones.
+            return graph if graph.has_rows(body.head + body.tail + 2) else str(error)
 
     def narrowed(self, body: SkipBodyRows | None) -> DerivedGraph:
         """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
-            result = (self._appends.graph if body is None else self._with_body(body)).run(row_passes(body))
+            graph = self._appends.graph if body is None else self._long.get(body.least_rows) or self._with_body(body)
+            if isinstance(graph, str):
+                raise PassError(graph)
+            result = graph.run(row_passes(body))
             for note in () if body is None else computed_all_the_same(result.gm, result.stream, body):
                 self._note(note)
             if body is not None and _gives_every_row(result):

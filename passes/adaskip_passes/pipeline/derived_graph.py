@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from adaskip_passes.errors import AdaSkipError, VerificationError
+from adaskip_passes.errors import AdaSkipError, PassError, VerificationError
 from adaskip_passes.ir.graph import copy_graph, size_hint, tensor_of
 from adaskip_passes.ir.hints import raise_hint
 from adaskip_passes.pipeline.debug_folders import GraphLog
@@ -76,15 +76,22 @@ class DerivedGraph:
         history, added = (*self.history, *result.history), (*self.added, *result.added)
         return DerivedGraph(result.gm, result.stream, history, added, log, result.contract)
 
+    def has_rows(self, least: int) -> bool:
+        """Tell whether it was captured with so many rows in its stream, or with a number that nothing is known of."""
+        rows = tensor_of(self.stream.sublayers[0].stream_in).shape[1]
+        return isinstance(rows, int) or not rows.node.has_hint() or size_hint(rows) >= least
+
     def for_rows(self, least: int) -> DerivedGraph:
         """Return it as captured with at least so many rows in its stream; the very same where it was.
 
         Raises:
             PassError: It cannot be told to have so many.
         """
-        rows = tensor_of(self.stream.sublayers[0].stream_in).shape[1]
-        if isinstance(rows, int) or not rows.node.has_hint() or size_hint(rows) >= least:
+        rows: Any = tensor_of(self.stream.sublayers[0].stream_in).shape[1]
+        if self.has_rows(least):
             return self
+        if any(isinstance(inner, fx.GraphModule) for inner in self.gm.children()):
+            raise PassError("the graph has graphs inside, whose values cannot be told to have more rows")
         gm, images = copy_graph(self.gm)
         raise_hint(gm.graph, rows, least)
         return replace(self, gm=gm, stream=self.stream.mapped(images.__getitem__), contract=None)
