@@ -59,7 +59,8 @@ def test_the_model_is_as_it_was_and_the_session_is_gone(llama, door: str, kept: 
     del session
     assert adaskip_compile.restore(call) is llama
     assert llama._compiled_call_impl is None
-    gc.collect()
+    for _ in range(3):
+        gc.collect()  # what a finaliser lets go of goes in the next round
     assert [one() for one in gone] == [None] * len(gone)
     assert torch.equal(logits(llama), full)
     assert torch.equal(generate(llama, IDS, torch.ones_like(IDS), 4), eager)
