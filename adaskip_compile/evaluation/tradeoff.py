@@ -21,8 +21,8 @@ class Row:
     """What a sweep found of one candidate.
 
     ``loss`` is the NLL above the full model's, nats a token, the mean over the domains, each counting the same: of all tokens of
-    a window, or, where a plan skips for the body of a prompt alone, of those after a prompt. ``measures`` are the scores by measure. Speed-ups are against the full model in the same round: of the time to the first token
-    (``prefill``), of a token after the window (``decode``), and of the whole request (``request``).
+    a window, or, where a plan skips for the body of a prompt alone, of those after a prompt. ``measures`` are the scores by
+    measure. Speed-ups are against the full model in the same round: of the time to the first token (``prefill``), of a token after the window (``decode``), and of the whole request (``request``).
     """
 
     candidate: Candidate

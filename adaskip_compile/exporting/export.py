@@ -85,8 +85,7 @@ def export(
     as text; ``generate.py``, which generates from them; and ``manifest.json``. What is skipped is not in
     them: neither its weights, nor the keys and values of a skipped attention. Where a plan skips for the body of a prompt
     alone, ``prefill.pt2`` does, and takes prompts that have a body; decode goes through shorter ones token by token, and skips
-    for them what it skips. An
-    earlier export there is replaced, anything else is not; on failure everything stays as it was.
+    for them what it skips. An earlier export there is replaced, anything else is not; on failure everything stays as it was.
 
     Args:
         model: A causal language model of ``transformers``, with its weights.

@@ -20,7 +20,7 @@ from adaskip_compile.inspection.phase_graphs import PhaseGraph, capture_phases
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_passes.analysis.cost import Cost
-from adaskip_passes.errors import AdaSkipError, CaptureError, PassError
+from adaskip_passes.errors import AdaSkipError, CaptureError
 from adaskip_passes.ir.graph import fake_tensor
 from adaskip_passes.ir.module_paths import source_name, tensors_behind
 from adaskip_passes.ir.printer import diff_graphs, print_graph
@@ -252,10 +252,7 @@ def _left_of_body(graph: PhaseGraph, plan: SkipPlan) -> dict[str, Cost]:
 
 def _with_rows(graph: PhaseGraph, body: SkipBodyRows) -> PhaseGraph:
     """Return a prompt's graph as captured with a prompt that has a body."""
-    try:
-        found = DerivedGraph(graph.gm, graph.stream).for_rows(body.least_rows)
-    except PassError:
-        return graph
+    found = DerivedGraph(graph.gm, graph.stream).for_rows(body.least_rows, body.fewest_rows)
     return replace(graph, gm=found.gm, stream=found.stream)
 
 

@@ -179,7 +179,7 @@ class VariantCache:
         """Tell whether a prompt may skip so; where not, the note says why it runs in full."""
         if body.least_rows not in self._long:
             with self._making:
-                self._long[body.least_rows] = self._with_body(body)
+                self._with_body(body)
         found = self._long[body.least_rows]
         if isinstance(found, str):
             self._note(f"the first prompt had no body to skip for, and so prompts run in full: {found}")
@@ -187,17 +187,17 @@ class VariantCache:
 
     def _with_body(self, body: SkipBodyRows) -> DerivedGraph | str:
         """Return the graph as captured with a prompt that has a body, or why it cannot be: the first one may have been short."""
-        graph = self._appends.graph
-        try:
-            return graph.for_rows(body.least_rows)
-        except PassError as error:
-            # Of a body of two rows or more nothing is known that is not so of longer ones.
-            return graph if graph.has_rows(body.head + body.tail + 2) else str(error)
+        if body.least_rows not in self._long:
+            try:
+                self._long[body.least_rows] = self._appends.graph.for_rows(body.least_rows, body.fewest_rows)
+            except PassError as error:
+                self._long[body.least_rows] = str(error)  # the error itself would hold the graphs of its frames
+        return self._long[body.least_rows]
 
     def narrowed(self, body: SkipBodyRows | None) -> DerivedGraph:
         """Return the graph of a prompt that computes the rows that are read, but for those that ``body`` skips."""
         if body not in self._narrowed:
-            graph = self._appends.graph if body is None else self._long.get(body.least_rows) or self._with_body(body)
+            graph = self._appends.graph if body is None else self._with_body(body)
             if isinstance(graph, str):
                 raise PassError(graph)
             result = graph.run(row_passes(body))

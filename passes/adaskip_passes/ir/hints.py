@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaskip_passes.errors import PassError
+from adaskip_passes.ir.values import make_fake_tensor
 
 
 def raise_hint(graph: fx.Graph, size: torch.SymInt, least: int) -> None:
@@ -109,8 +110,5 @@ class _Raised:
         if type(value) is not FakeTensor or value.layout is not torch.strided:
             raise PassError(f"values of {type(value).__name__} cannot be told to have more rows")
         shape, stride = ([self.of(size) for size in sizes] for sizes in (value.shape, value.stride()))
-        plain = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
-        made = FakeTensor(self.mode, plain, value.device)
-        if isinstance(value, torch.nn.Parameter):
-            made._is_param = True  # type: ignore[attr-defined]  # what makes it an instance of nn.Parameter
-        return made
+        parameter = isinstance(value, torch.nn.Parameter)
+        return make_fake_tensor(self.mode, shape, stride, value.dtype, value.device, parameter=parameter)

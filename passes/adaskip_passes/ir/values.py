@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from adaskip_passes.errors import DamagedFileError
 from adaskip_passes.ir.expressions import from_tree, to_tree
 
-__all__ = ["ValueReader", "write_value"]
+__all__ = ["ValueReader", "make_fake_tensor", "write_value"]
 
 
 def write_value(value: Any) -> Any:
@@ -174,12 +174,8 @@ class ValueReader:
 
     def _read_tensor(self, content: dict[str, Any]) -> torch.Tensor:
         shape, stride = ([self._read_int(size) for size in content[name]] for name in ("shape", "stride"))
-        # Made as what it stands for, and not by an operation under the fake mode: a graph has thousands.
-        plain = torch.empty_strided(shape, stride, dtype=getattr(torch, content["dtype"]), device="meta")
-        made = FakeTensor(self._mode, plain, torch.device(content["device"]))
-        if content["parameter"]:
-            made._is_param = True  # type: ignore[attr-defined]  # what makes it an instance of nn.Parameter
-        return made
+        dtype, device = getattr(torch, content["dtype"]), torch.device(content["device"])
+        return make_fake_tensor(self._mode, shape, stride, dtype, device, parameter=content["parameter"])
 
     def _read_function(self, content: str) -> Any:
         module, _, path = content.partition(":")
@@ -192,6 +188,23 @@ class ValueReader:
                 raise DamagedFileError(f"a saved graph calls {content}, which is not installed here") from error
             return _stub(module, path.rpartition(".")[2])
         return owner
+
+
+def make_fake_tensor(
+    mode: FakeTensorMode,
+    shape: Sequence[Any],
+    stride: Sequence[Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    parameter: bool,
+) -> FakeTensor:
+    """Return a fake tensor of those sizes under ``mode``, one that counts as a parameter where asked to."""
+    # Made as what it stands for, and not by an operation under the fake mode: a graph has thousands.
+    made = FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+    if parameter:
+        made._is_param = True  # type: ignore[attr-defined]  # what makes it an instance of nn.Parameter
+    return made
 
 
 def _stub(module: str, name: str) -> Callable[..., Any]:

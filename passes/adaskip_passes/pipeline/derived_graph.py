@@ -76,24 +76,26 @@ class DerivedGraph:
         history, added = (*self.history, *result.history), (*self.added, *result.added)
         return DerivedGraph(result.gm, result.stream, history, added, log, result.contract)
 
-    def has_rows(self, least: int) -> bool:
-        """Tell whether it was captured with so many rows in its stream, or with a number that nothing is known of."""
-        rows = tensor_of(self.stream.sublayers[0].stream_in).shape[1]
-        return isinstance(rows, int) or not rows.node.has_hint() or size_hint(rows) >= least
+    def for_rows(self, least: int, fewest: int) -> DerivedGraph:
+        """Return it as captured with at least ``least`` rows in its stream; the very same where it was.
 
-    def for_rows(self, least: int) -> DerivedGraph:
-        """Return it as captured with at least so many rows in its stream; the very same where it was.
+        So it is where it cannot be told to have so many, and was captured with ``fewest`` or more.
 
         Raises:
-            PassError: It cannot be told to have so many.
+            PassError: It cannot be told to have so many, and was captured with fewer.
         """
         rows: Any = tensor_of(self.stream.sublayers[0].stream_in).shape[1]
-        if self.has_rows(least):
+        if isinstance(rows, int) or not rows.node.has_hint() or size_hint(rows) >= least:
             return self
-        if any(isinstance(inner, fx.GraphModule) for inner in self.gm.children()):
-            raise PassError("the graph has graphs inside, whose values cannot be told to have more rows")
         gm, images = copy_graph(self.gm)
-        raise_hint(gm.graph, rows, least)
+        try:
+            if any(isinstance(inner, fx.GraphModule) for inner in gm.children()):
+                raise PassError("the graph has graphs inside, whose values cannot be told to have more rows")
+            raise_hint(gm.graph, rows, least)
+        except PassError:
+            if size_hint(rows) < fewest:
+                raise
+            return self
         return replace(self, gm=gm, stream=self.stream.mapped(images.__getitem__), contract=None)
 
     def show(self, title: str) -> Path | None:

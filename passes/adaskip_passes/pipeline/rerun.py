@@ -46,8 +46,10 @@ def rerun(file: str | Path, pipelines: Sequence[Sequence[str]], known: Sequence[
     try:
         for passes in pipelines:
             items = [parse_pass(one, known) for one in passes]
-            least = max((getattr(item, "least_rows", 0) for item in items), default=0)
-            graph = DerivedGraph(gm, stream).for_rows(least) if least else DerivedGraph(gm, stream)
+            graph = DerivedGraph(gm, stream)
+            for item in items:
+                if least := getattr(item, "least_rows", 0):
+                    graph = graph.for_rows(least, getattr(item, "fewest_rows", least))
             result = run_pipeline(graph.gm, graph.stream, items, [show], on_failure=show_failure)
             gm, stream = result.gm, result.stream
     except AdaSkipError:

@@ -46,7 +46,7 @@ class FoldScales:
                     user.args, lambda item, read=node, new=number: new if item is read else item
                 )
             gm.graph.erase_node(node)
-        return PassResult(stream.within(gm.graph), bool(reads), len(reads))
+        return PassResult(stream.within(gm.graph) if reads else stream, bool(reads), len(reads))
 
 
 def _scale(scales: Mapping[str, float], path: str) -> float:

@@ -33,8 +33,8 @@ class SkipBodyRows:
 
     That the branch is computed of all rows still is left to ``narrow-rows`` to mend. A replacement is a scale, or the
     map that ``maps`` names by (path, form, rank); its numbers come in as they do for ``skip-sublayers``.
-    The graph must not be called for fewer rows than ``least_rows``, nor have been captured with fewer
-    (:meth:`~adaskip_passes.pipeline.derived_graph.DerivedGraph.for_rows`): a body of one row or none is none.
+    The graph must not be called for fewer rows than ``least_rows``, nor have been captured with fewer than ``fewest_rows``
+    (:meth:`~adaskip_passes.pipeline.derived_graph.DerivedGraph.for_rows`).
     """
 
     name: ClassVar[str] = "skip-body-rows"
@@ -47,6 +47,11 @@ class SkipBodyRows:
     def least_rows(self) -> int:
         """How many rows a prompt has at least whose body is worth skipping for."""
         return _LEAST_ROWS * (self.head + self.tail)
+
+    @property
+    def fewest_rows(self) -> int:
+        """With how many rows a graph may have been captured: of a body of two nothing is known that is not so of longer ones."""
+        return self.head + self.tail + 2
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Skip ``paths``; those that are skipped so already are left as they are.
