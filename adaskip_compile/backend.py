@@ -8,7 +8,7 @@ has no effect.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -66,6 +66,7 @@ def compile(
     plan: SkipPlan | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
+    texts: Iterable[str] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -74,7 +75,7 @@ def compile(
     With a ``tokenizer`` and no plan, one is found that makes prompts faster and loses at most ``max_loss`` nats a token
     (0.02, 2 % of perplexity, by default) and 5 % of what the model finds in a prompt of ``context`` tokens (1,024). That
     takes minutes, once: the plan is kept in the cache directory (:func:`adaskip_compile.fitting.loss_budget.plan_within_loss`).
-    Without one, and with nothing else that says what to skip, nothing is skipped.
+    It is fitted and measured on ``texts`` (documents like those to be served), or on built-in ones. Without a tokenizer, and with nothing else that says what to skip, nothing is skipped.
 
     ``plan`` is a plan or the file of one; ``options`` are the other fields of :class:`Options`. Calling
     it again with the same options and another ``plan`` switches the plan for requests that start from
@@ -95,10 +96,13 @@ def compile(
                 "tokenizer= is to find a plan with, and a plan or profile is given: leave one of them out"
             )
         budget = {name: options.pop(name) for name in ("max_loss", "context") if name in options}
+    elif texts is not None:
+        raise OptionError("texts= are to find a plan with: give tokenizer= too")
     checked = Options.from_mapping(options)
     if tokenizer is not None:
         found: dict[str, Any] = {"max_loss": _MAX_LOSS, "context": _CONTEXT, **budget}
-        plan = kept_plan(model, tokenizer, checked, found["max_loss"], found["context"], progress=progress)
+        how: dict[str, Any] = {"texts": texts, "progress": progress}
+        plan = kept_plan(model, tokenizer, checked, found["max_loss"], found["context"], **how)
     if plan is not None and not isinstance(plan, (SkipPlan, str, os.PathLike)):
         raise OptionError(
             f"plan={plan!r}: takes a SkipPlan, the path of a file of one, or None; SkipPlan.from_scales makes one of a dict"

@@ -1,9 +1,8 @@
-"""Text that every Python installation holds, to profile a model on and to measure it with.
+"""Texts to profile a model on and to measure it with, split by document: no document is ever used for both.
 
-Two domains, technical English (the language reference that ``help()`` prints) and code (the standard
-library's source), each split by document: no topic or file used for profiling is ever used for measuring,
-and no topic that quotes another one is used at all. The split depends on names alone, so it is the same on
-every machine with the same Python.
+Two domains are in every Python installation: technical English (the language reference that ``help()`` prints) and code
+(the standard library's source). No topic that quotes another one is used at all, and the split depends on names alone,
+so it is the same on every machine with the same Python. Texts of the user's own are one more domain.
 """
 
 from __future__ import annotations
@@ -12,27 +11,28 @@ import hashlib
 import importlib
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from adaskip_passes.errors import MissingFileError, OptionError
 
-Domain = Literal["english", "code"]
-Split = Literal["profiling", "held-out"]
+Half = Literal["profiling", "evaluation"]
 
-DOMAINS: tuple[Domain, ...] = ("english", "code")
+DOMAINS = ("english", "code")
 
 # Shorter paragraphs (headings, grammar rules) recur in many topics and say nothing of one quoting another.
 _TELLING_PARAGRAPH = 80
 
 # Enough characters that a window of so many tokens fits, for tokenizers of up to this many characters a token.
 _CHARACTERS_PER_TOKEN = 5
+# What most text has fewer of than this; where not, more are tried.
+_MOST_CHARACTERS_PER_TOKEN = 6
 
 # A piece of text begins at a line, unless that would leave less than this share of it.
 _ENOUGH = 0.9
@@ -42,8 +42,91 @@ _ENOUGH = 0.9
 class Text:
     """A piece of built-in text and the domain that it is of."""
 
-    domain: Domain
+    domain: str
     text: str
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One kind of text: all of its text to profile on, and all to evaluate on, from no document in common."""
+
+    name: str
+    profiling: str
+    evaluation: str
+
+    @property
+    def digest(self) -> str:
+        """A short digest of all of its text."""
+        return hashlib.sha256(f"{self.profiling}\0{self.evaluation}".encode()).hexdigest()[:16]
+
+    def half(self, half: Half) -> str:
+        """Return all text of one half."""
+        return self.profiling if half == "profiling" else self.evaluation
+
+    def pieces(self, half: Half, count: int, characters: int) -> list[str]:
+        """Return ``count`` pieces of ``characters`` characters, evenly spread, each beginning at a line.
+
+        Raises:
+            OptionError: There is not that much text.
+        """
+        return spread(self.half(half), count, characters, name=f"{half} ({self.name})")
+
+    def windows(self, tokenizer: Any, half: Half, count: int, length: int) -> list[torch.Tensor]:
+        """Return ``count`` windows of ``length`` token ids, each ``(tokens,)``, as a request would begin.
+
+        Raises:
+            OptionError: There is not that much text.
+        """
+        characters = _MOST_CHARACTERS_PER_TOKEN * length
+        while True:  # ends: too many characters are an error
+            found = list(windows(tokenizer, self.pieces(half, count, characters), length, per_text=1))
+            if len(found) == count and all(len(window) == length for window in found):
+                return found
+            characters *= 2
+
+
+def built_in_domains() -> tuple[Domain, ...]:
+    """Return the domains that every Python installation holds: ``english`` and ``code``.
+
+    Raises:
+        MissingFileError: This Python was installed without its sources or topics.
+    """
+    return tuple(Domain(name, *(built_in_text(name, half) for half in get_args(Half))) for name in DOMAINS)
+
+
+def own_domain(texts: Iterable[str]) -> Domain:
+    """Return documents of the user's own as a domain: to profile and to evaluate on in turn, a lone one in two parts.
+
+    Raises:
+        OptionError: There is too little text for two halves.
+    """
+    documents = [text for text in texts if text.strip()]
+    if len(documents) == 1:
+        middle = len(documents[0]) // 2
+        documents = [documents[0][:middle], _from_a_beginning(documents[0][middle:])]
+    domain = Domain("own", "\n\n".join(documents[::2]), "\n\n".join(documents[1::2]))
+    if not (domain.profiling and domain.evaluation):
+        raise OptionError("texts: there is too little in them to fit on some and to measure others")
+    return domain
+
+
+def take(domains: Sequence[Domain], half: Half, count: int, characters: int) -> tuple[Text, ...]:
+    """Return ``count`` pieces of ``characters`` characters of one half, of ``domains`` in turn.
+
+    Raises:
+        OptionError: There is not that much text.
+    """
+    if count < 1 or characters < 1:
+        raise OptionError(f"count and characters must be positive, not {count} and {characters}")
+    shares = [len(range(place, count, len(domains))) for place in range(len(domains))]
+    pieces = [one.pieces(half, share, characters) for one, share in zip(domains, shares, strict=True)]
+    places = ((index % len(domains), index // len(domains)) for index in range(count))
+    return tuple(Text(domains[place].name, pieces[place][turn]) for place, turn in places)
+
+
+def longest(domains: Sequence[Domain], half: Half) -> int:
+    """Return how many characters the longest text has of which there is one of each of ``domains``."""
+    return min(len(domain.half(half)) for domain in domains)
 
 
 def profiling_texts(count: int = 20, *, characters: int = 10_000) -> tuple[Text, ...]:
@@ -55,7 +138,7 @@ def profiling_texts(count: int = 20, *, characters: int = 10_000) -> tuple[Text,
         OptionError: there is not that much text; the message says how much there is.
         MissingFileError: this Python was installed without its sources or topics.
     """
-    return _texts("profiling", count, characters)
+    return take(built_in_domains(), "profiling", count, characters)
 
 
 def held_out_texts(count: int = 8, *, characters: int = 10_000) -> tuple[Text, ...]:
@@ -63,20 +146,10 @@ def held_out_texts(count: int = 8, *, characters: int = 10_000) -> tuple[Text, .
 
     Raises the same errors.
     """
-    return _texts("held-out", count, characters)
+    return take(built_in_domains(), "evaluation", count, characters)
 
 
-def most_held_out(characters: int) -> int:
-    """Return how many texts of ``characters`` characters :func:`held_out_texts` has, 0 where none is so long."""
-    return len(DOMAINS) * (longest_held_out() // characters)
-
-
-def longest_held_out() -> int:
-    """Return how many characters the longest text has of which there is one of each domain."""
-    return min(len(built_in_text(domain, "held-out")) for domain in DOMAINS)
-
-
-def spread(stream: str, count: int, characters: int, *, name: str = "built-in") -> list[str]:
+def spread(stream: str, count: int, characters: int, *, name: str) -> list[str]:
     """Return ``count`` pieces of ``stream``, of ``characters`` each, evenly spread, each beginning at a line or a word.
 
     Raises:
@@ -129,25 +202,16 @@ def _from_a_beginning(piece: str) -> str:
     return below if len(below) >= _ENOUGH * len(piece) else piece.partition(" ")[2]
 
 
-def _texts(split: Split, count: int, characters: int) -> tuple[Text, ...]:
-    if count < 1 or characters < 1:
-        raise OptionError(f"count and characters must be positive, not {count} and {characters}")
-    shares = dict.fromkeys(DOMAINS, count // 2)
-    shares[DOMAINS[0]] += count % 2
-    pieces = {domain: spread(built_in_text(domain, split), share, characters) for domain, share in shares.items()}
-    return tuple(Text(DOMAINS[index % 2], pieces[DOMAINS[index % 2]][index // 2]) for index in range(count))
-
-
 @cache
-def built_in_text(domain: Domain, split: Split) -> str:
-    """Return all built-in text of one domain and split, documents in the order of their digests.
+def built_in_text(domain: str, half: Half) -> str:
+    """Return all built-in text of one half of a domain, documents in the order of their digests.
 
     Raises:
         MissingFileError: this Python was installed without its sources or topics.
     """
     documents = _topics() if domain == "english" else _sources()
     digests = {hashlib.sha256(f"{domain}/{name}".encode()).digest(): name for name in documents}
-    parity = 0 if split == "profiling" else 1
+    parity = 0 if half == "profiling" else 1
     return "\n\n".join(documents[name] for digest, name in sorted(digests.items()) if digest[0] % 2 == parity)
 
 

@@ -21,10 +21,12 @@ import torch
 
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.fitting.loss_budget import BudgetSizes, confirm, deepest, layers_from_the_end, samples_to_fit
+from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts
+from adaskip_compile.fitting.loss_budget import confirm, deepest, layers_from_the_end
 from adaskip_compile.fitting.sequence import SequenceFitter
 from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.planning.skip_plan import SkipPlan
+from adaskip_compile.texts import built_in_domains
 from bench.prompts import pair
 from bench.recording import bench_parser, write
 
@@ -66,7 +68,7 @@ def _plans(
 ) -> Iterator[tuple[str, SkipPlan]]:
     prefill, _ = capture_phases(model)
     layers = layers_from_the_end(prefill.stream)
-    samples = samples_to_fit(tokenizer, arguments.context, sizes)
+    samples = BudgetTexts(tokenizer, arguments.context, sizes, built_in_domains()).to_fit()
     fitter = SequenceFitter(model, samples, max_samples=sizes.fitted)
     fitter.begin_at([path for depths in arguments.sets for path in deepest(layers, *depths)])
     for attentions, ffns in arguments.sets:

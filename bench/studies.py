@@ -14,11 +14,12 @@ import torch
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.evaluation.candidates import complete_profile
-from adaskip_compile.evaluation.domains import Domain, mixed_windows, read_domains
+from adaskip_compile.evaluation.domains import mixed_windows, read_domains
 from adaskip_compile.evaluation.likelihood import window_nlls
 from adaskip_compile.evaluation.scores import Scores
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile
+from adaskip_compile.texts import Domain
 
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("torch", "transformers")

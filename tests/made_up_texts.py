@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from adaskip_compile.evaluation.domains import Domain
+from adaskip_compile.texts import Domain
 
 WORDS = {"sea": "wave salt reef gull tide".split(), "city": "tram brick light crowd tower".split()}
 

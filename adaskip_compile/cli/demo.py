@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaskip_compile.evaluation.timing import Generation
-    from adaskip_compile.fitting.loss_budget import BudgetSizes
+    from adaskip_compile.fitting.budget_texts import BudgetSizes
 
 _QUESTION = "Summarise the following page in a few sentences.\n\n"
 _FIRST_WORDS = 40
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _sizes(arguments: argparse.Namespace) -> BudgetSizes:
-    from adaskip_compile.fitting.loss_budget import BudgetSizes
+    from adaskip_compile.fitting.budget_texts import BudgetSizes
 
     return BudgetSizes(
         prompt=arguments.length,

@@ -2,8 +2,8 @@
 
 Of a MODEL: what its prompts can skip, keys and values kept, so that the text after a prompt loses at most --max-loss
 (0.02 is 2 % of perplexity) and at most 5 % of the facts in a prompt are no longer found. Sets of ever deeper layers are
-fitted and measured on built-in texts; what was tried is printed with the plan. Decoding runs in full. This takes minutes
-on a small model.
+fitted and measured, on built-in texts or on documents of yours; what was tried is printed with the plan. Decoding runs
+in full. This takes minutes on a small model.
 
 Of a PROFILE: the paper's way. All sublayers, attention and FFN, are ranked together by similarity, and the most similar
 are skipped in prefill and decode; after the first tokens of a request, FFNs that prove as similar are skipped too. Other
@@ -13,6 +13,7 @@ times as fast at that many tokens, by predicted times, at the least damage; --ti
 examples:
   adaskip plan smollm2 --max-loss 0.02 --out plan.json
   adaskip plan ./my-model --max-loss 0.05 --context 8192 --dtype bfloat16 --device cuda --out plan.json
+  adaskip plan ./my-model --max-loss 0.02 --texts tickets/*.txt --out plan.json
   adaskip plan profile.json --skip 8 --out plan.json
   adaskip plan profile.json --speedup 1.33 --window 20 --out plan.json
   adaskip plan profile.json --skip 8 --policy loss_greedy --compensation low_rank --out plan.json
@@ -61,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a model, tokens of the prompts that the plan is for (default: 1024); of a profile, where --speedup is reached",
     )
     parser.add_argument(
+        "--texts",
+        nargs="+",
+        metavar="FILE",
+        help="of a model, text files like those to be served, in place of built-in text: half to fit on, half to measure",
+    )
+    parser.add_argument(
         "--times",
         metavar="PATH",
         help="times for --context, that 'adaskip inspect --calibrate --calibration PATH' measured",
@@ -103,7 +110,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     from adaskip_compile.profiling.profiles import Profile
 
-    if Path(arguments.source).suffix == ".json" or any(getattr(arguments, name) is not None for name in _OF_PROFILES):
+    of_profile = Path(arguments.source).suffix == ".json" or any(
+        getattr(arguments, name) is not None for name in _OF_PROFILES
+    )
+    if of_profile and arguments.texts:
+        raise OptionError("--texts goes with a model alone; a profile is made of texts by 'adaskip profile --texts'")
+    if of_profile:
         made = make_plan(Profile.load(arguments.source), arguments)
     else:
         made = _within_loss(arguments, output)
@@ -128,7 +140,8 @@ def _within_loss(arguments: argparse.Namespace, output: Output) -> Any:
     model, tokenizer = common.load_model(arguments, arguments.source)
     asked = {name: getattr(arguments, name) for name in ("max_loss", "context")}
     chosen = {name: value for name, value in asked.items() if value is not None}
-    return plan_within_loss(model, tokenizer, progress=output.watched, **chosen)
+    texts = common.read_texts(arguments.texts) if arguments.texts else None
+    return plan_within_loss(model, tokenizer, texts=texts, progress=output.watched, **chosen)
 
 
 # What asks for a profile, whatever it is called.

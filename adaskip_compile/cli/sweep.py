@@ -29,10 +29,10 @@ from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
     from adaskip_compile.evaluation.candidates import Candidate
-    from adaskip_compile.evaluation.domains import Domain
     from adaskip_compile.evaluation.sweep_results import SweepResults
     from adaskip_compile.evaluation.tradeoff import Row
     from adaskip_compile.profiling.profiles import Profile
+    from adaskip_compile.texts import Domain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

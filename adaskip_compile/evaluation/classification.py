@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from adaskip_compile.evaluation.domains import Domain, Half
+from adaskip_compile.texts import Domain, Half
 from adaskip_passes.errors import OptionError
 
 _CHARACTERS = 8

@@ -1,68 +1,20 @@
-"""Domains: kinds of text, each split by document into one half to profile on and one to evaluate on.
+"""Folders of text files as domains, beside the built-in ones of :mod:`adaskip_compile.texts`.
 
-Two are built in (technical English and code, :mod:`adaskip_compile.texts`); any folder of text files is one more.
-The split depends on the names of the files alone, so that it is the same on every machine.
+The split of a folder in halves depends on the names of its files alone, so that it is the same on every machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from adaskip_compile.files.versioned_json import digest
-from adaskip_compile.texts import DOMAINS, built_in_text, spread, windows
+from adaskip_compile.texts import Domain, Half, built_in_domains
 from adaskip_passes.errors import FileError, MissingFileError, OptionError
-
-Half = Literal["profiling", "evaluation"]
-
-# What most text has fewer of than this; where not, more are tried.
-_CHARACTERS_PER_TOKEN = 6
-
-
-@dataclass(frozen=True)
-class Domain:
-    """One kind of text: all of its text to profile on, and all to evaluate on, from no document in common."""
-
-    name: str
-    profiling: str
-    evaluation: str
-
-    @property
-    def digest(self) -> str:
-        """A short digest of all of its text."""
-        return digest(f"{self.profiling}\0{self.evaluation}")
-
-    def pieces(self, half: Half, count: int, characters: int) -> list[str]:
-        """Return ``count`` pieces of ``characters`` characters, evenly spread, each beginning at a line.
-
-        Raises:
-            OptionError: There is not that much text.
-        """
-        return spread(getattr(self, half), count, characters, name=f"{half} ({self.name})")
-
-    def windows(self, tokenizer: Any, half: Half, count: int, length: int) -> list[torch.Tensor]:
-        """Return ``count`` windows of ``length`` token ids, each ``(tokens,)``, as a request would begin.
-
-        Raises:
-            OptionError: There is not that much text.
-        """
-        characters = _CHARACTERS_PER_TOKEN * length
-        while True:  # ends: too many characters are an error
-            found = list(windows(tokenizer, self.pieces(half, count, characters), length, per_text=1))
-            if len(found) == count and all(len(window) == length for window in found):
-                return found
-            characters *= 2
-
-
-def built_in_domains() -> tuple[Domain, ...]:
-    """Return the domains that every Python installation holds: ``english`` and ``code``."""
-    return tuple(Domain(name, built_in_text(name, "profiling"), built_in_text(name, "held-out")) for name in DOMAINS)
 
 
 def folder_domain(name: str, folder: str | Path) -> Domain:

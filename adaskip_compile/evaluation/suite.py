@@ -11,11 +11,12 @@ import torch
 
 from adaskip_compile.evaluation.classification import classified, make_questions
 from adaskip_compile.evaluation.continuations import continuations, rouge_l
-from adaskip_compile.evaluation.domains import Domain, mixed_windows
+from adaskip_compile.evaluation.domains import mixed_windows
 from adaskip_compile.evaluation.likelihood import decoded_nlls, window_nlls
 from adaskip_compile.evaluation.longbench import find_task, longbench_scores, read_items
 from adaskip_compile.evaluation.retrieval import retrieved
 from adaskip_compile.needles import make_needles
+from adaskip_compile.texts import Domain
 from adaskip_passes.errors import OptionError
 
 # Characters of text for a token of filler: more than fit, so that needles lie in different parts of it.

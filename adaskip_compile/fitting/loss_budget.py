@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from torch import fx, nn
 from adaskip_compile.checkpoints.model_config import longest_context
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.files.versioned_json import digest, producer
+from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts, domains_of
 from adaskip_compile.fitting.prompt_quality import PromptJudge
 from adaskip_compile.fitting.sequence import SequenceFitter
-from adaskip_compile.needles import Needle, distractors_in, make_needles
 from adaskip_compile.options import Options
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
 from adaskip_compile.planning.quality import Answers, Quality
@@ -34,7 +33,7 @@ from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import is_finite_number
 from adaskip_compile.profiling.profiling import show_progress
-from adaskip_compile.texts import held_out_texts, longest_held_out, most_held_out, profiling_texts, windows
+from adaskip_compile.texts import own_domain
 from adaskip_passes.analysis.flops import count_flops
 from adaskip_passes.errors import FileError, ForeignFileError, OptionError, ProfileError
 from adaskip_passes.stream.stream import ResidualStream
@@ -43,8 +42,6 @@ log = logging.getLogger(__name__)
 
 # Of the layers below the last one, at most so many are tried, so many first, and depths are told apart to so many.
 _DEEPEST, _FIRST, _RESOLUTION = 1 / 2, 1 / 3, 1 / 16
-# What share of a prompt to fit on facts take, where they are strewn; drawn otherwise than those that are measured (0 and 1).
-_FACTS, _SEED = 0.4, 2
 _KINDS = ("attentions", "ffns")
 # Sets that a search tries, about: what its bar counts to until it knows better.
 _TRIES = 8
@@ -53,34 +50,13 @@ _TRIES = 8
 MAX_LOST = MAX_ANSWER_LOSS = 0.05
 
 
-@dataclass(frozen=True)
-class BudgetSizes:
-    """How much text a search takes; the defaults take minutes on a small model.
-
-    Where plans are for longer prompts than ``prompt``, half of what maps are fitted on is as long as those, and as much
-    as half again is measured at that length.
-
-    Args:
-        prompt: Tokens of a prompt, to fit on and to measure.
-        continued: Tokens after it whose likelihood is measured.
-        fitted: How many such prompts to fit on.
-        measured: How many to measure.
-        needles: How many facts to ask for.
-    """
-
-    prompt: int = 1024
-    continued: int = 128
-    fitted: int = 48
-    measured: int = 12
-    needles: int = 20
-
-
 def plan_within_loss(
     model: nn.Module,
     tokenizer: Any,
     *,
     max_loss: float = 0.02,
     context: int = 1024,
+    texts: Iterable[str] | None = None,
     sizes: BudgetSizes | None = None,
     progress: bool = True,
 ) -> SkipPlan:
@@ -97,14 +73,16 @@ def plan_within_loss(
             less likely by 0.05 nats a token.
         context: The length of prompts that the plan is for, in tokens: the arithmetic is that of so long a prompt, and
             retrieval is measured at it too.
+        texts: Documents like those to be served, to fit on and to measure with, in turn; by default built-in text.
         sizes: How much text to take.
         progress: Whether to show a bar on a terminal.
 
     Raises:
-        OptionError: ``max_loss`` or ``context`` makes no sense.
+        OptionError: ``max_loss`` or ``context`` makes no sense, or there is too little text in ``texts``.
         CaptureError: The model is not captured as one graph.
     """
-    [plan] = plans_within_losses(model, tokenizer, [max_loss], context=context, sizes=sizes, progress=progress)
+    how: dict[str, Any] = {"context": context, "texts": texts, "sizes": sizes, "progress": progress}
+    [plan] = plans_within_losses(model, tokenizer, [max_loss], **how)
     return plan
 
 
@@ -114,6 +92,7 @@ def plans_within_losses(
     max_losses: Sequence[float],
     *,
     context: int = 1024,
+    texts: Iterable[str] | None = None,
     sizes: BudgetSizes | None = None,
     progress: bool = True,
 ) -> tuple[SkipPlan, ...]:
@@ -127,7 +106,9 @@ def plans_within_losses(
     longest = longest_context(model)
     if longest is not None and context > longest:
         raise OptionError(f"context={context}: this model has {longest} positions")
-    search = _Search(model, tokenizer, context, sizes or BudgetSizes(), longest)
+    search = _Search(
+        model, BudgetTexts(tokenizer, context, sizes or BudgetSizes(), domains_of(texts), longest), context
+    )
     identity = identify(model)
     plans = []
     for max_loss in max_losses:
@@ -152,18 +133,18 @@ class _Tried:
 class _Search:
     """Tries sets of sublayers, one after the other, each once."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, context: int, sizes: BudgetSizes, longest: int | None) -> None:
+    def __init__(self, model: nn.Module, texts: BudgetTexts, context: int) -> None:
         self._context = context
-        context, sizes = _fitting(context, sizes, longest)
         self._tried: dict[tuple[int, int], _Tried] = {}
-        self._fitter = SequenceFitter(model, samples_to_fit(tokenizer, context, sizes), max_samples=sizes.fitted)
-        self._judge = _judge(model, tokenizer, context, sizes)
+        measured = texts.to_measure()
+        self._fitter = SequenceFitter(model, texts.to_fit(), max_samples=texts.sizes.fitted)
+        self._judge = PromptJudge(model, measured.texts, measured.needles)
         self._full_losses = self._judge.continuations(SkipPlan.none())
         self._full_answers = self._judge.answers(SkipPlan.none())
         if not any(self._full_answers.found):
             log.warning(
                 "the full model finds no needle of %d: of retrieval, the likelihood of answers alone decides",
-                sizes.needles,
+                texts.sizes.needles,
             )
         self._layers = layers_from_the_end(self._judge.prompt_graph.stream)
         self._most = min(len(self._layers), max(1, round(_DEEPEST * len(self._layers))))
@@ -237,70 +218,13 @@ class _Search:
         return full / short
 
 
-def _fitting(context: int, sizes: BudgetSizes, longest: int | None) -> tuple[int, BudgetSizes]:
-    """Return the length of the longer prompts, and sizes, with which no text ends beyond a model's ``longest`` positions."""
-    if longest is None:
-        return context, sizes
-    room = longest - sizes.continued
-    return min(context, room), replace(sizes, prompt=min(sizes.prompt, room))
-
-
-def samples_to_fit(tokenizer: Any, context: int, sizes: BudgetSizes) -> list[torch.Tensor]:
-    """Return prompts to fit on; where ``context`` is longer than ``sizes.prompt``, half of their tokens in prompts so long.
-
-    In every third prompt facts are strewn. Deep keys and values of what is unlike the text around it (names, numbers) are
-    what retrieval lives on, and in plain text there is too little of it for maps to learn them.
-    """
-    longer = max(1, sizes.fitted * sizes.prompt // (2 * context)) if context > sizes.prompt else 0
-    shorter = sizes.fitted // 2 if longer else sizes.fitted
-    texts = [text.text for text in profiling_texts(32)]
-    found: list[torch.Tensor] = []
-    for length, count in ((sizes.prompt, shorter), (context, longer)):
-        facts = count // 3
-        distractors = distractors_in(tokenizer, length, _FACTS)
-        strewn = make_needles(tokenizer, texts, context=length, count=facts, distractors=distractors, seed=_SEED)
-        # Long ones from texts on end: few are so long, and a long prompt holds more than one document anyway.
-        joined = texts if length == sizes.prompt else ["\n\n".join(reversed(texts))]
-        plain = list(windows(tokenizer, joined, length, per_text=-(-count // len(joined))))[: count - facts]
-        mixed = [plain[index::2] for index in range(2)]
-        found += [ids for row in zip_longest(*mixed, (one.ids for one in strewn)) for ids in row if ids is not None]
-    return found
-
-
-def _judge(model: nn.Module, tokenizer: Any, context: int, sizes: BudgetSizes, *, further: bool = False) -> PromptJudge:
-    """Return what measures plans on held-out texts, or on ``further`` ones."""
-    texts: list[tuple[torch.Tensor, int]] = []
-    needles: list[tuple[Needle, list[int]]] = []
-    for length, share in ((sizes.prompt, 1), (context, 2))[: 2 if context > sizes.prompt else 1]:
-        unseen = _unseen(length, sizes.measured // share, further=further)
-        measured = windows(tokenizer, unseen, length + sizes.continued, per_text=1)
-        texts += [(ids, len(ids) - sizes.continued) for ids in measured]
-        asked = make_needles(tokenizer, unseen, context=length, count=max(1, sizes.needles // share), seed=int(further))
-        needles += [(one, tokenizer(f" {one.code}", add_special_tokens=False).input_ids) for one in asked]
-    return PromptJudge(model, texts, needles)
-
-
-def _unseen(length: int, count: int, *, further: bool) -> list[str]:
-    """Return ``count`` held-out texts for prompts of ``length`` tokens, or fewer where there are fewer.
-
-    ``further`` ones lie between the others, where there are enough for both.
-    """
-    characters = min(6 * length, longest_held_out())
-    available = most_held_out(characters)
-    count = max(1, min(count, available // 2 if available >= 4 else available))
-    count += count % 2 if available > 1 else 0  # of both domains as many
-    texts = held_out_texts(min(2 * count, available), characters=characters)
-    pairs = [texts[index : index + 2] for index in range(0, len(texts), 2)]
-    chosen = pairs[int(further) :: 2] or pairs
-    return [text.text for pair in chosen for text in pair][:count]
-
-
 def confirm(
     model: nn.Module,
     tokenizer: Any,
     plans: Sequence[SkipPlan],
     *,
     context: int = 1024,
+    texts: Iterable[str] | None = None,
     sizes: BudgetSizes | None = None,
 ) -> list[Quality]:
     """Return what ``plans`` lose on held-out texts and needles that no search for a plan has seen.
@@ -312,11 +236,13 @@ def confirm(
         tokenizer: Its tokenizer.
         plans: Of any kind, those that leave holes too.
         context: The length of the longer prompts, in tokens.
+        texts: What the search was given; by default built-in text.
         sizes: How much text to take.
     """
     inner = unwrapped(model)
-    context, sizes = _fitting(context, sizes or BudgetSizes(), longest_context(inner))
-    return _judge(inner, tokenizer, context, sizes, further=True).compare(plans)
+    chosen = BudgetTexts(tokenizer, context, sizes or BudgetSizes(), domains_of(texts), longest_context(inner))
+    measured = chosen.to_measure(further=True)
+    return PromptJudge(inner, measured.texts, measured.needles).compare(plans)
 
 
 def prompt_flops(gm: fx.GraphModule, tokens: int) -> float:
@@ -343,16 +269,26 @@ def deepest(layers: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], attention
 
 
 def kept_plan(
-    model: nn.Module, tokenizer: Any, options: Options, max_loss: float, context: int, *, progress: bool = True
+    model: nn.Module,
+    tokenizer: Any,
+    options: Options,
+    max_loss: float,
+    context: int,
+    *,
+    texts: Iterable[str] | None = None,
+    progress: bool = True,
 ) -> SkipPlan:
     """Return the plan within ``max_loss`` from the cache directory, or find it and keep it there.
 
-    It is kept for this model, this budget and these versions.
+    It is kept for this model, this budget, the user's own texts and these versions.
     """
     inner = unwrapped(model)
     identity = identify(inner)
     dtype = next((parameter.dtype for parameter in inner.parameters()), None)
+    own = None if texts is None else tuple(texts)
     about = f"{max_loss} {context} {dtype} {producer()} {torch.__version__}"
+    if own is not None:
+        about += " " + own_domain(own).digest
     path: Path = options.cache_folder / "plans" / f"{identity.key}-{digest(about)}.json"
     if identity.weights is not None and path.exists():
         try:
@@ -361,7 +297,7 @@ def kept_plan(
             return plan
         except (FileError, ForeignFileError):
             pass  # damaged: it is found again, and replaced
-    plan = plan_within_loss(inner, tokenizer, max_loss=max_loss, context=context, progress=progress)
+    plan = plan_within_loss(inner, tokenizer, max_loss=max_loss, context=context, texts=own, progress=progress)
     if identity.weights is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         plan.save(path)

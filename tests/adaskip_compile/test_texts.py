@@ -25,10 +25,10 @@ def test_texts_have_the_length_asked_for():
 
 
 def test_no_line_of_a_topic_is_profiled_and_measured():
-    def telling(split):
-        return {part.strip() for part in texts.built_in_text("english", split).split("\n\n") if len(part.strip()) >= 80}
+    def telling(half):
+        return {part.strip() for part in texts.built_in_text("english", half).split("\n\n") if len(part.strip()) >= 80}
 
-    profiled, measured = telling("profiling"), telling("held-out")
+    profiled, measured = telling("profiling"), telling("evaluation")
     assert len(profiled) > 100
     assert len(measured) > 100
     assert not profiled & measured
@@ -36,7 +36,7 @@ def test_no_line_of_a_topic_is_profiled_and_measured():
 
 @pytest.mark.parametrize("domain", texts.DOMAINS)
 def test_neither_split_is_starved(domain):
-    profiled, measured = len(texts.built_in_text(domain, "profiling")), len(texts.built_in_text(domain, "held-out"))
+    profiled, measured = len(texts.built_in_text(domain, "profiling")), len(texts.built_in_text(domain, "evaluation"))
     assert min(profiled, measured) > 100_000
 
 
@@ -46,7 +46,7 @@ def test_profiling_and_held_out_pieces_differ():
 
 
 def test_asking_for_too_much_says_how_much_there_is():
-    with pytest.raises(OptionError, match=r"only \d+ built-in texts of 10000 characters"):
+    with pytest.raises(OptionError, match=r"only \d+ profiling \(english\) texts of 10000 characters"):
         profiling_texts(10_000)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adaskip_compile import Profile, SkipPlan
 from adaskip_compile.cli import main
 from adaskip_compile.fitting import loss_budget
-from adaskip_compile.fitting.loss_budget import BudgetSizes
+from adaskip_compile.fitting.budget_texts import BudgetSizes
 from tests.tiny_checkpoints import save_tiny
 
 ATTENTION = "model.layers.{}.self_attn"
@@ -238,6 +239,26 @@ def test_plan_of_a_model_keeps_a_budget(
     assert plan.prompt is not None
     assert plan.prompt.measured in plan.prompt.frontier
     assert [one["path"] for one in found["prompt"]["skipped"]] == list(plan.prompt.paths) != []
+
+
+def test_plan_goes_by_documents_of_the_users_own(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    seen: list[Any] = []
+
+    def found(*_: Any, texts: Any, **__: Any) -> SkipPlan:
+        seen.append(texts)
+        return SkipPlan.none()
+
+    monkeypatch.setattr(loss_budget, "plan_within_loss", found)
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in files:
+        file.write_text(f"This is {file.name}.")
+    command = ["plan", model, "--out", str(tmp_path / "plan.json"), "--texts", *map(str, files)]
+    assert main(command) == 0
+    assert seen == [["This is a.txt.", "This is b.txt."]]
+    assert main([*command, "--skip", "2"]) == 2
+    assert "--texts goes with a model" in capsys.readouterr().err
 
 
 def test_a_count_of_sublayers_asks_for_a_profile(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from adaskip_compile.evaluation.classification import classified, make_questions
-from adaskip_compile.evaluation.domains import Domain
+from adaskip_compile.texts import Domain
 from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.evaluation.readers import Reader
 from tests.made_up_texts import WORDS, made_up_domain

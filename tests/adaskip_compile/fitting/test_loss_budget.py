@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.fitting import loss_budget
-from adaskip_compile.fitting.loss_budget import BudgetSizes, deepest, plan_within_loss, prompt_flops
+from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts, domains_of
+from adaskip_compile.fitting.loss_budget import deepest, plan_within_loss, prompt_flops
 from adaskip_compile.fitting.prompt_quality import PromptJudge
 from adaskip_compile.fitting.sequence import SequenceFitter, fit_prompt_skips
 from adaskip_compile.inspection.phase_graphs import capture_phases
@@ -20,6 +22,7 @@ from adaskip_compile.needles import Needle, make_needles
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
 from adaskip_compile.planning.quality import Quality
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
+from tests.made_up_texts import made_up
 from tests.models import tiny, tokens
 from tests.reference import decoder_layers
 from tests.tiny_checkpoints import byte_tokenizer
@@ -171,7 +174,7 @@ def test_no_more_facts_are_asked_for_than_decide() -> None:
 
 def test_facts_are_strewn_in_every_third_prompt_to_fit_on() -> None:
     tokenizer = byte_tokenizer()
-    samples = loss_budget.samples_to_fit(tokenizer, 600, BudgetSizes(prompt=400, fitted=18))
+    samples = BudgetTexts(tokenizer, 600, BudgetSizes(prompt=400, fitted=18), domains_of(None)).to_fit()
     assert [len(ids) for ids in samples] == [400] * 9 + [600] * 6
     facts = [tokenizer.decode(ids).count("The code of the") > 2 for ids in samples]
     assert facts == [False, False, True] * 5
@@ -179,10 +182,73 @@ def test_facts_are_strewn_in_every_third_prompt_to_fit_on() -> None:
     assert not any(needle.code in tokenizer.decode(ids) for needle in asked for ids in samples)
 
 
+def decoded(texts: list[tuple[torch.Tensor, int]]) -> list[str]:
+    return [byte_tokenizer().decode(ids) for ids, _ in texts]
+
+
 def test_further_texts_are_others() -> None:
-    seen, further = (loss_budget._unseen(200, 6, further=further) for further in (False, True))
+    texts = BudgetTexts(byte_tokenizer(), 300, BudgetSizes(prompt=300, measured=6), domains_of(None))
+    seen, further = (decoded(texts.to_measure(further=further).texts) for further in (False, True))
     assert len(seen) == len(further) == 6
     assert not {*seen} & {*further}
+
+
+class TestOwnTexts:
+    """Documents of the user's own: some to fit on, the others to measure with, and nothing else."""
+
+    documents = tuple(made_up(name, seed, words=1200) for seed in range(4) for name in ("sea", "city"))
+    sizes = BudgetSizes(prompt=300, continued=32, fitted=9, measured=4, needles=3)
+
+    def texts(self, documents: Sequence[str]) -> BudgetTexts:
+        return BudgetTexts(byte_tokenizer(), 300, self.sizes, domains_of(documents))
+
+    def test_what_is_fitted_on_is_never_measured(self) -> None:
+        texts = self.texts(self.documents)  # the sea to fit on, the city to measure: in turn
+        plain = [byte_tokenizer().decode(ids) for ids in texts.to_fit()][0:9:3]
+        assert len(plain) == 3
+        assert all("wave" in text and "tram" not in text for text in plain)
+        for further in (False, True):
+            found = texts.to_measure(further=further)
+            assert len(found.texts) == 4
+            assert all(prompt == 300 and len(ids) == 332 for ids, prompt in found.texts)
+            assert all("tram" in text and "wave" not in text for text in decoded(found.texts))
+            assert not any("wave" in byte_tokenizer().decode(needle.ids) for needle, _ in found.needles)
+
+    def test_a_lone_document_is_cut_in_two(self) -> None:
+        texts = self.texts([made_up("sea", 1, words=4000) + made_up("city", 1, words=4000)])
+        assert "wave" not in decoded(texts.to_measure().texts)[0]
+
+    def test_too_little_text_is_refused(self) -> None:
+        with pytest.raises(OptionError, match="too little in them to fit on some and to measure others"):
+            self.texts([" "])
+        with pytest.raises(OptionError, match=r"make \d prompts of 300 tokens to fit on, and 8 are needed"):
+            self.texts(["word " * 200] * 2).to_fit()
+        with pytest.raises(OptionError, match="has 20 tokens, too few for a prompt and 32 after it"):
+            self.texts(["word " * 5] * 2).to_measure()
+
+    def test_they_are_what_a_plan_is_found_with(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The plan is kept for these texts: other ones have one of their own, and the same ones find it again."""
+        seen: list[Any] = []
+
+        def found(*_: Any, texts: Any, **__: Any) -> SkipPlan:
+            seen.append(texts)
+            return SkipPlan.none()
+
+        monkeypatch.setattr(loss_budget, "plan_within_loss", found)
+        for documents in (self.documents, self.documents[:4], None, iter(self.documents)):
+            model: Any = tiny("llama", num_hidden_layers=1)
+            adaskip_compile.compile(model, tokenizer=byte_tokenizer(), texts=documents, inner="eager")
+        assert seen == [self.documents, self.documents[:4], None]
+        with pytest.raises(OptionError, match="give tokenizer= too"):
+            adaskip_compile.compile(tiny("llama"), texts=self.documents)
+
+    def test_a_plan_is_found_with_them(self) -> None:
+        model = tiny("llama", num_hidden_layers=3, vocab_size=260, max_position_embeddings=1024)
+        plan = plan_within_loss(
+            model, byte_tokenizer(), max_loss=99, context=300, texts=self.documents, sizes=self.sizes, progress=False
+        )
+        assert plan.prompt is not None
+        assert plan.prompt.frontier
 
 
 @pytest.mark.pretrained
