@@ -23,16 +23,14 @@ from adaskip_compile.capture.dynamo import (
 )
 from adaskip_compile.capture.store import capture_keeper
 from adaskip_compile.files.model_identity import unwrapped
-from adaskip_compile.fitting.loss_budget import kept_plan
+from adaskip_compile.fitting.kept_plans import Budget, kept_plan
+from adaskip_compile.fitting.prompt_learner import PromptLearner
 from adaskip_compile.options import Options
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.runtime.admission import admit, restore_graph
 from adaskip_compile.runtime.session import Session, forget_sessions, session_for
 from adaskip_compile.runtime.session_backend import AdmittedGraph, WatchedForward
 from adaskip_passes.errors import OptionError
-
-# Two per cent of perplexity, for prompts of a few pages.
-_MAX_LOSS, _CONTEXT = 0.02, 1024
 
 
 def adaskip(
@@ -75,7 +73,9 @@ def compile(
     With a ``tokenizer`` and no plan, one is found that makes prompts faster and loses at most ``max_loss`` nats a token
     (0.02, 2 % of perplexity, by default) and 5 % of what the model finds in a prompt of ``context`` tokens (1,024). That
     takes minutes, once: the plan is kept in the cache directory (:func:`adaskip_compile.fitting.loss_budget.plan_within_loss`).
-    It is fitted and measured on ``texts`` (documents like those to be served), or on built-in ones. Without a tokenizer, and with nothing else that says what to skip, nothing is skipped.
+    It is fitted and measured on ``texts`` (documents like those to be served), or on built-in ones; or, with ``learn=20``,
+    on the first 20 prompts that the model is given: everything runs in full until then, and the next one waits. Without a
+    tokenizer, and with nothing else that says what to skip, nothing is skipped.
 
     ``plan`` is a plan or the file of one; ``options`` are the other fields of :class:`Options`. Calling
     it again with the same options and another ``plan`` switches the plan for requests that start from
@@ -89,20 +89,17 @@ def compile(
         UnknownSublayerError: The plan names a module that the model lacks.
     """
     _require_module(model)
-    budget: dict[str, Any] = {}
-    if tokenizer is not None:
-        if plan is not None or options.get("plan") is not None or options.get("profile") is not None:
-            raise OptionError(
-                "tokenizer= is to find a plan with, and a plan or profile is given: leave one of them out"
-            )
-        budget = {name: options.pop(name) for name in ("max_loss", "context") if name in options}
-    elif texts is not None:
-        raise OptionError("texts= are to find a plan with: give tokenizer= too")
+    budget = None if tokenizer is None else _budget(options)
+    if budget is not None and (
+        plan is not None or options.get("plan") is not None or options.get("profile") is not None
+    ):
+        raise OptionError("tokenizer= is to find a plan with, and a plan or profile is given: leave one of them out")
+    if texts is not None and (budget is None or budget.learn):
+        wrong = "give tokenizer= too" if budget is None else "and learn= finds it with what the model is given"
+        raise OptionError(f"texts= are to find a plan with: {wrong}")
     checked = Options.from_mapping(options)
-    if tokenizer is not None:
-        found: dict[str, Any] = {"max_loss": _MAX_LOSS, "context": _CONTEXT, **budget}
-        how: dict[str, Any] = {"texts": texts, "progress": progress}
-        plan = kept_plan(model, tokenizer, checked, found["max_loss"], found["context"], **how)
+    if budget is not None:
+        plan = kept_plan(model, tokenizer, budget, checked.cache_folder, texts=texts, progress=progress)
     if plan is not None and not isinstance(plan, (SkipPlan, str, os.PathLike)):
         raise OptionError(
             f"plan={plan!r}: takes a SkipPlan, the path of a file of one, or None; SkipPlan.from_scales makes one of a dict"
@@ -114,8 +111,9 @@ def compile(
     if plan is not None:
         plan.check_paths(inner)
     session = session_for(inner, checked)
-    if plan is not None:
-        session.use(plan, source=source)
+    learns = budget is not None and plan is None
+    if plan is not None or learns:
+        session.use(plan or SkipPlan.none(), source=source)
     else:
         _tell_that_nothing_is_skipped(session)
     if session.compiled is None:
@@ -124,7 +122,16 @@ def compile(
                 make_room_for_graphs()
                 session.compiled = constant_floats(_compiled_forward(session, inner))
     inner._compiled_call_impl = session.compiled
+    if budget is not None and learns:
+        inner._compiled_call_impl = PromptLearner(session, inner, tokenizer, budget, progress=progress)
     return model
+
+
+def _budget(options: dict[str, Any]) -> Budget:
+    """Return the budget in ``options``, and take it out of them."""
+    budget = Budget(**{name: options.pop(name) for name in ("max_loss", "context", "learn") if name in options})
+    Options(learn=budget.learn)  # checks it
+    return budget
 
 
 def _tell_that_nothing_is_skipped(session: Session) -> None:

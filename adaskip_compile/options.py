@@ -142,7 +142,14 @@ class Options:
             goal = goal or ("compensation" if self.compensation not in ("none", "scale") else None)
             if goal or self.policy in PROFILED_POLICIES:
                 asked = f"{goal}={getattr(self, goal)!r}" if goal else f"policy={self.policy!r}"
-                raise OptionError(f"{asked} needs a profile: what is learned from requests does not tell enough")
+                instead = (
+                    "; adaskip_compile.compile(model, tokenizer=tokenizer, learn=20, max_loss=0.02) finds what prompts can skip"
+                    if goal == "max_loss"
+                    else ""
+                )
+                raise OptionError(
+                    f"{asked} needs a profile: what is learned from requests does not tell enough{instead}"
+                )
             changed = [name for name in _CHOICES if getattr(self, name) != getattr(type(self), name)]
             if self.learn is None and changed:
                 raise OptionError(

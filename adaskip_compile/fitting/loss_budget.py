@@ -12,20 +12,16 @@ import logging
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import sympy
-import torch
 from torch import fx, nn
 
 from adaskip_compile.checkpoints.model_config import longest_context
 from adaskip_compile.files.model_identity import identify, unwrapped
-from adaskip_compile.files.versioned_json import digest, producer
 from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts, domains_of
 from adaskip_compile.fitting.prompt_quality import PromptJudge
 from adaskip_compile.fitting.sequence import SequenceFitter
-from adaskip_compile.options import Options
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
 from adaskip_compile.planning.quality import Answers, Quality
 from adaskip_compile.planning.skip_plan import SkipPlan
@@ -33,9 +29,8 @@ from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import is_finite_number
 from adaskip_compile.profiling.profiling import show_progress
-from adaskip_compile.texts import own_domain
 from adaskip_passes.analysis.flops import count_flops
-from adaskip_passes.errors import FileError, ForeignFileError, OptionError, ProfileError
+from adaskip_passes.errors import OptionError, ProfileError
 from adaskip_passes.stream.stream import ResidualStream
 
 log = logging.getLogger(__name__)
@@ -266,39 +261,3 @@ def deepest(layers: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], attention
     """Return the paths of the attentions of so many deepest ``layers``, and of the FFNs of so many."""
     chosen = [path for layer in layers[:attentions] for path in layer[0]]
     return (*chosen, *(path for layer in layers[:ffns] for path in layer[1]))
-
-
-def kept_plan(
-    model: nn.Module,
-    tokenizer: Any,
-    options: Options,
-    max_loss: float,
-    context: int,
-    *,
-    texts: Iterable[str] | None = None,
-    progress: bool = True,
-) -> SkipPlan:
-    """Return the plan within ``max_loss`` from the cache directory, or find it and keep it there.
-
-    It is kept for this model, this budget, the user's own texts and these versions.
-    """
-    inner = unwrapped(model)
-    identity = identify(inner)
-    dtype = next((parameter.dtype for parameter in inner.parameters()), None)
-    own = None if texts is None else tuple(texts)
-    about = f"{max_loss} {context} {dtype} {producer()} {torch.__version__}"
-    if own is not None:
-        about += " " + own_domain(own).digest
-    path: Path = options.cache_folder / "plans" / f"{identity.key}-{digest(about)}.json"
-    if identity.weights is not None and path.exists():
-        try:
-            plan = SkipPlan.load(path)
-            plan.check(identity)
-            return plan
-        except (FileError, ForeignFileError):
-            pass  # damaged: it is found again, and replaced
-    plan = plan_within_loss(inner, tokenizer, max_loss=max_loss, context=context, texts=own, progress=progress)
-    if identity.weights is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plan.save(path)
-    return plan
