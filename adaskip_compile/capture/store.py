@@ -193,7 +193,7 @@ class CaptureKeeper:
         for kept in sorted(found, key=lambda kept: kept.phase != "decode"):
             graph = _RestoredGraph(kept, self.session, code, self._restore_graph)
             try:
-                install(kept.capture, graph.caller(), name=f"__adaskip_graph_{next(_numbers)}", applies=graph.applies)
+                install(kept.capture, graph.caller(), name=f"__adaskip_graph_{next(_numbers)}", applies=graph.guard())
             except Exception as error:  # noqa: BLE001 - Dynamo's innards raise anything; without it the graph is captured
                 log.info("%s: a kept capture is not used: %s", self.session.model_name, error)
                 continue
@@ -216,8 +216,8 @@ class _UnusableError(Exception):
 class _RestoredGraph:
     """A kept graph, which is read and taken up by its session when it is first called.
 
-    Dynamo holds what it is given as long as the code lives, which all models of a class share; so what it is given
-    holds the session, and with it a model's caches, by a weak reference alone.
+    Dynamo holds what it is given as long as the code lives, which all models of a class share; so what it is given holds
+    this graph, and with it a session and a model's caches, by a weak reference alone.
     """
 
     def __init__(self, kept: KeptCapture, session: CaptureOwner, code: CodeState, restore: Restore) -> None:
@@ -226,10 +226,18 @@ class _RestoredGraph:
         self._usable = True
         self._lock = threading.Lock()
 
-    def applies(self) -> bool:
-        """Tell whether the call that is being made is one of its session's, of a model that computes what it did."""
-        ours = self._usable and getattr(_called, "session", None) is self._session() is not None
-        return ours and _called.code == self._code
+    def guard(self) -> Callable[[], bool]:
+        """Return what tells whether the call that is being made is one of its session's, of a model that computes what it did."""
+        target = weakref.ref(self)
+
+        def applies() -> bool:
+            graph = target()
+            if graph is None or not graph._usable:
+                return False
+            ours = getattr(_called, "session", None) is graph._session() is not None
+            return ours and _called.code == graph._code
+
+        return applies
 
     def caller(self) -> Callable[..., Any]:
         """Return what Dynamo shall call in place of the graph."""

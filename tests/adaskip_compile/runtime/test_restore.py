@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
+from adaskip_compile.capture.package import why_not
 from adaskip_compile.kv_cache.cache_argument import cache_argument
 from adaskip_compile.runtime.session import sessions_of
 from tests.doors import compiled_by
@@ -66,6 +68,22 @@ def test_the_model_is_as_it_was_and_the_session_is_gone(llama, door: str, kept: 
     assert torch.equal(generate(llama, IDS, torch.ones_like(IDS), 4), eager)
     assert adaskip_compile.restore(llama) is llama
     assert "nothing ran through adaskip on this model" in str(adaskip_compile.report(llama))
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"captures are not kept: {why_not()}")
+def test_what_was_taken_up_from_kept_captures_is_gone_too(llama, cache_dir: Path):
+    answer(compiled_here("compile", tiny("llama", seed=1)), llama)
+    for _ in range(2):
+        answer(compiled_here("compile", llama), llama)
+        [session] = sessions_of(llama)
+        assert all(graph.restored for graph in session.graphs)
+        gone = [weakref.ref(one) for one in (session, *session.graphs)]
+        assert len(gone) == 3
+        del session
+        adaskip_compile.restore(llama)
+        for _ in range(3):
+            gc.collect()
+        assert [one() for one in gone] == [None] * 3
 
 
 @pytest.mark.parametrize("door", DOORS)
