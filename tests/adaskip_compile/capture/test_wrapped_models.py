@@ -18,14 +18,14 @@ from tests.generation import generate
 from tests.models import redraw, tiny, tokens
 from tests.reference import omit_sublayers
 
-ATTENTION, FFN = "model.layers.2.self_attn", "model.layers.1.mlp"
+ATTENTION, FFN = "model.layers.1.self_attn", "model.layers.0.mlp"
 SCALES = {ATTENTION: 0.8, FFN: 0.9}
 STEPS = 4
 
 
 @pytest.fixture
 def llama():
-    return tiny("llama", num_hidden_layers=4)
+    return tiny("llama")
 
 
 def plain_wrapper(model):
@@ -138,7 +138,7 @@ def test_hooks_that_cannot_be_captured_are_told(llama):
 
 @pytest.mark.parametrize("door", ["compile", "torch.compile"])
 def test_a_foreign_plan_is_refused_however_the_forward_is_wrapped(llama, tmp_path, door):
-    other = tiny("llama", num_hidden_layers=4, seed=1)
+    other = tiny("llama", seed=1)
     plan = adaskip_compile.plan(adaskip_compile.profile(other, [tokens(1, 9)]), skip=2)
     plan.save(tmp_path / "plan.json")
     model = plain_wrapper(llama)
