@@ -107,8 +107,8 @@ def test_logits_of_a_tiny_model(llama, name):
 
 
 @pytest.fixture(scope="module", params=CACHES)
-def real(request, smollm2):
-    model, tokenizer = smollm2
+def real(request):
+    model, tokenizer = request.getfixturevalue("smollm2" if request.param == "dynamic" else "part_of_smollm2")
     ids = tokenizer(profiling_texts(1)[0].text, return_tensors="pt")["input_ids"]
     yield Subject(model, request.param, ids[:, :96], ids[:, 96 : 96 + STEPS])
     model._compiled_call_impl = None
@@ -119,7 +119,7 @@ def real(request, smollm2):
 @pytest.mark.parametrize("name", SETS)
 def test_logits_of_a_real_model(real, name):
     # Logits of this model reach 30; skipping moves them by several units.
-    check(real, skip_sets(30)[name], tolerance=2e-3)
+    check(real, skip_sets(real.model.config.num_hidden_layers)[name], tolerance=2e-3)
 
 
 def test_the_sets_are_those_of_the_issue():

@@ -112,9 +112,11 @@ REAL_REQUESTS = [(17, 1), (17, 2), (512, 1), (512, 2), (2048, 1), (2048, 2)]
 @pytest.mark.newest("Inductor of 2.11 cannot compile a mask of padded rows for a CPU")
 @pytest.mark.pretrained
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "kind"), WAYS, ids=WAY_NAMES)
-def test_tokens_of_a_real_model(smollm2, way, kind):
-    model, tokenizer = smollm2
+@every_way
+def test_tokens_of_a_real_model(request, way, kind):
+    # The whole model goes the way that most go.
+    whole = (way, kind) == (through_compile, "dynamic")
+    model, tokenizer = request.getfixturevalue("smollm2" if whole else "part_of_smollm2")
     options = {**OPTIONS, "inner": "inductor"} if way is through_compile else OPTIONS
     text = tokenizer(" ".join(document.text for document in profiling_texts(2)), return_tensors="pt")["input_ids"][0]
     try:
