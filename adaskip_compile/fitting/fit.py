@@ -10,13 +10,12 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.files.model_identity import identify, unwrapped
-from adaskip_compile.fitting.least_squares import BranchStatistics, fit_map
+from adaskip_compile.fitting.least_squares import FITTED_FORMS, BranchStatistics, fit_map
 from adaskip_compile.profiling.profiles import Profile
 from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import OptionError
 from adaskip_passes.pipelines import canonicalised
-from adaskip_passes.specialise.stream_maps import FORMS
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
@@ -60,8 +59,8 @@ def fit(
         CaptureError: The model is not captured as one graph.
     """
     for form in forms:
-        if form not in FORMS:
-            raise OptionError(f"forms={tuple(forms)!r}: takes some of {', '.join(FORMS)}")
+        if form not in FITTED_FORMS:
+            raise OptionError(f"forms={tuple(forms)!r}: takes some of {', '.join(FITTED_FORMS)}")
     model = unwrapped(model)
     profile.check(identify(model))
     ranking = [found.path for found in profile.ranking()]

@@ -6,6 +6,8 @@ samples, hold ``O(d^2)`` numbers a sublayer whatever the number of tokens, and m
 
 * ``affine`` is the ridge regression of y on ``rms_norm(a)``, with the ridge that does best on held-out samples;
 * ``low_rank`` is its best approximation of rank r in the error of y (reduced-rank regression, Izenman 1975);
+* ``gated`` imitates a gated FFN by some of its own units, whose weights in the sum are fitted anew
+  (:mod:`adaskip_compile.fitting.gated_maps`);
 * ``channel`` fits b channel by channel, each token weighted by one over the mean square of a, so that a token whose
   stream is huge counts no more than another.
 """
@@ -14,58 +16,82 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
+from typing_extensions import Self
 
 from adaskip_compile.profiling.stream_maps import StreamMap, normalised
 from adaskip_passes.errors import ProfileError
 from adaskip_passes.specialise.stream_maps import EPSILON
 
+# Forms that are fitted from statistics of the stream alone.
+FITTED_FORMS = ("channel", "low_rank", "affine")
 # Relative to the mean square of a feature.
 _RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
+MomentsOf = TypeVar("MomentsOf", bound="Moments")
+
 
 @dataclass
-class BranchStatistics:
-    """Sums over tokens of one sublayer, in float64: all that any map is fitted from.
+class Moments:
+    """Sums over tokens, in float64, that a regression of Y on X is solved from.
 
-    ``inputs`` is ``X'X`` and ``products`` ``X'Y``, where a row of X is ``(rms_norm(a), 1)`` and one of Y is ``b - a``;
-    ``outputs`` is the sum of squares of Y. ``channels`` ``(6, d)`` are the sums of 1, a, b, a a, a b and b b, each token
-    weighted by one over the mean square of a.
+    ``inputs`` is ``X'X`` and ``products`` ``X'Y``, where the last column of X is 1; ``outputs`` is the sum of squares of Y.
     """
 
     inputs: torch.Tensor
     products: torch.Tensor
     outputs: torch.Tensor
-    channels: torch.Tensor
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device) -> BranchStatistics:
-        """Return the sums over no tokens."""
-        shapes = ((width + 1, width + 1), (width + 1, width), (), (6, width))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+    def of_features(cls, features: int, width: int, device: torch.device) -> Moments:
+        """Return the sums over no tokens, for so many features beside the constant."""
+        shapes = ((features + 1, features + 1), (features + 1, width), ())
+        return Moments(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Count the tokens of the stream ``a`` before and ``b`` after the sublayer, both ``(..., d)``."""
-        a, b = (value.detach().reshape(-1, value.shape[-1]).float() for value in (a, b))
-        x = torch.cat([normalised(a), torch.ones_like(a[:, :1])], -1)
-        y = b - a
+    def count(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Count tokens of the features x ``(tokens, features)``, to which the constant is added, and y ``(tokens, d)``."""
+        x = torch.cat([x, torch.ones_like(x[:, :1])], -1)
         # Products of one sample in float32, sums over samples in float64.
         self.inputs += x.mT @ x
         self.products += x.mT @ y
         self.outputs += y.double().square().sum()
-        weight = 1 / (a.square().mean(-1, keepdim=True) + EPSILON)
-        columns = (weight.expand_as(a), weight * a, weight * b, weight * a * a, weight * a * b, weight * b * b)
-        self.channels += torch.stack([column.double().sum(0) for column in columns])
 
-    def merge(self, other: BranchStatistics) -> BranchStatistics:
+    def merge(self, other: Self) -> Self:
         """Return the sums over the tokens of both."""
-        return BranchStatistics(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def tokens(self) -> int:
         """How many tokens were counted."""
         return int(self.inputs[-1, -1])
+
+
+@dataclass
+class BranchStatistics(Moments):
+    """Sums over tokens of one sublayer: all that any map is fitted from, but a ``gated`` one.
+
+    A row of X is ``(rms_norm(a), 1)`` and one of Y ``b - a``. ``channels`` ``(6, d)`` are the sums of 1, a, b, a a, a b and
+    b b, each token weighted by one over the mean square of a.
+    """
+
+    channels: torch.Tensor
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> BranchStatistics:
+        """Return the sums over no tokens."""
+        none = Moments.of_features(width, width, device)
+        channels = torch.zeros((6, width), dtype=torch.float64, device=device)
+        return cls(none.inputs, none.products, none.outputs, channels)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Count the tokens of the stream ``a`` before and ``b`` after the sublayer, both ``(..., d)``."""
+        a, b = (value.detach().reshape(-1, value.shape[-1]).float() for value in (a, b))
+        self.count(normalised(a), b - a)
+        weight = 1 / (a.square().mean(-1, keepdim=True) + EPSILON)
+        columns = (weight.expand_as(a), weight * a, weight * b, weight * a * a, weight * a * b, weight * b * b)
+        self.channels += torch.stack([column.double().sum(0) for column in columns])
 
 
 def fit_map(form: str, fitted: BranchStatistics, held_out: BranchStatistics, *, rank: int = 0) -> StreamMap:
@@ -77,21 +103,46 @@ def fit_map(form: str, fitted: BranchStatistics, held_out: BranchStatistics, *, 
     Raises:
         ProfileError: There are no tokens, or the stream holds NaN or an infinity.
     """
+    everything, judged = _everything(fitted, held_out)
+    if form == "channel":
+        return _stream_map(form, _fit_channels(everything), _missed_by_channels(_fit_channels(fitted), judged))
+    ridge, error = _best_ridge(fitted, judged)
+    whole = _regression(everything, ridge)
+    if form == "affine":
+        return _stream_map(form, {"weight": whole[:-1].mT, "shift": whole[-1]}, error)
+    tried = _factors(_regression(fitted, ridge), fitted, rank)
+    return _stream_map(form, _factors(whole, everything, rank), _missed(_product(tried), judged))
+
+
+def fit_gated(gate: torch.Tensor, value: torch.Tensor, fitted: Moments, held_out: Moments) -> StreamMap:
+    """Return the ``gated`` map of the units ``gate`` and ``value``, ``(units, d)``, whose ``out`` fits the branch.
+
+    ``fitted`` and ``held_out``, as :func:`fit_map` takes them, are of what the units give.
+
+    Raises:
+        ProfileError: There are no tokens, or the stream holds NaN or an infinity.
+    """
+    everything, judged = _everything(fitted, held_out)
+    ridge, error = _best_ridge(fitted, judged)
+    whole = _regression(everything, ridge)
+    return _stream_map("gated", {"gate": gate, "value": value, "out": whole[:-1].mT, "shift": whole[-1]}, error)
+
+
+def _everything(fitted: MomentsOf, held_out: MomentsOf) -> tuple[MomentsOf, MomentsOf]:
+    """Return all tokens, and those that judge."""
     if not fitted.tokens:
         raise ProfileError("nothing to fit a compensation to: no tokens were measured")
     everything = fitted.merge(held_out) if held_out.tokens else fitted
-    judged = held_out if held_out.tokens else fitted
     if not all(getattr(everything, field.name).isfinite().all() for field in fields(everything)):
         raise ProfileError("the residual stream overflows: no compensation can be fitted to NaN or an infinity")
-    if form == "channel":
-        return _stream_map(form, _fit_channels(everything), _missed_by_channels(_fit_channels(fitted), judged))
+    return everything, held_out if held_out.tokens else fitted
+
+
+def _best_ridge(fitted: Moments, judged: Moments) -> tuple[float, float]:
+    """Return the ridge that does best on ``judged``, and what it misses there."""
     errors = {ridge: _missed(_regression(fitted, ridge), judged) for ridge in _RIDGES}
     ridge = min(errors, key=errors.__getitem__)
-    whole = _regression(everything, ridge)
-    if form == "affine":
-        return _stream_map(form, {"weight": whole[:-1].mT, "shift": whole[-1]}, errors[ridge])
-    tried = _factors(_regression(fitted, ridge), fitted, rank)
-    return _stream_map(form, _factors(whole, everything, rank), _missed(_product(tried), judged))
+    return ridge, errors[ridge]
 
 
 def _stream_map(form: str, tensors: Mapping[str, torch.Tensor], error: float) -> StreamMap:
@@ -99,8 +150,8 @@ def _stream_map(form: str, tensors: Mapping[str, torch.Tensor], error: float) ->
     return StreamMap(form, held, error)
 
 
-def _regression(found: BranchStatistics, ridge: float) -> torch.Tensor:
-    """Return the coefficients ``(d + 1, d)``, the constant last; it is not shrunk."""
+def _regression(found: Moments, ridge: float) -> torch.Tensor:
+    """Return the coefficients ``(features + 1, d)``, the constant last; it is not shrunk."""
     penalty = torch.full_like(found.inputs[0], ridge * found.inputs.diagonal()[:-1].mean().item())
     penalty[-1] = 0
     return torch.linalg.solve(found.inputs + penalty.diag(), found.products)
@@ -124,7 +175,7 @@ def _factors(coefficients: torch.Tensor, found: BranchStatistics, rank: int) -> 
     return {"down": slope.mT, "up": directions, "shift": shift}
 
 
-def _missed(coefficients: torch.Tensor, judged: BranchStatistics) -> float:
+def _missed(coefficients: torch.Tensor, judged: Moments) -> float:
     """Return the part of the sum of squares of Y that ``coefficients`` leave."""
     left = (
         judged.outputs

@@ -7,6 +7,7 @@ what the maps before it have done wrong. Fitted one by one, each on the full mod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import fx, nn
 
 from adaskip_compile.files.model_identity import unwrapped
-from adaskip_compile.fitting.least_squares import BranchStatistics, fit_map
+from adaskip_compile.fitting.gated_maps import UnitFinder, Units
+from adaskip_compile.fitting.least_squares import BranchStatistics, Moments, fit_gated, fit_map
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiling import run_samples, show_progress
@@ -27,6 +29,8 @@ from adaskip_passes.stream.stream import ResidualStream
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
 _HELD_OUT = 4
+# Of so many samples it is looked what a unit adds.
+_LOOKED_AT = 4
 
 
 def fit_prompt_skips(
@@ -37,12 +41,15 @@ def fit_prompt_skips(
     tokenizer: Any = None,
     max_samples: int = 20,
     rank: int | None = None,
+    units: int = 0,
     head: int = HEAD,
     tail: int = TAIL,
     in_sequence: bool = True,
     progress: bool = True,
 ) -> PromptSkips:
-    """Return what skips ``paths`` for the body of a prompt, with a low-rank map for each, fitted on ``samples``.
+    """Return what skips ``paths`` for the body of a prompt, with a map for each, fitted on ``samples``.
+
+    With ``units``, a gated FFN is imitated by so many of its own where that misses less than a low-rank map does.
 
     Costs about two forward passes over the samples, whatever the number of sublayers, and holds two values of the
     stream for each sample, ``2 * tokens * d_model`` numbers. Every fourth sample is held out to choose the ridge.
@@ -54,21 +61,22 @@ def fit_prompt_skips(
             ``head + tail`` tokens.
         tokenizer: Turns texts into token ids.
         max_samples: At most so many of ``samples`` are used.
-        rank: Of the maps; by default a quarter of the stream's width.
+        rank: Of low-rank maps; by default a quarter of the stream's width.
+        units: Of gated maps; 0 for none of them.
         head: How many first rows run in full.
         tail: How many last rows run in full.
         in_sequence: Whether a map takes the stream as the maps before it leave it; otherwise the full model's, to compare.
         progress: Whether to show a bar on a terminal.
 
     Raises:
-        OptionError: The rank is none of this model.
+        OptionError: The rank or the units are none of this model.
         UnknownSublayerError: The model has no sublayer of that path.
         LegalityError: A sublayer carries a state that cannot be kept without running it.
         ProfileError: No samples, texts without a tokenizer, a sample too short, or a stream that overflows.
         CaptureError: The model is not captured as one graph.
     """
     fitter = SequenceFitter(model, samples, tokenizer=tokenizer, max_samples=max_samples)
-    return fitter.fit(paths, rank=rank, head=head, tail=tail, in_sequence=in_sequence, progress=progress)
+    return fitter.fit(paths, rank=rank, units=units, head=head, tail=tail, in_sequence=in_sequence, progress=progress)
 
 
 class SequenceFitter:
@@ -111,12 +119,13 @@ class SequenceFitter:
         paths: Collection[str],
         *,
         rank: int | None = None,
+        units: int = 0,
         head: int = HEAD,
         tail: int = TAIL,
         in_sequence: bool = True,
         progress: bool = True,
     ) -> PromptSkips:
-        """Return what skips ``paths`` for the body of a prompt, with a low-rank map for each."""
+        """Return what skips ``paths`` for the body of a prompt, with a map for each."""
         if self._least <= head + tail:
             raise ProfileError(
                 f"a sample has {self._least} tokens; maps of a prompt's body need more than {head + tail}"
@@ -129,6 +138,8 @@ class SequenceFitter:
         asked = max(1, width // 4) if rank is None else rank
         if type(asked) is not int or not 0 < asked <= width:
             raise OptionError(f"rank={rank!r}: takes a number from 1 to the width of the stream, {width}")
+        if type(units) is not int or units < 0:
+            raise OptionError(f"units={units!r}: takes a number of units, or 0 for none")
         chosen = [sublayer for sublayer in stream.sublayers if sublayer.path in set(paths)]
         if chosen and chosen[0].index < self._at:
             raise OptionError(f"{chosen[0].path} lies before the sublayer at which this fitter begins")
@@ -141,20 +152,38 @@ class SequenceFitter:
                 for run in runs:
                     run.advance()
                 if sublayer in chosen:
-                    maps[sublayer.path] = _fitted(runs, asked, head)
+                    maps[sublayer.path] = self._fitted(sublayer.path, runs, asked, units, head)
                     for run in runs:
                         run.replace(maps[sublayer.path], head, tail)
         skipped = tuple(SkippedSublayer(one.path, one.kind, one.stateful, 1.0, None) for one in chosen)
         return PromptSkips(skipped, maps, head, tail)
 
+    def _fitted(self, path: str, runs: Sequence[_TwoStreams], rank: int, units: int, head: int) -> StreamMap:
+        width, device = runs[0].before.shape[-1], runs[0].before.device
+        fitted, held_out = (BranchStatistics.zeros(width, device) for _ in range(2))
+        for number, run in enumerate(runs, 1):
+            statistics = held_out if number % _HELD_OUT == 0 else fitted
+            statistics.add(run.before[:, head:], run.wanted[:, head:])
+        low_rank = fit_map("low_rank", fitted, held_out, rank=rank)
+        found = (
+            self._collector.unit_finder.units(path, [run.before for run in runs[:_LOOKED_AT]], units) if units else None
+        )
+        gated = None if found is None else _fitted_units(found, runs, head)
+        return gated if gated is not None and _error(gated) < _error(low_rank) else low_rank
 
-def _fitted(runs: Sequence[_TwoStreams], rank: int, head: int) -> StreamMap:
-    width, device = runs[0].before.shape[-1], runs[0].before.device
-    fitted, held_out = (BranchStatistics.zeros(width, device) for _ in range(2))
+
+def _fitted_units(units: Units, runs: Sequence[_TwoStreams], head: int) -> StreamMap:
+    count, width = units.gate.shape
+    fitted, held_out = (Moments.of_features(count, width, units.gate.device) for _ in range(2))
     for number, run in enumerate(runs, 1):
-        statistics = held_out if number % _HELD_OUT == 0 else fitted
-        statistics.add(run.before[:, head:], run.wanted[:, head:])
-    return fit_map("low_rank", fitted, held_out, rank=rank)
+        a, b = (value[:, head:].reshape(-1, width).float() for value in (run.before, run.wanted))
+        (held_out if number % _HELD_OUT == 0 else fitted).count(units(a), b - a)
+    return fit_gated(units.gate, units.value, fitted, held_out)
+
+
+def _error(one: StreamMap) -> float:
+    assert one.error is not None  # it is fitted
+    return one.error
 
 
 class _Collector:
@@ -163,11 +192,13 @@ class _Collector:
     def __init__(self) -> None:
         self.streams: list[ResidualStream] = []
         self.runs = 0
+        self._captured: list[fx.GraphModule] = []
         self._calls: list[tuple[fx.GraphModule, ResidualStream, tuple[Any, ...]]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         canonical = canonicalised(gm, (*CANONICALISE, *USE_KERNELS))
         self.streams.append(canonical.stream)
+        self._captured.append(gm)
         wiring = None if canonical.stream.problems else run_pipeline(canonical.gm, canonical.stream, CUT)
 
         def run(*values: Any) -> Any:
@@ -184,6 +215,12 @@ class _Collector:
         """The width of the stream."""
         value = self.streams[0].sublayers[0].stream_in.meta["example_value"]
         return int(value.shape[-1])
+
+    @functools.cached_property
+    def unit_finder(self) -> UnitFinder:
+        """What finds the units of gated FFNs, in the graph of the first sample."""
+        plain = canonicalised(self._captured[0])  # no kernels of ours stand in for what is looked for
+        return UnitFinder(plain.gm, plain.stream, self._calls[0][2])
 
     def steps(self) -> Iterator[_Steps]:
         """Yield what runs each sample sublayer by sublayer."""

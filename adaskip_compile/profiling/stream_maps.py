@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from adaskip_passes.errors import ProfileError
 from adaskip_passes.specialise.stream_maps import EPSILON, FORMS, part_shapes
@@ -19,7 +20,7 @@ class StreamMap:
     """A map that stands in the place of a sublayer.
 
     Args:
-        form: ``channel``, ``low_rank`` or ``affine``.
+        form: ``channel``, ``low_rank``, ``affine`` or ``gated``.
         tensors: Its tensors by the names in ``stream_maps.FORMS``, ``f32`` on the CPU.
         error: What part of the branch's energy it misses on held-out tokens, or on the fitted ones where none
             were held out: 0 is perfect, and 1 no better than leaving the branch out. None for a map that was tuned
@@ -44,8 +45,9 @@ class StreamMap:
 
     @property
     def rank(self) -> int:
-        """The rank of a ``low_rank`` map, 0 of others."""
-        return int(self.tensors["down"].shape[0]) if "down" in self.tensors else 0
+        """The rank of a ``low_rank`` map, or the units of a ``gated`` one; 0 of others."""
+        first = self.tensors.get("down", self.tensors.get("gate"))
+        return 0 if first is None else int(first.shape[0])
 
     @property
     def numbers(self) -> int:
@@ -53,7 +55,8 @@ class StreamMap:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     def __str__(self) -> str:
-        form = f"{self.form} of rank {self.rank}" if self.rank else self.form
+        size = f"{self.rank} units" if self.form == "gated" else f"rank {self.rank}"
+        form = f"{self.form} of {size}" if self.rank else self.form
         return f"{form}, tuned" if self.error is None else f"{form}, misses {self.error:.0%}"
 
     def __call__(self, a: torch.Tensor) -> torch.Tensor:
@@ -62,9 +65,11 @@ class StreamMap:
         if self.form == "channel":
             return parts["gain"] * a + parts["shift"]
         x = normalised(a)
-        for name in FORMS[self.form][:-1]:
-            x = x @ parts[name].mT
-        return a + x + parts["shift"]
+        if self.form == "gated":
+            x = functional.silu(x @ parts["gate"].mT) * (x @ parts["value"].mT)
+        elif self.form == "low_rank":
+            x = x @ parts["down"].mT
+        return a + x @ parts[FORMS[self.form][-2]].mT + parts["shift"]
 
     def __eq__(self, other: object) -> bool:
         """Tell whether both are the same map."""

@@ -9,6 +9,8 @@ form      b =                                                    numbers
 channel   ``gain * a + shift``                                   ``2 d``
 low_rank  ``a + up @ (down @ rms_norm(a)) + shift``              ``2 d r + d``, rank r
 affine    ``a + weight @ rms_norm(a) + shift``                   ``d d + d``
+gated     ``a + out @ (silu(gate @ x) * (value @ x)) + shift``   ``3 d r + d``, r units
+          where x = ``rms_norm(a)``
 ========  =====================================================  ======================
 
 The branch of a pre-norm decoder reads the stream through a norm, so it does not grow with the stream. The maps
@@ -26,19 +28,27 @@ from torch import fx
 from adaskip_passes.ir.graph import call, tensor_of
 
 # The names of the tensors that a map of each form has.
-FORMS = {"channel": ("gain", "shift"), "low_rank": ("down", "up", "shift"), "affine": ("weight", "shift")}
+FORMS = {
+    "channel": ("gain", "shift"),
+    "low_rank": ("down", "up", "shift"),
+    "affine": ("weight", "shift"),
+    "gated": ("gate", "value", "out", "shift"),
+}
 
 EPSILON = 1e-6
 
 
 def part_shapes(form: str, width: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a map of ``form`` for a stream ``width`` wide; ``rank`` counts for ``low_rank``."""
+    """Return the shape of each tensor of a map of ``form`` for a stream ``width`` wide; ``rank`` counts for ``low_rank`` and ``gated``."""
     known = {
         "gain": (width,),
         "shift": (width,),
         "down": (rank, width),
         "up": (width, rank),
         "weight": (width, width),
+        "gate": (rank, width),
+        "value": (rank, width),
+        "out": (width, rank),
     }
     return {part: known[part] for part in FORMS[form]}
 
@@ -51,8 +61,10 @@ def emit_map(graph: fx.Graph, form: str, a: fx.Node, parts: Sequence[fx.Node]) -
         return call(graph, torch.addcmul, shift, a, gain, like=stream)
     width = (stream.shape[-1],)
     branch = call(graph, torch.nn.functional.rms_norm, a, width, None, EPSILON, like=stream)
-    *products, shift = parts
-    for weight in products[:-1]:
-        branch = call(graph, torch.nn.functional.linear, branch, weight)
-    branch = call(graph, torch.nn.functional.linear, branch, products[-1], shift, like=stream)
+    *before, last, shift = parts
+    inner = [branch, *(call(graph, torch.nn.functional.linear, branch, weight) for weight in before)]
+    if form == "gated":
+        gate = call(graph, torch.nn.functional.silu, inner[1], like=tensor_of(inner[1]))
+        inner.append(call(graph, torch.mul, gate, inner[2], like=tensor_of(gate)))
+    branch = call(graph, torch.nn.functional.linear, inner[-1], last, shift, like=stream)
     return call(graph, torch.add, a, branch, like=stream)

@@ -37,6 +37,9 @@ def by_hand(found: StreamMap, a: torch.Tensor) -> torch.Tensor:
     if found.form == "channel":
         return a * parts["gain"] + parts["shift"]
     x = a / (a.pow(2).sum(-1, keepdim=True) / a.shape[-1] + 1e-6).sqrt()
+    if found.form == "gated":
+        gate, value = (torch.einsum("...i,oi->...o", x, parts[name]) for name in ("gate", "value"))
+        return a + torch.einsum("...i,oi->...o", gate / (1 + (-gate).exp()) * value, parts["out"]) + parts["shift"]
     matrix = parts["weight"] if found.form == "affine" else parts["up"] @ parts["down"]
     return a + torch.einsum("...i,oi->...o", x, matrix) + parts["shift"]
 

@@ -40,7 +40,15 @@ def a_map(seed: int, rank: int = 4, width: int = 64) -> StreamMap:
     )
 
 
-MAPS = {"model.layers.2.mlp": a_map(0), "model.layers.3.self_attn": a_map(1)}
+def a_gated_map(seed: int, units: int = 5, width: int = 64) -> StreamMap:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"gate": (units, width), "value": (units, width), "out": (width, units), "shift": (width,)}
+    return StreamMap(
+        "gated", {name: torch.randn(shape, generator=generator) / 4 for name, shape in shapes.items()}, None
+    )
+
+
+MAPS = {"model.layers.2.mlp": a_gated_map(0), "model.layers.3.self_attn": a_map(1)}
 BODY = Body({path: MAPS.get(path, lambda a, scale=scale: scale * a) for path, scale in SCALES.items()}, HEAD, TAIL)
 
 
