@@ -12,7 +12,7 @@ import torch
 
 import adaskip_compile
 from adaskip_compile import SkipPlan
-from adaskip_compile.fitting import loss_budget
+from adaskip_compile.fitting import kept_plans, loss_budget
 from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts, domains_of
 from adaskip_compile.fitting.loss_budget import deepest, plan_within_loss, prompt_flops
 from adaskip_compile.fitting.prompt_quality import PromptJudge
@@ -234,7 +234,7 @@ class TestOwnTexts:
             seen.append(texts)
             return SkipPlan.none()
 
-        monkeypatch.setattr(loss_budget, "plan_within_loss", found)
+        monkeypatch.setattr(kept_plans, "plan_within_loss", found)
         for documents in (self.documents, self.documents[:4], None, iter(self.documents)):
             model: Any = tiny("llama", num_hidden_layers=1)
             adaskip_compile.compile(model, tokenizer=byte_tokenizer(), texts=documents, inner="eager")
@@ -278,6 +278,6 @@ def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: py
     assert request.skipped == {}
 
     # The next time it is there at once.
-    monkeypatch.setattr(loss_budget, "plan_within_loss", None)
+    monkeypatch.setattr(kept_plans, "plan_within_loss", None)
     adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.1, **options)
     adaskip_compile.restore(model)
