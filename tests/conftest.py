@@ -55,19 +55,14 @@ def fresh_dynamo():
 
 
 @pytest.fixture(autouse=True)
-def room_for_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let all tests share what is captured, by all of them: a tiny model has more graphs than any model of one user."""
+def own_captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a test captures apart from what others do, but for tests that say nothing of captures: those share theirs."""
     from adaskip_compile.capture import store
 
-    monkeypatch.setattr(store, "_MOST", 24)
-
-
-@pytest.fixture
-def own_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what a test captures apart from what others did: for tests that say what is captured, and how often."""
-    from adaskip_compile.capture import store
-
-    monkeypatch.setattr(store, "FOLDER", f"captures-{uuid.uuid4().hex}")
+    if request.node.get_closest_marker("shares_captures"):
+        monkeypatch.setattr(store, "_MOST", 24)  # a tiny model has more graphs there than any model of one user
+    else:
+        monkeypatch.setattr(store, "FOLDER", f"captures-{uuid.uuid4().hex}")
 
 
 @pytest.fixture

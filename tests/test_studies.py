@@ -23,6 +23,8 @@ from tests.models import tiny, tokens
 from tests.reference import hook_statistics
 from tests.tiny_checkpoints import save_tiny
 
+pytestmark = pytest.mark.shares_captures
+
 
 def test_a_hit_is_among_the_top_of_both():
     assert hit_rate([3, 2, 1, 0], [3, 2, 1, 0], 2) == 1

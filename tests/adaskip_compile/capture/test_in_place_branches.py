@@ -17,6 +17,8 @@ from adaskip_passes.ir.graph import op_name
 from tests.models import tokens
 from tests.reference import reference_backend
 
+pytestmark = pytest.mark.shares_captures
+
 Scales = Mapping[str, float]
 
 

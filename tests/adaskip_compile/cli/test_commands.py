@@ -14,6 +14,8 @@ from adaskip_compile.fitting import loss_budget
 from adaskip_compile.fitting.budget_texts import BudgetSizes
 from tests.tiny_checkpoints import save_tiny
 
+pytestmark = pytest.mark.shares_captures
+
 ATTENTION = "model.layers.{}.self_attn"
 FFN = "model.layers.{}.mlp"
 

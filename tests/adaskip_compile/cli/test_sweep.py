@@ -20,6 +20,8 @@ from adaskip_compile.fitting.sequence import SequenceFitter
 from tests.made_up_texts import made_up_domain, made_up_folder
 from tests.tiny_checkpoints import save_tiny
 
+pytestmark = pytest.mark.shares_captures
+
 SMALL = "--inner eager --windows 1 --length 48 --context 40 --new-tokens 7 --window 3 --samples 2 --rounds 2".split()
 
 

@@ -292,13 +292,13 @@ def test_executorch_takes_both_programs_over_one_cache(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model(smollm2, tmp_path):
-    model, tokenizer = smollm2
+def test_a_real_model(part_of_smollm2, tmp_path):
+    model, tokenizer = part_of_smollm2
     attentions = [path for path in adaskip_compile.analyze(model).paths if path.endswith("self_attn")]
-    plan = SkipPlan.from_scales(dict.fromkeys((attentions[0], *attentions[9:30:3]), 1.02))
+    plan = SkipPlan.from_scales(dict.fromkeys((attentions[0], *attentions[3:10:3]), 1.02))
     ids = tokenizer("In the beginning the universe was created.", return_tensors="pt")["input_ids"]
     graphs = adaskip_compile.export(model, plan, tmp_path / "out", max_length=128)
-    assert graphs.manifest["cache_bytes"] * 30 == graphs.manifest["full_cache_bytes"] * 22
+    assert graphs.manifest["cache_bytes"] * 10 == graphs.manifest["full_cache_bytes"] * 6
     try:
         adaskip_compile.compile(model, plan, inner="eager")
         wanted = generate(model, ids, torch.ones_like(ids), STEPS)

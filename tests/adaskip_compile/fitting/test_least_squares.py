@@ -21,6 +21,8 @@ from tests.generation import CACHES, make_cache
 from tests.models import tiny, tokens
 from tests.reference import run_request
 
+pytestmark = pytest.mark.shares_captures
+
 WIDTH = 24
 
 

@@ -253,10 +253,10 @@ class TestOwnTexts:
 
 @pytest.mark.pretrained
 @pytest.mark.slow
-def test_a_real_model_from_nothing(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = smollm2
+def test_a_real_model_from_nothing(part_of_smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = part_of_smollm2
     monkeypatch.setattr(loss_budget, "BudgetSizes", lambda: SMALL)
-    monkeypatch.setattr(loss_budget, "_DEEPEST", 1 / 6)
+    monkeypatch.setattr(loss_budget, "_DEEPEST", 1 / 3)
     options: dict[str, Any] = {"inner": "eager", "cache_dir": tmp_path, "progress": False, "context": 192}
     adaskip_compile.compile(model, tokenizer=tokenizer, max_loss=0.1, **options)
     [file] = (tmp_path / "plans").glob("*.json")

@@ -16,6 +16,8 @@ from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
 from tests.reference import omit_sublayers, run_request
 
+pytestmark = pytest.mark.shares_captures
+
 LAYERS = 6
 SKIPPED = {"model.layers.0.self_attn": 0.95, "model.layers.3.self_attn": 1.03, "model.layers.4.self_attn": 0.9}
 OTHERS = {"model.layers.1.self_attn": 1.02, "model.layers.2.mlp": 0.97}

@@ -64,6 +64,7 @@ def model_of(family: str) -> Any:
     return tiny(family, num_hidden_layers=4, **how)
 
 
+@pytest.mark.shares_captures
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_both_references(family: str, cache: str) -> None:

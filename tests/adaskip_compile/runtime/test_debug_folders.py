@@ -18,9 +18,6 @@ from adaskip_passes.errors import FileError, PassError, VerificationError
 from adaskip_passes.pipeline import verifier
 from tests.models import plain, tiny, tokens
 
-# They tell what was captured.
-pytestmark = pytest.mark.usefixtures("own_captures")
-
 ROOT = Path(__file__).parents[3]
 ATTENTION, FFN = "model.layers.0.self_attn", "model.layers.1.mlp"
 

@@ -22,9 +22,6 @@ from tests.doors import compiled_by
 from tests.generation import CACHES, generate, make_cache
 from tests.models import tiny, tokens
 
-# They tell what was captured.
-pytestmark = pytest.mark.usefixtures("own_captures")
-
 SCALED = "model.layers.1.self_attn"
 
 

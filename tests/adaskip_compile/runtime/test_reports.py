@@ -9,9 +9,6 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from tests.models import tiny, tokens
 
-# They tell what was captured.
-pytestmark = pytest.mark.usefixtures("own_captures")
-
 ATTENTION, FFN = "model.layers.0.self_attn", "model.layers.1.mlp"
 # Any FFN reaches this threshold, so that all of them are added after the window.
 EAGER_PLAN = replace(SkipPlan.from_scales({ATTENTION: 0.9}, window=2), beta=-1.0)

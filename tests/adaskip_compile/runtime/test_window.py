@@ -15,6 +15,8 @@ from tests.generation import make_cache
 from tests.models import tiny, tokens
 from tests.reference import hook_statistics, omit_sublayers, run_request
 
+pytestmark = pytest.mark.shares_captures
+
 PREFILL_SET = {"model.layers.1.self_attn": 0.97, "model.layers.3.mlp": 1.04, "model.layers.4.self_attn": 1.02}
 WINDOW, STEPS = 4, 12
 BATCH = 2

@@ -113,10 +113,8 @@ REAL_REQUESTS = [(17, 1), (17, 2), (512, 1), (512, 2), (2048, 1), (2048, 2)]
 @pytest.mark.pretrained
 @pytest.mark.slow
 @every_way
-def test_tokens_of_a_real_model(request, way, kind):
-    # The whole model goes the way that most go.
-    whole = (way, kind) == (through_compile, "dynamic")
-    model, tokenizer = request.getfixturevalue("smollm2" if whole else "part_of_smollm2")
+def test_tokens_of_a_real_model(part_of_smollm2, way, kind):
+    model, tokenizer = part_of_smollm2
     options = {**OPTIONS, "inner": "inductor"} if way is through_compile else OPTIONS
     text = tokenizer(" ".join(document.text for document in profiling_texts(2)), return_tensors="pt")["input_ids"][0]
     try:
