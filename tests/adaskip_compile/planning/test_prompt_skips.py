@@ -48,7 +48,7 @@ def a_gated_map(seed: int, units: int = 5, width: int = 64) -> StreamMap:
     )
 
 
-MAPS = {"model.layers.2.mlp": a_gated_map(0), "model.layers.3.self_attn": a_map(1)}
+MAPS = {"model.layers.2.mlp": a_map(0), "model.layers.3.self_attn": a_map(1), "model.layers.3.mlp": a_gated_map(2)}
 BODY = Body({path: MAPS.get(path, lambda a, scale=scale: scale * a) for path, scale in SCALES.items()}, HEAD, TAIL)
 
 

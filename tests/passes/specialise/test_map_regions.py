@@ -47,15 +47,15 @@ def tensors(forms):
 def test_maps_are_calls_of_one_region_a_form(name, cache):
     for captured in shared_captures(name, cache):
         stream = stream_of(captured.gm)
-        # Two in a row, then one of another form, and a scale.
-        forms = dict(zip(stream.paths[1:], ("low_rank", "low_rank", "gated", None), strict=False))
+        # Two in a row, then two of other forms, and a scale.
+        forms = dict(zip(stream.paths[1:], ("low_rank", "low_rank", "affine", "gated", None), strict=False))
         whole = run_pipeline(captured.gm, stream, skips(forms))
         cut, called = skip_on_wiring(captured, forms)
-        assert [region.__name__ for region in called] == ["low_rank_map", "low_rank_map", "gated_map"]
+        assert [region.__name__ for region in called] == ["low_rank_map", "low_rank_map", "affine_map", "gated_map"]
         assert called[0] is called[1]
-        assert print_graph(cut).count("_map(") == 3
+        assert print_graph(cut).count("_map(") == 4
         assert {"linear", "rms_norm"}.isdisjoint(map(op_name, cut.graph.nodes))
-        assert print_graph(whole.gm).count("rms_norm(") == 3
+        assert print_graph(whole.gm).count("rms_norm(") == 4
         values = (scales_input(stream, dict.fromkeys(forms, 0.9)), *tensors(forms))
         got, wanted = run(cut.forward, captured, *values), run(whole.gm.forward, captured, *values)
         torch.testing.assert_close(got.outputs, wanted.outputs, rtol=0, atol=0)
