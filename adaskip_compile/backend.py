@@ -89,14 +89,7 @@ def compile(
         UnknownSublayerError: The plan names a module that the model lacks.
     """
     _require_module(model)
-    budget = None if tokenizer is None else _budget(options)
-    if budget is not None and (
-        plan is not None or options.get("plan") is not None or options.get("profile") is not None
-    ):
-        raise OptionError("tokenizer= is to find a plan with, and a plan or profile is given: leave one of them out")
-    if texts is not None and (budget is None or budget.learn):
-        wrong = "give tokenizer= too" if budget is None else "and learn= finds it with what the model is given"
-        raise OptionError(f"texts= are to find a plan with: {wrong}")
+    budget = _budget(tokenizer, texts, plan, options)
     checked = Options.from_mapping(options)
     if budget is not None:
         plan = kept_plan(model, tokenizer, budget, checked.cache_folder, texts=texts, progress=progress)
@@ -111,8 +104,8 @@ def compile(
     if plan is not None:
         plan.check_paths(inner)
     session = session_for(inner, checked)
-    learns = budget is not None and plan is None
-    if plan is not None or learns:
+    to_learn = budget if plan is None else None
+    if plan is not None or to_learn is not None:
         session.use(plan or SkipPlan.none(), source=source)
     else:
         _tell_that_nothing_is_skipped(session)
@@ -122,15 +115,29 @@ def compile(
                 make_room_for_graphs()
                 session.compiled = constant_floats(_compiled_forward(session, inner))
     inner._compiled_call_impl = session.compiled
-    if budget is not None and learns:
-        inner._compiled_call_impl = PromptLearner(session, inner, tokenizer, budget, progress=progress)
+    if to_learn is not None:
+        inner._compiled_call_impl = PromptLearner(session, inner, tokenizer, to_learn, progress=progress)
     return model
 
 
-def _budget(options: dict[str, Any]) -> Budget:
-    """Return the budget in ``options``, and take it out of them."""
+def _budget(tokenizer: Any, texts: Iterable[str] | None, plan: Any, options: dict[str, Any]) -> Budget | None:
+    """Return the budget to find a plan within, taken out of ``options``; None without a tokenizer.
+
+    Raises:
+        OptionError: There is a plan already, or nothing or too much to find one with.
+    """
+    if tokenizer is None:
+        if texts is not None:
+            raise OptionError("texts= are to find a plan with: give tokenizer= too")
+        return None
+    if plan is not None or options.get("plan") is not None or options.get("profile") is not None:
+        raise OptionError("tokenizer= is to find a plan with, and a plan or profile is given: leave one of them out")
     budget = Budget(**{name: options.pop(name) for name in ("max_loss", "context", "learn") if name in options})
     Options(learn=budget.learn)  # checks it
+    if texts is not None and budget.learn is not None:
+        raise OptionError(
+            "texts= are to find a plan with, and learn= finds it with what the model is given: leave one out"
+        )
     return budget
 
 

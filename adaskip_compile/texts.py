@@ -32,7 +32,7 @@ _TELLING_PARAGRAPH = 80
 # Enough characters that a window of so many tokens fits, for tokenizers of up to this many characters a token.
 _CHARACTERS_PER_TOKEN = 5
 # What most text has fewer of than this; where not, more are tried.
-_MOST_CHARACTERS_PER_TOKEN = 6
+MOST_CHARACTERS_PER_TOKEN = 6
 
 # A piece of text begins at a line, unless that would leave less than this share of it.
 _ENOUGH = 0.9
@@ -53,6 +53,11 @@ class Domain:
     name: str
     profiling: str
     evaluation: str
+
+    @classmethod
+    def of_documents(cls, name: str, documents: Sequence[str]) -> Domain:
+        """Return a domain of ``documents``, which go to the two halves in turn."""
+        return cls(name, "\n\n".join(documents[::2]), "\n\n".join(documents[1::2]))
 
     @property
     def digest(self) -> str:
@@ -77,7 +82,7 @@ class Domain:
         Raises:
             OptionError: There is not that much text.
         """
-        characters = _MOST_CHARACTERS_PER_TOKEN * length
+        characters = MOST_CHARACTERS_PER_TOKEN * length
         while True:  # ends: too many characters are an error
             found = list(windows(tokenizer, self.pieces(half, count, characters), length, per_text=1))
             if len(found) == count and all(len(window) == length for window in found):
@@ -104,7 +109,7 @@ def own_domain(texts: Iterable[str]) -> Domain:
     if len(documents) == 1:
         middle = len(documents[0]) // 2
         documents = [documents[0][:middle], _from_a_beginning(documents[0][middle:])]
-    domain = Domain("own", "\n\n".join(documents[::2]), "\n\n".join(documents[1::2]))
+    domain = Domain.of_documents("own", documents)
     if not (domain.profiling and domain.evaluation):
         raise OptionError("texts: there is too little in them to fit on some and to measure others")
     return domain

@@ -37,8 +37,7 @@ def folder_domain(name: str, folder: str | Path) -> Domain:
             "evaluate on"
         )
     ordered = sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
-    texts = [_read(path) for path in ordered]
-    return Domain(name, "\n\n".join(texts[::2]), "\n\n".join(texts[1::2]))
+    return Domain.of_documents(name, [_read(path) for path in ordered])
 
 
 def read_domains(texts: Sequence[str]) -> tuple[Domain, ...]:

@@ -16,7 +16,15 @@ import torch
 
 from adaskip_compile.needles import Needle, distractors_in, make_needles
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL
-from adaskip_compile.texts import Domain, built_in_domains, longest, own_domain, take, windows
+from adaskip_compile.texts import (
+    MOST_CHARACTERS_PER_TOKEN,
+    Domain,
+    built_in_domains,
+    longest,
+    own_domain,
+    take,
+    windows,
+)
 from adaskip_passes.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -27,8 +35,6 @@ _FACTS, _SEED = 0.4, 2
 _CHARACTERS, _TEXTS = 10_000, 32
 # Of fewer prompts maps learn next to nothing.
 _FEWEST = 8
-# Characters that give a token at least.
-_CHARACTERS_PER_TOKEN = 6
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,10 @@ class BudgetTexts:
     def __init__(
         self, tokenizer: Any, context: int, sizes: BudgetSizes, domains: Sequence[Domain], most: int | None = None
     ) -> None:
-        self._tokenizer, self._domains = tokenizer, domains
-        room = context if most is None else most - sizes.continued
-        self.sizes = replace(sizes, prompt=min(sizes.prompt, room) if most is not None else sizes.prompt)
-        self._context = min(context, room)
+        if most is not None:
+            room = most - sizes.continued
+            context, sizes = min(context, room), replace(sizes, prompt=min(sizes.prompt, room))
+        self._tokenizer, self._context, self.sizes, self._domains = tokenizer, context, sizes, domains
 
     @property
     def _long(self) -> bool:
@@ -92,8 +98,9 @@ class BudgetTexts:
         sizes, context = self.sizes, self._context
         longer = max(1, sizes.fitted * sizes.prompt // (2 * context)) if self._long else 0
         shorter = sizes.fitted // 2 if longer else sizes.fitted
-        characters = min(_CHARACTERS, longest(self._domains, "profiling"))
-        count = min(_TEXTS, len(self._domains) * (longest(self._domains, "profiling") // characters))
+        most = longest(self._domains, "profiling")
+        characters = min(_CHARACTERS, most)
+        count = min(_TEXTS, len(self._domains) * (most // characters))
         texts = [text.text for text in take(self._domains, "profiling", count, characters)]
         found: list[torch.Tensor] = []
         for length, wanted in ((sizes.prompt, shorter), (context, longer)):
@@ -149,7 +156,7 @@ class BudgetTexts:
         ``further`` ones lie between the others, where there are enough for both.
         """
         kinds, most = len(self._domains), longest(self._domains, "evaluation")
-        characters = min(_CHARACTERS_PER_TOKEN * length, most)
+        characters = min(MOST_CHARACTERS_PER_TOKEN * length, most)
         turns = most // characters
         wanted = max(1, -(-count // kinds))  # of each domain
         wanted = min(wanted, -(-turns // 2))  # as many again are for others

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn import functional
 
-from adaskip_compile.profiling.stream_maps import normalised
+from adaskip_compile.profiling.stream_maps import normalised, units_of
 from adaskip_passes.stream.gated_units import computed_before, find_gated_units
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
@@ -31,8 +30,7 @@ class Units:
 
     def __call__(self, a: torch.Tensor) -> torch.Tensor:
         """Return what they give, ``(tokens, units)``, of the stream ``a``, ``(tokens, d)``."""
-        x = normalised(a)
-        return functional.silu(x @ self.gate.mT) * (x @ self.value.mT)
+        return units_of(normalised(a), self.gate, self.value)
 
 
 class UnitFinder:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
-from typing_extensions import Self
 
 from adaskip_compile.profiling.stream_maps import StreamMap, normalised
 from adaskip_passes.errors import ProfileError
@@ -58,7 +57,7 @@ class Moments:
         self.products += x.mT @ y
         self.outputs += y.double().square().sum()
 
-    def merge(self, other: Self) -> Self:
+    def merge(self: MomentsOf, other: MomentsOf) -> MomentsOf:  # noqa: PYI019 - Self is of 3.11
         """Return the sums over the tokens of both."""
         return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
@@ -87,11 +86,16 @@ class BranchStatistics(Moments):
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Count the tokens of the stream ``a`` before and ``b`` after the sublayer, both ``(..., d)``."""
-        a, b = (value.detach().reshape(-1, value.shape[-1]).float() for value in (a, b))
+        a, b = as_tokens(a), as_tokens(b)
         self.count(normalised(a), b - a)
         weight = 1 / (a.square().mean(-1, keepdim=True) + EPSILON)
         columns = (weight.expand_as(a), weight * a, weight * b, weight * a * a, weight * a * b, weight * b * b)
         self.channels += torch.stack([column.double().sum(0) for column in columns])
+
+
+def as_tokens(value: torch.Tensor) -> torch.Tensor:
+    """Return a value of the stream, ``(..., d)``, as ``f32[tokens, d]``."""
+    return value.detach().reshape(-1, value.shape[-1]).float()
 
 
 def fit_map(form: str, fitted: BranchStatistics, held_out: BranchStatistics, *, rank: int = 0) -> StreamMap:

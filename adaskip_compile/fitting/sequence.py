@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from adaskip_compile.files.model_identity import unwrapped
 from adaskip_compile.fitting.gated_maps import UnitFinder, Units
-from adaskip_compile.fitting.least_squares import BranchStatistics, Moments, fit_gated, fit_map
+from adaskip_compile.fitting.least_squares import BranchStatistics, Moments, MomentsOf, as_tokens, fit_gated, fit_map
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiling import run_samples, show_progress
@@ -161,13 +161,11 @@ class SequenceFitter:
     def _fitted(self, path: str, runs: Sequence[_TwoStreams], rank: int, units: int, head: int) -> StreamMap:
         width, device = runs[0].before.shape[-1], runs[0].before.device
         fitted, held_out = (BranchStatistics.zeros(width, device) for _ in range(2))
-        for number, run in enumerate(runs, 1):
-            statistics = held_out if number % _HELD_OUT == 0 else fitted
-            statistics.add(run.before[:, head:], run.wanted[:, head:])
+        for statistics, a, b in _split(runs, head, fitted, held_out):
+            statistics.add(a, b)
         low_rank = fit_map("low_rank", fitted, held_out, rank=rank)
-        found = (
-            self._collector.unit_finder.units(path, [run.before for run in runs[:_LOOKED_AT]], units) if units else None
-        )
+        looked_at = [run.before for run in runs[:_LOOKED_AT]]
+        found = self._collector.unit_finder.units(path, looked_at, units) if units else None
         gated = None if found is None else _fitted_units(found, runs, head)
         return gated if gated is not None and _error(gated) < _error(low_rank) else low_rank
 
@@ -175,10 +173,18 @@ class SequenceFitter:
 def _fitted_units(units: Units, runs: Sequence[_TwoStreams], head: int) -> StreamMap:
     count, width = units.gate.shape
     fitted, held_out = (Moments.of_features(count, width, units.gate.device) for _ in range(2))
-    for number, run in enumerate(runs, 1):
-        a, b = (value[:, head:].reshape(-1, width).float() for value in (run.before, run.wanted))
-        (held_out if number % _HELD_OUT == 0 else fitted).count(units(a), b - a)
+    for moments, a, b in _split(runs, head, fitted, held_out):
+        a, b = as_tokens(a), as_tokens(b)
+        moments.count(units(a), b - a)
     return fit_gated(units.gate, units.value, fitted, held_out)
+
+
+def _split(
+    runs: Sequence[_TwoStreams], head: int, fitted: MomentsOf, held_out: MomentsOf
+) -> Iterator[tuple[MomentsOf, torch.Tensor, torch.Tensor]]:
+    """Yield of each sample which of the two it counts for, and the stream to fit from and to aim at without its first rows."""
+    for number, run in enumerate(runs, 1):
+        yield held_out if number % _HELD_OUT == 0 else fitted, run.before[:, head:], run.wanted[:, head:]
 
 
 def _error(one: StreamMap) -> float:
@@ -192,13 +198,13 @@ class _Collector:
     def __init__(self) -> None:
         self.streams: list[ResidualStream] = []
         self.runs = 0
-        self._captured: list[fx.GraphModule] = []
+        self._first: fx.GraphModule | None = None
         self._calls: list[tuple[fx.GraphModule, ResidualStream, tuple[Any, ...]]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
         canonical = canonicalised(gm, (*CANONICALISE, *USE_KERNELS))
         self.streams.append(canonical.stream)
-        self._captured.append(gm)
+        self._first = self._first or gm
         wiring = None if canonical.stream.problems else run_pipeline(canonical.gm, canonical.stream, CUT)
 
         def run(*values: Any) -> Any:
@@ -219,7 +225,8 @@ class _Collector:
     @functools.cached_property
     def unit_finder(self) -> UnitFinder:
         """What finds the units of gated FFNs, in the graph of the first sample."""
-        plain = canonicalised(self._captured[0])  # no kernels of ours stand in for what is looked for
+        assert self._first is not None  # there are samples
+        plain = canonicalised(self._first)  # no kernels of ours stand in for what is looked for
         return UnitFinder(plain.gm, plain.stream, self._calls[0][2])
 
     def steps(self) -> Iterator[_Steps]:

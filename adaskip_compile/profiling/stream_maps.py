@@ -66,7 +66,7 @@ class StreamMap:
             return parts["gain"] * a + parts["shift"]
         x = normalised(a)
         if self.form == "gated":
-            x = functional.silu(x @ parts["gate"].mT) * (x @ parts["value"].mT)
+            x = units_of(x, parts["gate"], parts["value"])
         elif self.form == "low_rank":
             x = x @ parts["down"].mT
         return a + x @ parts[FORMS[self.form][-2]].mT + parts["shift"]
@@ -79,6 +79,11 @@ class StreamMap:
 
     def __hash__(self) -> int:
         return hash((self.form, self.error))
+
+
+def units_of(x: torch.Tensor, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return what the units of a ``gated`` map, ``(units, d)`` each, give of ``x``, ``(..., d)``: ``(..., units)``."""
+    return functional.silu(x @ gate.mT) * (x @ value.mT)
 
 
 def normalised(a: torch.Tensor) -> torch.Tensor:
