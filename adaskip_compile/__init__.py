@@ -11,7 +11,7 @@ The method is AdaSkip (arXiv 2501.02336).
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("adaskip-compile")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = f"{__name__}.{_HOMES[name]}" if name in _HOMES else "adaskip_passes.errors"
@@ -119,7 +121,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 # Silent unless the program that uses this sets up logging: logging.basicConfig(level="INFO") shows what happens.

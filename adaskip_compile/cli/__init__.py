@@ -6,21 +6,26 @@ Exit codes: 0 done, 1 an unexpected failure, 2 a mistake in what was asked for, 
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
-from adaskip_compile.cli import demo, export, inspect, plan, profile, run, sweep, tune
+from adaskip_compile.cli import cache, demo, export, inspect, plan, profile, run, sweep, tune
 from adaskip_compile.cli.completion import SHELLS, PrintCompletion
 from adaskip_compile.cli.output import Output, complain
 from adaskip_compile.files.versioned_json import producer
 from adaskip_passes.errors import AdaSkipError
 
-COMMANDS = (demo, profile, plan, tune, inspect, run, sweep, export)
+COMMANDS = (demo, profile, plan, tune, inspect, run, sweep, export, cache)
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+
+_INVALID = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
 _DESCRIPTION = """\
 Make a decoder faster by not running the sublayers that barely change its residual stream."""
@@ -31,7 +36,7 @@ examples:
   adaskip profile smollm2 --out profile.json
   adaskip plan profile.json --skip 8 --out plan.json
   adaskip inspect smollm2 --profile profile.json --plan plan.json
-  adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
+  adaskip run smollm2 --plan plan.json --prompt 'What is the capital of France?'
   adaskip sweep smollm2 --max-loss 0.3 --out plan.json
   adaskip export smollm2 --plan plan.json --out exported
 
@@ -65,9 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(arguments, f"{type(error).__name__}: {line} (--debug shows where)", FAILED)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names what was probably meant, where a command or a value is none of those it can be."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit with 2."""
+        if found := _INVALID.search(message):
+            given, known = found.groups()
+            if close := difflib.get_close_matches(given, re.findall(r"[\w-]+", known), n=1):
+                message = f"{message}; did you mean {close[0]!r}?"
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("adaskip", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    parser = _Parser("adaskip", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=producer())
     completion = "print a script for the shell to complete command lines with, and exit"
     parser.add_argument("--print-completion", choices=SHELLS, action=PrintCompletion, help=completion)

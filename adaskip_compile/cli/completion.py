@@ -8,7 +8,7 @@ from typing import Any
 
 from adaskip_passes.errors import OptionError
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 _FILES = ("FILE", "MODEL", "PATH", "PROFILE", "PT2")
 
@@ -32,12 +32,14 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """Return what to put into a shell's completion folder.
 
     Raises:
-        OptionError: The package that writes such scripts is not installed.
+        OptionError: The package that writes such scripts is not installed, or too old for this shell.
     """
     try:
         import shtab
     except ImportError as error:
         raise OptionError("--print-completion needs shtab: pip install 'adaskip-compile[completion]'") from error
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise OptionError(f"--print-completion {shell} needs a newer shtab: pip install --upgrade shtab")
     _complete_files(parser, shtab.FILE)
     return shtab.complete(parser, shell)
 

@@ -40,6 +40,11 @@ class Output:
         """Print plain text for a person."""
         self._console.print(str(text), markup=False, emoji=False, soft_wrap=not self._console.is_terminal)
 
+    def write(self, piece: str) -> None:
+        """Print a piece of a text that goes on, at once and as it is."""
+        self._console.file.write(piece)
+        self._console.file.flush()
+
     def show(self, table: Table) -> None:
         """Print a table for a person."""
         self._console.print(table)

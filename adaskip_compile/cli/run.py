@@ -3,29 +3,57 @@
 With --plan, that plan is used. With --profile, one is made from it. With --max-loss, a plan for the prompt is found that
 loses no more, which takes minutes, once. With none of them everything runs, compiled.
 
+A prompt goes through the tokenizer's chat template, where it has one; --raw continues it as it stands. Text is shown as it is
+decoded. Several prompts are answered one after the other. With --chat, a conversation goes on from line to line of
+standard input: an empty line is nothing, /new begins anew, and /exit or the end of the input ends it.
+
 examples:
-  adaskip run smollm2 --plan plan.json --prompt 'The capital of France is'
-  adaskip run smollm2 --max-loss 0.02 --prompt-file question.txt
-  adaskip run smollm2 --profile profile.json --prompt-file question.txt --max-new-tokens 200
+  adaskip run smollm2 --plan plan.json --prompt 'What is the capital of France?'
+  adaskip run smollm2 --max-loss 0.02 --prompt-file question.txt --prompt-file other.txt
+  adaskip run smollm2 --raw --prompt 'The capital of France is' --temperature 0.7 --top-p 0.9 --seed 1
+  adaskip run smollm2 --chat --system 'Answer in one sentence.'
+  cat page.txt | adaskip run smollm2 --prompt-file -
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import sys
+from collections.abc import Iterator
+from functools import partial
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
 from adaskip_compile.planning.policy_names import POLICIES
 from adaskip_passes.errors import OptionError
 
+if TYPE_CHECKING:
+    from adaskip_compile.cli.answers import Answer, Conversation
+
+_STDIN, _NEW, _EXIT = "-", "/new", "/exit"
+_TITLE_WIDTH = 60
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this command takes."""
     common.add_model_arguments(parser)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a text file to continue")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--prompt", metavar="TEXT", action="append", default=[], help="what to answer; may be repeated"
+    )
+    prompts.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a text file to answer, or - for standard input",
+    )
+    prompts.add_argument("--chat", action="store_true", help="go on with a conversation, after these prompts")
+    prompts.add_argument("--raw", action="store_true", help="continue a prompt as it stands, without a chat template")
+    prompts.add_argument("--system", metavar="TEXT", help="what the model is told before a prompt")
     guide = parser.add_mutually_exclusive_group()
     guide.add_argument("--plan", metavar="PATH", help="a file that 'adaskip plan' wrote for this model")
     guide.add_argument("--profile", metavar="PATH", help="a file that 'adaskip profile' wrote for this model")
@@ -33,46 +61,142 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-loss", type=float, metavar="NATS", help="what the text may lose a token: 0.02 is 2 %% of perplexity"
     )
     parser.add_argument(
-        "--max-new-tokens", type=common.positive, default=64, metavar="N", help="(default: %(default)s)"
+        "--max-new-tokens", type=common.positive, default=64, metavar="N", help="of each answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 takes the likeliest (default: 0)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="with --temperature, draw from the likeliest tokens of this share"
     )
     parser.add_argument("--skip", type=int, metavar="N", help="with --profile, sublayers to skip (default: 8)")
     parser.add_argument(
         "--policy", choices=tuple(POLICIES), help="with --profile, how to choose them (default: adaskip)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="what the policy 'random' draws with (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="what sampling and the policy 'random' draw with (default: 0)"
+    )
     parser.add_argument("--inner", choices=("inductor", "eager"), help="the backend that compiles each region")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
-    import adaskip_compile
-
-    prompt, source = arguments.prompt, "--prompt"
-    if arguments.prompt_file is not None:
-        [prompt], source = common.read_texts([arguments.prompt_file]), f"--prompt-file {arguments.prompt_file}"
-    if not prompt.strip():
-        raise OptionError(f"{source} {prompt!r}: takes some text to continue")
+    prompts = _prompts(arguments)
+    sampling = _sampling(arguments)
     model, tokenizer = common.load_model(arguments)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs.input_ids.numel():
-        raise OptionError(f"{source}: the tokenizer of this model makes no token of it; give more text")
+    import adaskip_compile
+    from adaskip_compile.cli.answers import Answering, Conversation, Sampling
+
+    answering = Answering(model, tokenizer, Sampling(**sampling), arguments.max_new_tokens, output.write)
+    begin = partial(Conversation, answering, arguments.system)
+    conversation = begin() if arguments.chat else None
     options = _options(arguments)
     if arguments.max_loss is not None:
         options |= {"tokenizer": tokenizer, "max_loss": arguments.max_loss, "progress": output.watched}
     adaskip_compile.compile(model, **options)
-    generated = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-    text = tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+    def ask(prompt: str) -> Answer:
+        if conversation is not None:
+            return conversation.ask(prompt)
+        if arguments.raw or not (tokenizer.chat_template or arguments.system):
+            return answering.continued(prompt)
+        return begin().ask(prompt)
+
+    answers = []
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompts) > 1:
+            output.say(f"== {number} of {len(prompts)}: {_first_words(prompt)}")
+        answers.append(_shown(prompt, ask(prompt), output))
+    if conversation is not None:
+        answers += _chat(conversation, output)
     report = adaskip_compile.report(model)
-    output.say(text)
-    output.say()
     output.say(report)
-    output.results({"model": arguments.model, "prompt": prompt, "text": text, "report": report.to_dict()})
+    output.results({"model": arguments.model, "answers": answers, "report": report.to_dict()})
     return 0
 
 
+def _shown(prompt: str, answer: Answer, output: Output) -> dict[str, Any]:
+    """Say how long ``answer``, whose text has been shown, took; return what JSON shows of it."""
+    output.say(f"\n[{answer}]\n")
+    return {"prompt": prompt, **answer.to_dict()}
+
+
+def _chat(conversation: Conversation, output: Output) -> list[dict[str, Any]]:
+    """Answer line by line until the input ends. An interrupt ends the answer that is being given, not the conversation."""
+    answers = []
+    for line in _lines(output):
+        if line == _NEW:
+            conversation.begin_anew()
+            continue
+        try:
+            answers.append(_shown(line, conversation.ask(line), output))
+        except KeyboardInterrupt:
+            conversation.forget_last()
+            output.say("\n[interrupted: this question and its answer are forgotten]\n")
+    return answers
+
+
+def _lines(output: Output) -> Iterator[str]:
+    """Yield the lines of standard input that hold something, up to its end or to ``/exit``."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - input() edits lines with it
+    while True:
+        try:
+            line = input("> " if output.watched else "").strip()
+        except EOFError:
+            return
+        if line == _EXIT:
+            return
+        if line:
+            yield line
+
+
+def _first_words(prompt: str) -> str:
+    return shorten(prompt, width=_TITLE_WIDTH, placeholder=" ...")
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """Return the prompts in the order of --prompt, then --prompt-file.
+
+    Raises:
+        OptionError: There is none, or one is empty, or what is asked for excludes each other.
+    """
+    if not (arguments.prompt or arguments.prompt_file or arguments.chat):
+        raise OptionError("one of --prompt, --prompt-file and --chat is needed")
+    if arguments.raw and (arguments.chat or arguments.system is not None):
+        raise OptionError("--raw goes without a chat template, which --chat and --system need")
+    for prompt in arguments.prompt:
+        if not prompt.strip():
+            raise OptionError(f"--prompt {prompt!r}: takes some text to answer")
+    return [*arguments.prompt, *(_read(file) for file in arguments.prompt_file)]
+
+
+def _read(file: str) -> str:
+    if file != _STDIN:
+        return common.read_texts([file])[0]
+    text = sys.stdin.read()
+    if not text.strip():
+        raise OptionError("--prompt-file -: standard input holds no text")
+    return text
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.temperature < 0:
+        raise OptionError(f"--temperature {arguments.temperature}: takes 0 or more")
+    if arguments.top_p is not None and not (arguments.temperature and 0 < arguments.top_p <= 1):
+        raise OptionError(f"--top-p {arguments.top_p}: takes a share above 0, up to 1, and a --temperature above 0")
+    return {
+        "temperature": arguments.temperature,
+        "top_p": 1.0 if arguments.top_p is None else arguments.top_p,
+        "seed": arguments.seed or 0,
+    }
+
+
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    asked = {name: getattr(arguments, name) for name in ("profile", "skip", "policy", "seed", "inner")}
-    options = {name: value for name, value in asked.items() if value is not None}
+    """Return what ``compile`` takes; a seed is for sampling too, so without a profile it is none of its options."""
+    names = ("profile", "skip", "policy", "inner", *(("seed",) if arguments.profile is not None else ()))
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.plan is not None:
         from adaskip_compile.planning.skip_plan import SkipPlan
 

@@ -173,11 +173,11 @@ def test_help_does_not_wait_for_pytorch():
 
 def test_completion_knows_commands_options_and_files(capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("shtab")
-    for shell in ("bash", "zsh", "tcsh"):
+    for shell in ("bash", "zsh", "fish", "tcsh"):
         with pytest.raises(SystemExit, match="0"):
             main(["--print-completion", shell])
         text = capsys.readouterr().out
-        assert all(word in text for word in ("inspect", "node-data", "calibrate"))
+        assert all(word in text for word in ("inspect", "node-data", "calibrate", "clear"))
 
 
 def test_without_shtab_completion_says_what_to_install(monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]):
@@ -194,7 +194,7 @@ def test_a_report_that_is_none_is_refused(tmp_path: Path, files: dict[str, str],
 @pytest.mark.parametrize("prompt", ["", "  "])
 def test_a_prompt_without_text_is_refused(prompt: str, files: dict[str, str], fails: Callable[..., str]):
     assert "--prompt '" in (line := fails(["run", files["model"], "--prompt", prompt, "--inner", "eager"]))
-    assert "takes some text to continue" in line
+    assert "takes some text to answer" in line
 
 
 @pytest.mark.parametrize("device", ["meta", "meta:0"])

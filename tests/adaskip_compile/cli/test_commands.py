@@ -209,25 +209,6 @@ def test_inspect_refuses_what_makes_no_sense(
     assert message in capsys.readouterr().err
 
 
-def test_run_generates_with_a_plan_and_reports(model: str, plan: str, capsys: pytest.CaptureFixture[str]):
-    arguments = ["run", model, "--plan", plan, "--prompt", "some words", "--max-new-tokens", "6"]
-    assert main([*arguments, "--inner", "eager", "--json", "-"]) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    [request] = found["report"]["sessions"][0]["requests"]
-    assert set(request["skipped"]) == set(SkipPlan.load(plan).paths)
-    assert found["text"] in err
-
-
-def test_run_reads_a_prompt_from_a_file(model: str, profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "prompt.txt").write_text("some more words")
-    arguments = ["run", model, "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "2", "--json", "-"]
-    assert main([*arguments, "--inner", "eager", "--skip", "2", "--profile", profile]) == 0
-    found = results(capsys)
-    assert found["prompt"] == "some more words"
-    assert len(found["report"]["sessions"][0]["requests"][0]["skipped"]) == 2
-
-
 def test_plan_of_a_model_keeps_a_budget(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import runpy
+
 import pytest
 
+import adaskip_compile
 from adaskip_compile import cli
 from adaskip_compile.cli import COMMANDS, main, plan
 from adaskip_passes.errors import OptionError
@@ -35,6 +38,23 @@ def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[s
 def test_a_wrong_command_line_exits_with_2(arguments: list[str]):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"), [(["insepct"], "inspect"), (["run", "m", "--inner", "egaer"], "eager"), (["zzzz"], None)]
+)
+def test_what_was_meant_is_named(arguments: list[str], meant: str | None, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert ("did you mean" in (err := capsys.readouterr().err)) == (meant is not None)
+    assert meant is None or f"did you mean '{meant}'?" in err
+
+
+def test_python_runs_the_package_as_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["adaskip_compile", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("adaskip_compile", run_name="__main__")
+    assert capsys.readouterr().out.split()[-1] == adaskip_compile.__version__
 
 
 @pytest.fixture
