@@ -57,11 +57,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sets", type=pair, nargs="+", default=[(10, 10)], metavar="A,F", help="how deep to skip")
     parser.add_argument(
-        "--units",
-        type=int,
-        default=0,
-        metavar="N",
-        help="units of gated maps, in place of low-rank ones where they miss less",
+        "--unit-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of an FFN's units in gated maps, in place of low-rank ones where they miss less",
     )
     parser.add_argument("--without-maps", action="store_true", help="the same sets with nothing in their place too")
     parser.add_argument(
@@ -80,7 +80,7 @@ def _plans(
     fitter.begin_at([path for depths in arguments.sets for path in deepest(layers, *depths)])
     for attentions, ffns in arguments.sets:
         began = time.perf_counter()
-        skips = fitter.fit(deepest(layers, attentions, ffns), units=arguments.units, progress=False)
+        skips = fitter.fit(deepest(layers, attentions, ffns), unit_share=arguments.unit_share, progress=False)
         name = f"{attentions} attentions, {ffns} FFNs"
         print(f"{name}: fitted in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         yield name, replace(SkipPlan.none(), prompt=skips)

@@ -27,6 +27,7 @@ from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.pipelines import row_passes
+from adaskip_passes.specialise.stream_maps import part_shapes
 from adaskip_passes.stream.stream import ResidualStream
 from bench.recording import bench_parser, cell, generate_eagerly, generate_under, numbers, ratios, write
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     model, _ = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
     prefill, _ = capture_phases(model)
-    plans = {f"{a} attentions, {f} FFNs": _plan(prefill.stream, a, f, arguments.rank) for a, f in arguments.sets}
+    plans = {f"{a} attentions, {f} FFNs": _plan(model, prefill.stream, a, f, arguments) for a, f in arguments.sets}
     rows = [row for context in arguments.contexts for row in _rows(model, prefill, plans, context, arguments)]
     _show(rows, arguments)
     write({"rows": rows}, arguments)
@@ -51,6 +52,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024], metavar="N", help="tokens of the prompts")
     parser.add_argument("--sets", type=pair, nargs="+", default=[(10, 10)], metavar="A,F", help="how deep to skip")
     parser.add_argument("--rank", type=int, metavar="N", help="of the maps (default: a quarter of the width)")
+    parser.add_argument(
+        "--unit-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of FFNs' units in gated maps, 0 for low-rank ones",
+    )
     parser.add_argument("--new-tokens", type=int, default=6, metavar="N", help="decoded a round")
     return parser.parse_args(argv)
 
@@ -61,18 +69,24 @@ def pair(text: str) -> tuple[int, int]:
     return attentions, ffns
 
 
-def _plan(stream: ResidualStream, attentions: int, ffns: int, rank: int | None) -> SkipPlan:
+def _plan(model: Any, stream: ResidualStream, attentions: int, ffns: int, arguments: argparse.Namespace) -> SkipPlan:
     chosen = set(deepest(layers_from_the_end(stream), attentions, ffns))
-    paths = [path for path in stream.paths if path in chosen]
+    taken = [one for one in stream.sublayers if one.path in chosen]
     width = int(stream.sublayers[0].stream_in.meta["example_value"].shape[-1])
-    maps = {path: _random_map(width, rank or width // 4) for path in paths}
-    skipped = tuple(SkippedSublayer(path, "", None, 1.0, None) for path in paths)
+    low_rank, units = arguments.rank or width // 4, round(arguments.unit_share * model.config.intermediate_size)
+    maps = {
+        one.path: _random_map("gated", width, units)
+        if units and one.kind == "ffn"
+        else _random_map("low_rank", width, low_rank)
+        for one in taken
+    }
+    skipped = tuple(SkippedSublayer(one.path, "", None, 1.0, None) for one in taken)
     return replace(SkipPlan.none(), policy="explicit", prompt=PromptSkips(skipped, maps))
 
 
-def _random_map(width: int, rank: int) -> StreamMap:
-    shapes = {"down": (rank, width), "up": (width, rank), "shift": (width,)}
-    return StreamMap("low_rank", {name: torch.randn(shape) / width for name, shape in shapes.items()}, None)
+def _random_map(form: str, width: int, rank: int) -> StreamMap:
+    shapes = part_shapes(form, width, rank)
+    return StreamMap(form, {name: torch.randn(shape) / width for name, shape in shapes.items()}, None)
 
 
 def _rows(

@@ -41,13 +41,13 @@ class UnitFinder:
         self._values = dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True))
 
     @torch.no_grad()
-    def units(self, path: str, samples: Sequence[torch.Tensor], count: int) -> Units | None:
-        """Return the ``count`` units of the sublayer ``path`` that add most of ``samples``; None where it is no gated FFN.
+    def units(self, path: str, samples: Sequence[torch.Tensor], share: float) -> Units | None:
+        """Return those units of the sublayer ``path`` that add most to ``samples``; None where it is no gated FFN.
 
         Args:
             path: The sublayer.
             samples: Values of the stream before it, ``(1, tokens, d)`` each.
-            count: How many.
+            share: How many of all its units, above 0 and up to 1; one at least.
         """
         sublayer = self._stream.by_path(path)
         found = find_gated_units(sublayer)
@@ -63,7 +63,7 @@ class UnitFinder:
             for place in range(2)
         )
         added = hidden.square().mean(0) * down.square().sum(0)
-        best = added.topk(min(count, len(added))).indices
+        best = added.topk(max(1, round(share * len(added)))).indices
         x = normalised(a)
         folded = (normed * x).sum(0) / x.square().sum(0).clamp_min(1e-12)
         tried = [Units(gate[best] * folded * sharpness, up[best] * folded) for sharpness in _SHARPNESSES]

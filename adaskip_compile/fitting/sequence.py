@@ -19,6 +19,7 @@ from adaskip_compile.fitting.gated_maps import UnitFinder, Units
 from adaskip_compile.fitting.least_squares import BranchStatistics, Moments, MomentsOf, as_tokens, fit_gated, fit_map
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
+from adaskip_compile.profiling.profiles import is_finite_number
 from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
@@ -41,7 +42,7 @@ def fit_prompt_skips(
     tokenizer: Any = None,
     max_samples: int = 20,
     rank: int | None = None,
-    units: int = 0,
+    unit_share: float = 0.0,
     head: int = HEAD,
     tail: int = TAIL,
     in_sequence: bool = True,
@@ -49,7 +50,7 @@ def fit_prompt_skips(
 ) -> PromptSkips:
     """Return what skips ``paths`` for the body of a prompt, with a map for each, fitted on ``samples``.
 
-    With ``units``, a gated FFN is imitated by so many of its own where that misses less than a low-rank map does.
+    With a ``unit_share``, a gated FFN is imitated by that share of its own units where that misses less than a low-rank map.
 
     Costs about two forward passes over the samples, whatever the number of sublayers, and holds two values of the
     stream for each sample, ``2 * tokens * d_model`` numbers. Every fourth sample is held out to choose the ridge.
@@ -62,21 +63,23 @@ def fit_prompt_skips(
         tokenizer: Turns texts into token ids.
         max_samples: At most so many of ``samples`` are used.
         rank: Of low-rank maps; by default a quarter of the stream's width.
-        units: Of gated maps; 0 for none of them.
+        unit_share: How many of an FFN's units a gated map has, from 0 (there are none) to 1.
         head: How many first rows run in full.
         tail: How many last rows run in full.
         in_sequence: Whether a map takes the stream as the maps before it leave it; otherwise the full model's, to compare.
         progress: Whether to show a bar on a terminal.
 
     Raises:
-        OptionError: The rank or the units are none of this model.
+        OptionError: The rank or the share makes no sense.
         UnknownSublayerError: The model has no sublayer of that path.
         LegalityError: A sublayer carries a state that cannot be kept without running it.
         ProfileError: No samples, texts without a tokenizer, a sample too short, or a stream that overflows.
         CaptureError: The model is not captured as one graph.
     """
     fitter = SequenceFitter(model, samples, tokenizer=tokenizer, max_samples=max_samples)
-    return fitter.fit(paths, rank=rank, units=units, head=head, tail=tail, in_sequence=in_sequence, progress=progress)
+    return fitter.fit(
+        paths, rank=rank, unit_share=unit_share, head=head, tail=tail, in_sequence=in_sequence, progress=progress
+    )
 
 
 class SequenceFitter:
@@ -119,7 +122,7 @@ class SequenceFitter:
         paths: Collection[str],
         *,
         rank: int | None = None,
-        units: int = 0,
+        unit_share: float = 0.0,
         head: int = HEAD,
         tail: int = TAIL,
         in_sequence: bool = True,
@@ -138,8 +141,8 @@ class SequenceFitter:
         asked = max(1, width // 4) if rank is None else rank
         if type(asked) is not int or not 0 < asked <= width:
             raise OptionError(f"rank={rank!r}: takes a number from 1 to the width of the stream, {width}")
-        if type(units) is not int or units < 0:
-            raise OptionError(f"units={units!r}: takes a number of units, or 0 for none")
+        if not is_finite_number(unit_share) or not 0 <= unit_share <= 1:
+            raise OptionError(f"unit_share={unit_share!r}: takes a share of an FFN's units, from 0 to 1")
         chosen = [sublayer for sublayer in stream.sublayers if sublayer.path in set(paths)]
         if chosen and chosen[0].index < self._at:
             raise OptionError(f"{chosen[0].path} lies before the sublayer at which this fitter begins")
@@ -152,20 +155,20 @@ class SequenceFitter:
                 for run in runs:
                     run.advance()
                 if sublayer in chosen:
-                    maps[sublayer.path] = self._fitted(sublayer.path, runs, asked, units, head)
+                    maps[sublayer.path] = self._fitted(sublayer.path, runs, asked, unit_share, head)
                     for run in runs:
                         run.replace(maps[sublayer.path], head, tail)
         skipped = tuple(SkippedSublayer(one.path, one.kind, one.stateful, 1.0, None) for one in chosen)
         return PromptSkips(skipped, maps, head, tail)
 
-    def _fitted(self, path: str, runs: Sequence[_TwoStreams], rank: int, units: int, head: int) -> StreamMap:
+    def _fitted(self, path: str, runs: Sequence[_TwoStreams], rank: int, unit_share: float, head: int) -> StreamMap:
         width, device = runs[0].before.shape[-1], runs[0].before.device
         fitted, held_out = (BranchStatistics.zeros(width, device) for _ in range(2))
         for statistics, a, b in _split(runs, head, fitted, held_out):
             statistics.add(a, b)
         low_rank = fit_map("low_rank", fitted, held_out, rank=rank)
         looked_at = [run.before for run in runs[:_LOOKED_AT]]
-        found = self._collector.unit_finder.units(path, looked_at, units) if units else None
+        found = self._collector.unit_finder.units(path, looked_at, unit_share) if unit_share else None
         gated = None if found is None else _fitted_units(found, runs, head)
         return gated if gated is not None and _error(gated) < _error(low_rank) else low_rank
 
