@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from adaskip_compile.cli import cache, demo, export, inspect, plan, profile, run, sweep, tune
+from adaskip_compile.cli import cache, demo, diff, export, inspect, plan, profile, run, sweep, tune
 from adaskip_compile.cli.completion import SHELLS, PrintCompletion
 from adaskip_compile.cli.output import Output, complain
 from adaskip_compile.files.versioned_json import producer
 from adaskip_passes.errors import AdaSkipError
 
-COMMANDS = (demo, profile, plan, tune, inspect, run, sweep, export, cache)
+COMMANDS = (demo, profile, plan, tune, inspect, run, sweep, export, diff, cache)
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
