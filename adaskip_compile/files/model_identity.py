@@ -16,7 +16,7 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class ModelIdentity:
 
     name: str
     structure: str
-    weights: str | None
+    weights: str | None = field(repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.structure, str):

@@ -18,6 +18,7 @@ from torch import nn
 
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
+from adaskip_compile.notebooks import ShownAsText
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade
 from adaskip_compile.planning.quality import Quality
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
@@ -57,8 +58,8 @@ class RampStep:
 
 
 @dataclass(frozen=True)
-class SkipPlan:
-    """What to skip for a request.
+class SkipPlan(ShownAsText):
+    """What to skip for a request; ``str()`` of it is :meth:`describe`.
 
     Args:
         skipped: The sublayers skipped in prefill and for the whole request, in the order of the residual stream.
@@ -198,6 +199,9 @@ class SkipPlan:
                     f"the plan skips {path}, which {type(model).__name__} lacks; nearest of its modules: "
                     f"{', '.join(near) or 'it has none'}. `adaskip inspect` lists its sublayers"
                 )
+
+    def __str__(self) -> str:
+        return self.describe()
 
     def describe(self) -> str:
         """Return the plan as a table of text."""

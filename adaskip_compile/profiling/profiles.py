@@ -17,12 +17,15 @@ import torch
 from adaskip_compile.costs.model_costs import ModelCosts
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
+from adaskip_compile.notebooks import ShownAsText
 from adaskip_compile.profiling.map_files import read_maps, write_maps
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import DamagedFileError, OptionError, ProfileError
 from adaskip_passes.stream.stream import ResidualStream
 
 SCALE_KINDS = ("token", "frobenius")
+# So many of the most similar sublayers are shown as text.
+_SHOWN = 12
 
 PROFILE_FORMAT = DocumentFormat(
     "adaskip-profile", 2, remedy="measure the model with adaskip_compile.profile(model, samples) or `adaskip profile`"
@@ -165,8 +168,8 @@ class JointStep:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What was measured of every sublayer of one model.
+class Profile(ShownAsText):
+    """What was measured of every sublayer of one model; ``str()`` of it is a table of the most similar ones.
 
     Args:
         model: The model that was measured; None where it cannot be told from others.
@@ -210,6 +213,20 @@ class Profile:
         for path in (*self.maps, *(step.path for step in self.joint_order)):
             if path not in paths:
                 raise ProfileError(f"a map or a step of the joint order is of {path}, which is no sublayer here")
+
+    def __str__(self) -> str:
+        ranked = self.ranking()
+        width = max(len(one.path) for one in ranked[:_SHOWN])
+        lines = [
+            f"{len(ranked)} sublayers of {'a model' if self.model is None else self.model.name}, {self.samples} samples",
+            f"{'most similar':<{width}}  {'kind':<9}  similarity  {'scale':>6}",
+        ]
+        lines += [
+            f"{one.path:<{width}}  {one.kind:<9}  {one.mean_similarity:>10.4f}  {one.mean_scale():.4f}"
+            for one in ranked[:_SHOWN]
+        ]
+        left = len(ranked) - _SHOWN
+        return "\n".join([*lines, *([f"and {left} more: profile.ranking()"] if left > 0 else [])])
 
     @property
     def samples(self) -> int:

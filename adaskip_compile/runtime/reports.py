@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from adaskip_compile.lowering.cuda_graphs import RecordedRun
+from adaskip_compile.notebooks import ShownAsText
 from adaskip_compile.runtime.requests import Request, RequestPhase
 from adaskip_compile.runtime.session import CapturedGraph, Session, sessions_of
 from adaskip_passes.stream.stream import Phase
@@ -109,7 +110,7 @@ class SessionReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(ShownAsText):
     """What ran on a model so far; ``str()`` of it is a table, :meth:`to_dict` is JSON-able."""
 
     sessions: tuple[SessionReport, ...]
