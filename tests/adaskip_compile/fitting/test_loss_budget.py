@@ -269,6 +269,8 @@ def test_a_real_model_from_nothing(part_of_smollm2: Any, tmp_path: Path, monkeyp
         assert plan.prompt.measured is not None
         assert plan.prompt.measured == max(within, key=lambda trade: trade.speedup)
         assert plan.prompt.measured.speedup > 1
+        forms = {path.rpartition(".")[2]: one.form for path, one in plan.prompt.maps.items()}
+        assert forms == {"self_attn": "low_rank", "mlp": "gated"}
     else:
         assert not plan.prompt.skipped
     ids = tokens(1, 192)
