@@ -70,15 +70,16 @@ def symbols_of(
 
 
 def _symbols(value: Any) -> Iterator[sympy.Symbol]:
-    """Yield the symbols in a value, those that it was made with and those that stand for them now."""
+    """Yield the symbols in a value, those that it was made with and those that stand for them now, but for constants."""
     if isinstance(value, torch.Tensor):
         value = (*value.shape, *value.stride(), value.storage_offset())
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _symbols(item)
     elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        env = value.node.shape_env
         for expression in (value.node._expr, value.node.expr):
-            yield from sorted(expression.free_symbols, key=str)
+            yield from (one for one in sorted(expression.free_symbols, key=str) if not env.replace(one).is_number)
 
 
 def region_key(region: fx.GraphModule) -> str:

@@ -61,10 +61,11 @@ def _copied(env: ShapeEnv, hints: Mapping[sympy.Symbol, sympy.Expr]) -> ShapeEnv
     again.backed_var_to_val.update(hints)
     again.var_to_range.update(env.var_to_range)
     again.var_to_sources.update(env.var_to_sources)
-    again.replacements.update(env.replacements)
     again.symbol_guard_counter.update(env.symbol_guard_counter)
     again.unique_ids.update(env.unique_ids)  # a new symbol has the name of none of these
     again.var_to_range_sloc.update({symbol: copy.copy(where) for symbol, where in list(env.var_to_range_sloc.items())})
+    for symbol, known in list(env.replacements.items()):
+        again._set_replacement(symbol, known, "copied")  # values look for news of these by a count that it keeps
     return again
 
 
@@ -111,4 +112,5 @@ class _Raised:
             raise PassError(f"values of {type(value).__name__} cannot be told to have more rows")
         shape, stride = ([self.of(size) for size in sizes] for sizes in (value.shape, value.stride()))
         parameter = isinstance(value, torch.nn.Parameter)
-        return make_fake_tensor(self.mode, shape, stride, value.dtype, value.device, parameter=parameter)
+        offset = self.of(value.storage_offset())
+        return make_fake_tensor(self.mode, shape, stride, value.dtype, value.device, parameter=parameter, offset=offset)

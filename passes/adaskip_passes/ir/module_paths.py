@@ -27,6 +27,7 @@ __all__ = [
     "NAMES",
     "held_by_module",
     "held_tensors",
+    "module_marks",
     "module_path",
     "name_modules",
     "naming",
@@ -223,6 +224,11 @@ def module_path(node: fx.Node) -> str:
     if node.op == "placeholder":
         return normalise_source(_source(node))[1].rpartition(".")[0] if held_by_module(node) else ""
     return normalise_source(_stack_top(node))[1]
+
+
+def module_marks(node: fx.Node) -> dict[str, Any]:
+    """Return what ``meta`` of an operation says of the module that it belongs to, for those that take its place."""
+    return {key: node.meta[key] for key in (NAMES, "nn_module_stack") if key in node.meta}
 
 
 def held_by_module(node: fx.Node) -> bool:

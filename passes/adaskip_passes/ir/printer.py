@@ -216,6 +216,9 @@ def _target_name(target: Any) -> str:
     name = getattr(target, "__name__", None) or type(target).__name__
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        # Its module depends on who has registered it first.
+        return f"torch.ops.{target._qualified_op_name.replace('::', '.')}"
     module = getattr(target, "__module__", None) or ("torch" if getattr(torch, name, None) is target else "")
     module = _MODULE_NAMES.get(module, module)
     return f"{module}.{name}" if module else name

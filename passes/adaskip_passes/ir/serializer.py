@@ -65,12 +65,15 @@ def _note_symbols(value: Any, symbols: dict[str, dict[str, Any]]) -> None:
             _note_symbols(item, symbols)
     elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         env = value.node.shape_env
-        for symbol in value.node.expr.free_symbols:
+        for symbol in value.node._expr.free_symbols | value.node.expr.free_symbols:
             hint, known = env.backed_var_to_val.get(symbol), env.var_to_range.get(symbol)
             ends = () if known is None else (known.lower, known.upper)
             # None for an end that is open, and for that of a float
             limits = [int(end) if end.is_Integer else None for end in ends]
-            symbols.setdefault(symbol.name, {"hint": None if hint is None else to_tree(hint), "range": limits})
+            about = {"hint": None if hint is None else to_tree(hint), "range": limits}
+            if (found := env.replace(symbol)) != symbol:
+                about["is"] = to_tree(found)  # found equal to it since
+            symbols.setdefault(symbol.name, about)
 
 
 def read_graph(data: dict[str, Any], *, stubs: bool = True) -> fx.GraphModule:
@@ -151,4 +154,7 @@ def _make_symbols(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if lower is not None:
             env.var_to_range[symbol] = ValueRanges(lower, int_oo if upper is None else upper)
         made[name] = symbol
+    for name, about in known.items():
+        if "is" in about:
+            env._set_replacement(made[name], from_tree(about["is"], made), "saved")
     return made

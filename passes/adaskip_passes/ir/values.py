@@ -56,7 +56,13 @@ def _write_tensor(value: torch.Tensor) -> dict[str, Any]:
         "stride": [_write_size(stride) for stride in value.stride()],
         "device": str(value.device),
         "parameter": isinstance(value, torch.nn.Parameter),
+        **({} if _is_zero(value.storage_offset()) else {"offset": _write_size(value.storage_offset())}),
     }
+
+
+def _is_zero(size: Any) -> bool:
+    """Whether ``size`` is known to be 0; asking ``size == 0`` would assume it."""
+    return isinstance(size, int) and size == 0
 
 
 def _write_size(size: Any) -> Any:
@@ -65,8 +71,9 @@ def _write_size(size: Any) -> Any:
 
 _WRITERS: dict[Any, Callable[[Any], Any]] = {
     fx.Node: lambda node: {"node": node.name},
-    torch.SymInt: lambda value: {"int": to_tree(value.node.expr)},
-    torch.SymFloat: lambda value: {"symfloat": to_tree(value.node.expr)},
+    # What a number was made with tells more than what has been found of it since, which the symbols tell.
+    torch.SymInt: lambda value: {"int": to_tree(value.node._expr)},
+    torch.SymFloat: lambda value: {"symfloat": to_tree(value.node._expr)},
     torch.SymBool: lambda value: {"bool": to_tree(value.node.expr)},
     torch.dtype: lambda value: {"dtype": str(value).removeprefix("torch.")},
     torch.device: lambda value: {"device": str(value)},
@@ -175,7 +182,8 @@ class ValueReader:
     def _read_tensor(self, content: dict[str, Any]) -> torch.Tensor:
         shape, stride = ([self._read_int(size) for size in content[name]] for name in ("shape", "stride"))
         dtype, device = getattr(torch, content["dtype"]), torch.device(content["device"])
-        return make_fake_tensor(self._mode, shape, stride, dtype, device, parameter=content["parameter"])
+        offset = self._read_int(content.get("offset", 0))
+        return make_fake_tensor(self._mode, shape, stride, dtype, device, parameter=content["parameter"], offset=offset)
 
     def _read_function(self, content: str) -> Any:
         module, _, path = content.partition(":")
@@ -198,10 +206,12 @@ def make_fake_tensor(
     device: torch.device,
     *,
     parameter: bool,
+    offset: Any = 0,
 ) -> FakeTensor:
     """Return a fake tensor of those sizes under ``mode``, one that counts as a parameter where asked to."""
     # Made as what it stands for, and not by an operation under the fake mode: a graph has thousands.
-    made = FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+    meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    made = FakeTensor(mode, meta if _is_zero(offset) else meta.as_strided(shape, stride, offset), device)
     if parameter:
         made._is_param = True  # type: ignore[attr-defined]  # what makes it an instance of nn.Parameter
     return made

@@ -28,7 +28,7 @@ from adaskip_passes.ir.graph import (
     output_values,
     tensor_of,
 )
-from adaskip_passes.ir.module_paths import held_by_module
+from adaskip_passes.ir.module_paths import held_by_module, module_marks
 from adaskip_passes.pipeline.pipeline import AddedInput, PassResult
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
@@ -229,7 +229,7 @@ def _rewritten(graph: fx.Graph, append: Append, grown: fx.Node) -> tuple[fx.Node
         added = _last_rows(graph, grown, append.new)
         added.append(call(graph, "copy_", added[-1], append.new, like=fake_tensor(added[-1])))
     for node in added:
-        node.meta.update({key: value for key, value in append.result.meta.items() if key == "nn_module_stack"})
+        node.meta.update(module_marks(append.result))
     append.result.replace_all_uses_with(grown)
     graph.erase_node(append.result)
     for node, value in append.relaid:
@@ -244,7 +244,7 @@ def _begun(graph: fx.Graph, append: Append, grown: fx.Node) -> tuple[fx.Node, ..
     """
     with graph.inserting_after(append.result):
         write = call(graph, "copy_", grown, append.result, like=append.grown)
-    write.meta.update({key: value for key, value in append.result.meta.items() if key == "nn_module_stack"})
+    write.meta.update(module_marks(append.result))
     append.result.replace_all_uses_with(grown, delete_user_cb=lambda user: user.op == "output")
     return append.result, write
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_tensor, tensor_of
+from adaskip_passes.ir.module_paths import module_marks
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import Replacements
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
@@ -94,7 +95,7 @@ class SkipBodyRows:
             if before.dtype != after.dtype:
                 body = call(graph, "to", body, after.dtype)
             joined = call(graph, torch.cat, [*kept, body, _cut(graph, b, slice(-self.tail, None))], _ROWS, like=after)
-        joined.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **joined.meta}
+        joined.meta = {**module_marks(b), **joined.meta}
         for reader in readers:
             reader.replace_input_with(b, joined)
         added = tuple(node for node in graph.nodes if node not in known and node.op != "placeholder")

@@ -11,6 +11,7 @@ from torch import fx
 from adaskip_passes.analysis.effects import is_check
 from adaskip_passes.errors import PassError
 from adaskip_passes.ir.graph import call, fake_tensor, output_values, size_hint, tensor_of
+from adaskip_passes.ir.module_paths import module_marks
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import Replacements
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
@@ -98,7 +99,7 @@ def _bypass(graph: fx.Graph, sublayer: Sublayer, replacements: Replacements, fir
             scaled = call(graph, "reshape_as", scaled, first)
         if got.dtype != wanted.dtype:
             scaled = call(graph, "to", scaled, wanted.dtype)
-    scaled.meta = {**{key: b.meta[key] for key in ("nn_module_stack",) if key in b.meta}, **scaled.meta}
+    scaled.meta = {**module_marks(b), **scaled.meta}
     b.replace_all_uses_with(scaled)
     for node in filter(is_check, reversed(sublayer.nodes)):
         graph.erase_node(node)  # of what is no longer computed

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 import adaskip_compile
 from adaskip_compile import OptionError, SkipPlan
+from adaskip_compile.capture.package import why_not
 from adaskip_compile.runtime.session import sessions_of
 from adaskip_passes.ir.graph import add_placeholder, call
 from adaskip_passes.pipeline.pipeline import AddedInput, PassResult, run_pipeline
@@ -133,6 +134,7 @@ def test_inductor_compiles_what_it_made():
     assert_close(logits(model, model), expected)
 
 
+@pytest.mark.skipif(why_not() is not None, reason=f"captures are not kept: {why_not()}")
 def test_it_runs_on_graphs_that_an_earlier_model_has_kept():
     ids = tokens(1, 12, vocabulary=100)
     expected = generate(halved(tiny("llama", seed=2)), ids, torch.ones_like(ids), 4).tolist()
