@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import sympy
 import torch
 
 from adaskip_passes.errors import DamagedFileError
 from adaskip_passes.ir.printer import print_graph
 from adaskip_passes.ir.serializer import read_graph, write_graph
+from adaskip_passes.ir.values import make_fake_tensor
 from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.specialise.eliminate_dead_code import EliminateDeadCode
 from adaskip_passes.specialise.insert_probes import InsertProbes
@@ -81,3 +83,28 @@ def test_nested_graphs_and_odd_values_are_kept():
 
     gm = first_graph(function, torch.randn(2, 4))
     assert print_graph(round_trip(gm)) == print_graph(gm)
+
+
+def test_a_number_that_was_found_to_be_a_constant_is_known_to_be_one():
+    """It is the symbol that it was made with, and 3: what reads the graph tells by the first which input gives it."""
+    gm = first_graph(lambda x, n: x * n, torch.randn(4), 3, dynamic=True)
+    [size] = [value for value in numbers_of(gm) if int(value.node.hint) == 3]
+    size.node.shape_env._set_replacement(size.node._expr, sympy.Integer(3), "the test")
+    [again] = [value for value in numbers_of(round_trip(gm)) if int(value.node.hint) == 3]
+    assert again.node._expr.is_Symbol
+    assert again.node.expr == 3
+
+
+def numbers_of(gm: torch.fx.GraphModule) -> list[torch.SymInt]:
+    values = (node.meta.get("example_value") for node in gm.graph.nodes)
+    return [value for value in values if isinstance(value, torch.SymInt)]
+
+
+def test_a_tensor_begins_where_it_began():
+    gm = first_graph(lambda x: x + 1, torch.randn(4))
+    node = next(iter(gm.graph.nodes))
+    fake = node.meta["example_value"]
+    node.meta["example_value"] = make_fake_tensor(
+        fake.fake_mode, fake.shape, fake.stride(), fake.dtype, fake.device, parameter=False, offset=2
+    )
+    assert next(iter(round_trip(gm).graph.nodes)).meta["example_value"].storage_offset() == 2
