@@ -310,7 +310,7 @@ def _read_again(gm: fx.GraphModule) -> tuple[dict[str, Any] | None, fx.GraphModu
         text = json.dumps(write_graph(gm))
         data = json.loads(text)
         again = read_graph(data, stubs=False)
-    except (AdaSkipError, TypeError, ValueError, NotImplementedError) as error:
+    except (AdaSkipError, TypeError, ValueError, NotImplementedError, AssertionError) as error:
         log.info("a captured graph cannot be kept: %s", error)
         return None, None
     same = all(one.target is other.target or one.op != "call_function" for one, other in _pairs(gm, again))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import torch
 from transformers import TextStreamer
 
@@ -25,20 +26,24 @@ class Sampling:
 
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
 
     def for_generate(self) -> dict[str, Any]:
-        """Return what ``generate`` takes; what the model's own configuration says of sampling is overruled."""
-        if not self.temperature:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        """Return what ``generate`` takes.
+
+        What the model's own configuration says of sampling, beams and kinds of cache is overruled; its penalties are not.
+        """
+        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if self.temperature:
+            chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {**chosen, "min_p": None, "typical_p": None, "num_beams": 1, "cache_implementation": None}
 
 
 @dataclass(frozen=True)
 class Answer:
     """One answer; ``first`` is the time to the first token and ``later`` that of all others together, in seconds.
 
-    ``cached`` of the prompt's tokens were in the cache; ``captured`` says whether a graph was captured and compiled meanwhile.
+    ``cached`` of the prompt's tokens were in the cache; ``captured`` says whether a graph was captured and compiled meanwhile,
+    and ``cut`` whether it has as many tokens as it may have.
     """
 
     text: str
@@ -48,6 +53,7 @@ class Answer:
     first: float
     later: float
     captured: bool
+    cut: bool
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -58,9 +64,10 @@ class Answer:
         cached = f" ({self.cached:,} of them cached)" if self.cached else ""
         rate = "" if self.tokens_per_second is None else f", the others at {self.tokens_per_second:.1f} tokens/s"
         captured = ", capture and compilation included" if self.captured else ""
+        cut = "; cut at --max-new-tokens" if self.cut else ""
         return (
             f"{self.prompt_tokens:,} prompt tokens{cached}; {self.new_tokens:,} new: "
-            f"the first after {self.first:.2f} s{rate}{captured}"
+            f"the first after {self.first:.2f} s{rate}{captured}{cut}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +80,7 @@ class Answer:
             "first_token_s": self.first,
             "tokens_per_s": self.tokens_per_second,
             "captured": self.captured,
+            "cut": self.cut,
         }
 
 
@@ -85,9 +93,6 @@ class Answering:
     sampling: Sampling
     new_tokens: int
     write: Callable[[str], None]
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(self.sampling.seed)
 
     def continued(self, text: str) -> Answer:
         """Return what follows ``text`` as it stands, without a chat template.
@@ -121,9 +126,9 @@ class Answering:
         tokens = result.sequences[0]
         text = self.tokenizer.decode(tokens[ids.shape[1] :], skip_special_tokens=True)
         captured = _graph_count(self.model) > before
-        answer = Answer(
-            text, ids.shape[1], cached, len(ticks), ticks[0] - began, ticks[-1] - ticks[0], captured=captured
-        )
+        times = ticks[0] - began, ticks[-1] - ticks[0]
+        cut = len(ticks) == self.new_tokens
+        answer = Answer(text, ids.shape[1], cached, len(ticks), *times, captured=captured, cut=cut)
         return answer, tokens, cache_of(result)
 
 
@@ -132,7 +137,7 @@ class Conversation:
     """Turns of a user and the model, from ``system`` on, through the tokenizer's chat template.
 
     Raises:
-        OptionError: The tokenizer has no chat template.
+        OptionError: The tokenizer has no chat template, or one that takes no system prompt.
     """
 
     answering: Answering
@@ -145,6 +150,10 @@ class Conversation:
         if not self.answering.tokenizer.chat_template:
             raise OptionError("the tokenizer of this model has no chat template, which --chat and --system need")
         self.begin_anew()
+        try:
+            self._prompt([*self.messages, {"role": "user", "content": "a"}])
+        except jinja2.TemplateError as error:
+            raise OptionError(f"the chat template of this model refuses what --system says: {error}") from error
 
     def begin_anew(self) -> None:
         """Forget all turns, but not what the model was told before them."""
@@ -152,25 +161,20 @@ class Conversation:
         self._cache = self._cached = None
 
     def ask(self, message: str) -> Answer:
-        """Return the answer to ``message``, and remember both."""
-        self.messages.append({"role": "user", "content": message})
-        ids = self._prompt()
+        """Return the answer to ``message``, and remember both, or neither where no answer comes of it."""
+        asked = [*self.messages, {"role": "user", "content": message}]
+        ids = self._prompt(asked)
         cache, cached = self._cache_of(ids)
         self._cache = self._cached = None
         answer, tokens, cache = self.answering.generate(ids, cache, cached)
-        self.messages.append({"role": "assistant", "content": answer.text})
-        # The token that was decoded last has not been read: of any other length a cache is not taken to hold these tokens.
-        if hasattr(cache, "get_seq_length") and cache.get_seq_length() == len(tokens) - 1:
+        if _goes_on(cache, len(tokens)):
             self._cache, self._cached = cache, tokens[:-1].cpu()
+        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
         return answer
 
-    def forget_last(self) -> None:
-        """Take the last message back, which was not answered."""
-        self.messages.pop()
-
-    def _prompt(self) -> torch.Tensor:
+    def _prompt(self, messages: list[dict[str, str]]) -> torch.Tensor:
         return self.answering.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).input_ids
 
     def _cache_of(self, ids: torch.Tensor) -> tuple[Any, int]:
@@ -179,6 +183,17 @@ class Conversation:
         if held is None or len(held) >= ids.shape[1] or not torch.equal(ids[0, : len(held)], held):
             return None, 0
         return self._cache, len(held)
+
+
+def _goes_on(cache: Any, tokens: int) -> bool:
+    """Whether a later prompt can go on from ``cache``, which has seen all of ``tokens`` but the last, just decoded.
+
+    Models that carry a recurrent state begin it anew with every call of several tokens, or are not known not to.
+    """
+    layers = getattr(cache, "layers", None)
+    if not layers or any(hasattr(one, state) for one in layers for state in ("recurrent_states", "conv_states")):
+        return False
+    return cache.get_seq_length() == tokens - 1
 
 
 class _Stream(TextStreamer):

@@ -1,7 +1,8 @@
 """Show what is kept in the cache directory, and how much room it takes; or clear it.
 
-All of it is made again when it is needed: captures in seconds, converted checkpoints and plans in minutes. The directory is
-~/.cache/adaskip, or what $ADASKIP_CACHE_DIR says.
+What is removed is made again when it is needed: captures in seconds, converted checkpoints and plans in minutes; what was
+learned from requests (profiles, and plans found with learn=) by learning anew. The directory is ~/.cache/adaskip, or what
+$ADASKIP_CACHE_DIR says.
 
 examples:
   adaskip cache

@@ -5,7 +5,7 @@ loses no more, which takes minutes, once. With none of them everything runs, com
 
 A prompt goes through the tokenizer's chat template, where it has one; --raw continues it as it stands. Text is shown as it is
 decoded. Several prompts are answered one after the other. With --chat, a conversation goes on from line to line of
-standard input: an empty line is nothing, /new begins anew, and /exit or the end of the input ends it.
+standard input: an empty line is nothing, /new begins anew, Ctrl-C ends an answer, and /exit or the end of the input the talk.
 
 examples:
   adaskip run smollm2 --plan plan.json --prompt 'What is the capital of France?'
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -84,19 +85,23 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     prompts = _prompts(arguments)
     sampling = _sampling(arguments)
     model, tokenizer = common.load_model(arguments)
+    import torch
+
     import adaskip_compile
     from adaskip_compile.cli.answers import Answering, Conversation, Sampling
 
     answering = Answering(model, tokenizer, Sampling(**sampling), arguments.max_new_tokens, output.write)
     begin = partial(Conversation, answering, arguments.system)
-    conversation = begin() if arguments.chat else None
+    # Refused, where it is, before a plan is looked for.
+    conversation = begin() if arguments.chat or arguments.system is not None else None
     options = _options(arguments)
     if arguments.max_loss is not None:
         options |= {"tokenizer": tokenizer, "max_loss": arguments.max_loss, "progress": output.watched}
     adaskip_compile.compile(model, **options)
+    torch.manual_seed(arguments.seed or 0)
 
     def ask(prompt: str) -> Answer:
-        if conversation is not None:
+        if conversation is not None and arguments.chat:
             return conversation.ask(prompt)
         if arguments.raw or not (tokenizer.chat_template or arguments.system):
             return answering.continued(prompt)
@@ -107,7 +112,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         if len(prompts) > 1:
             output.say(f"== {number} of {len(prompts)}: {_first_words(prompt)}")
         answers.append(_shown(prompt, ask(prompt), output))
-    if conversation is not None:
+    if conversation is not None and arguments.chat:
         answers += _chat(conversation, output)
     report = adaskip_compile.report(model)
     output.say(report)
@@ -129,10 +134,11 @@ def _chat(conversation: Conversation, output: Output) -> list[dict[str, Any]]:
             conversation.begin_anew()
             continue
         try:
-            answers.append(_shown(line, conversation.ask(line), output))
+            answer = conversation.ask(line)
         except KeyboardInterrupt:
-            conversation.forget_last()
             output.say("\n[interrupted: this question and its answer are forgotten]\n")
+        else:
+            answers.append(_shown(line, answer, output))
     return answers
 
 
@@ -144,8 +150,10 @@ def _lines(output: Output) -> Iterator[str]:
     while True:
         try:
             line = input("> " if output.watched else "").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise OptionError("standard input: not text in UTF-8") from error
         if line == _EXIT:
             return
         if line:
@@ -166,6 +174,11 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         raise OptionError("one of --prompt, --prompt-file and --chat is needed")
     if arguments.raw and (arguments.chat or arguments.system is not None):
         raise OptionError("--raw goes without a chat template, which --chat and --system need")
+    from_stdin = arguments.prompt_file.count(_STDIN)
+    if from_stdin > 1 or (from_stdin and arguments.chat):
+        raise OptionError("--prompt-file - takes all of standard input: give it once, and not with --chat")
+    if not -(2**63) <= (arguments.seed or 0) < 2**63:
+        raise OptionError(f"--seed {arguments.seed}: takes a number of 64 bits")
     for prompt in arguments.prompt:
         if not prompt.strip():
             raise OptionError(f"--prompt {prompt!r}: takes some text to answer")
@@ -175,21 +188,23 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def _read(file: str) -> str:
     if file != _STDIN:
         return common.read_texts([file])[0]
-    text = sys.stdin.read()
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise OptionError("--prompt-file -: not text in UTF-8") from error
     if not text.strip():
         raise OptionError("--prompt-file -: standard input holds no text")
     return text
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.temperature < 0:
+    if not (math.isfinite(arguments.temperature) and arguments.temperature >= 0):
         raise OptionError(f"--temperature {arguments.temperature}: takes 0 or more")
     if arguments.top_p is not None and not (arguments.temperature and 0 < arguments.top_p <= 1):
         raise OptionError(f"--top-p {arguments.top_p}: takes a share above 0, up to 1, and a --temperature above 0")
     return {
         "temperature": arguments.temperature,
         "top_p": 1.0 if arguments.top_p is None else arguments.top_p,
-        "seed": arguments.seed or 0,
     }
 
 

@@ -17,6 +17,9 @@ from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.texts import own_domain
 from adaskip_passes.errors import FileError, ForeignFileError
 
+# Counts the changes of the search that make another plan.
+_SEARCH = 2
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -36,7 +39,7 @@ class KeptPlan:
     def __init__(self, model: nn.Module, budget: Budget, folder: Path, texts: tuple[str, ...] | None = None) -> None:
         self._identity = identify(model)
         dtype = next((parameter.dtype for parameter in model.parameters()), None)
-        about = f"{budget} {dtype} {producer()} {torch.__version__}"
+        about = f"{budget} {dtype} {producer()} {torch.__version__} {_SEARCH}"
         about = about if texts is None else f"{about} {own_domain(texts).digest}"
         self._path = folder / "plans" / f"{self._identity.key}-{digest(about)}.json"
 

@@ -33,6 +33,8 @@ def differences(one: SkipPlan, other: SkipPlan) -> list[Difference]:
             found.append(Difference(path, before, after))
         elif not _same_maps(one, other, path):
             found.append(Difference(path, before, f"{after}, fitted otherwise"))
+    if not found and one.to_dict() != other.to_dict():
+        found.append(Difference("what was measured", "as it was", "otherwise, or by less than is shown"))
     return found
 
 

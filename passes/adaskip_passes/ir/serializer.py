@@ -59,13 +59,14 @@ def _write_attribute(gm: fx.GraphModule, path: str) -> Any:
 def _note_symbols(value: Any, symbols: dict[str, dict[str, Any]]) -> None:
     """Note the size that each symbol of ``value`` had when the graph was captured."""
     if isinstance(value, torch.Tensor):
-        value = (*value.shape, *value.stride())
+        value = (*value.shape, *value.stride(), value.storage_offset())
     if isinstance(value, (tuple, list)):
         for item in value:
             _note_symbols(item, symbols)
     elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         env = value.node.shape_env
-        for symbol in value.node._expr.free_symbols | value.node.expr.free_symbols:
+        made_with, now = value.node._expr.free_symbols, value.node.expr.free_symbols
+        for symbol in made_with | now | {one for known in made_with for one in env.replace(known).free_symbols}:
             hint, known = env.backed_var_to_val.get(symbol), env.var_to_range.get(symbol)
             ends = () if known is None else (known.lower, known.upper)
             # None for an end that is open, and for that of a float

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from adaskip_compile.cli import main
 from tests.tiny_checkpoints import save_tiny
@@ -75,3 +76,26 @@ def test_what_commands_keep_is_of_a_kind_that_is_listed(
     listed = run(capsys)[0]
     # Tests keep captures in folders of their own, "captures-..." (tests/conftest.py).
     assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()} <= set(listed)
+
+
+def test_what_an_interrupted_removal_has_left_goes_too(kept: Path, capsys: pytest.CaptureFixture[str]):
+    (kept / "captures-abc.removed" / "captures").mkdir(parents=True)
+    run(capsys, "--clear", "captures")
+    assert sorted(path.name for path in kept.iterdir()) == ["checkpoints", "notes.txt"]
+
+
+def test_what_is_just_being_made_is_left_alone(kept: Path, capsys: pytest.CaptureFixture[str]):
+    with FileLock(kept / "checkpoints" / "one.lock"):
+        assert main(["cache", "--clear", "checkpoints"]) == 2
+    assert "one: another process is just making it" in capsys.readouterr().err
+    assert (kept / "checkpoints" / "one" / "model.safetensors").exists()
+
+
+def test_a_folder_that_lies_elsewhere_is_emptied_there(
+    kept: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "checkpoints"
+    (kept / "checkpoints").rename(elsewhere)
+    (kept / "checkpoints").symlink_to(elsewhere)
+    assert run(capsys, "--clear", "checkpoints")[0] == {"checkpoints": (1, 4000)}
+    assert not elsewhere.exists()

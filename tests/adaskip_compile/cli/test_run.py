@@ -13,7 +13,7 @@ import torch
 import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.checkpoints import load_checkpoint
-from adaskip_compile.cli import main
+from adaskip_compile.cli import answers, main
 from adaskip_compile.cli.answers import Answering, Conversation, Sampling
 from tests.tiny_checkpoints import save_tiny
 
@@ -78,6 +78,7 @@ def test_text_is_that_of_the_uncompiled_model(model: str, ask: Any):
     assert (answer["prompt_tokens"], answer["new_tokens"], answer["cached_tokens"]) == (len("some words"), 6, 0)
     assert answer["first_token_s"] > 0
     assert answer["tokens_per_s"] > 0
+    assert answer["cut"]
 
 
 def test_prompts_come_from_arguments_files_and_standard_input(
@@ -194,6 +195,10 @@ def test_an_interrupted_answer_is_forgotten(chatty: str, ask: Any, monkeypatch: 
         (["--prompt", "a", "--system", "b"], "no chat template, which --chat and --system need"),
         (["--chat"], "no chat template, which --chat and --system need"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: takes 0 or more"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan: takes 0 or more"),
+        (["--prompt", "a", "--seed", str(2**64)], "takes a number of 64 bits"),
+        (["--chat", "--prompt-file", "-"], "give it once, and not with --chat"),
+        (["--prompt-file", "-", "--prompt-file", "-"], "give it once, and not with --chat"),
         (["--prompt", "a", "--top-p", "0.9"], "--top-p 0.9: takes a share above 0, up to 1, and a --temperature"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "0"], "--top-p 0.0: takes a share above 0"),
     ],
@@ -201,6 +206,66 @@ def test_an_interrupted_answer_is_forgotten(chatty: str, ask: Any, monkeypatch: 
 def test_what_makes_no_sense_is_refused(flags: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]):
     assert main(["run", model, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--chat"], ["--prompt", "a", "--system", "b"]])
+def test_what_a_template_refuses_is_told_before_a_plan_is_looked_for(
+    flags: list[str],
+    chatty: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    loaded, tokenizer = load_checkpoint(chatty)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    for part in (loaded, tokenizer):
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(adaskip_compile, "compile", None)
+    assert main(["run", str(tmp_path), *flags, "--max-loss", "0.02"]) == 2
+    assert "no such role" in capsys.readouterr().err
+
+
+class Layer:
+    def __init__(self, **states: Any) -> None:
+        vars(self).update(states)
+
+
+class Held:
+    def __init__(self, length: int, *layers: Layer) -> None:
+        self.layers, self.length = layers, length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        (Held(9, Layer(keys=1)), True),
+        (Held(8, Layer(keys=1)), False),
+        (Held(9, Layer(keys=1), Layer(conv_states={}, recurrent_states={})), False),
+        (Held(9), False),
+        (None, False),
+    ],
+)
+def test_a_later_turn_goes_on_from_caches_of_attention_alone(cache: Any, expected: bool):
+    """A hybrid's recurrent state begins anew with every call of several tokens."""
+    assert answers._goes_on(cache, 10) is expected
+
+
+def test_an_interrupt_between_two_questions_ends_the_talk(chatty: str, ask: Any, monkeypatch: pytest.MonkeyPatch):
+    lines = iter(["why?"])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("builtins.input", read)
+    found, _ = ask(chatty, "--chat")
+    assert [one["prompt"] for one in found["answers"]] == ["why?"]
+    assert found["report"]["sessions"]
 
 
 def test_standard_input_without_text_is_refused(

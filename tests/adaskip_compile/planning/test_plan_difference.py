@@ -44,6 +44,11 @@ def test_scales_and_settings_are_told() -> None:
     ]
 
 
+def test_less_than_is_shown_is_a_difference_too() -> None:
+    [found] = differences(SkipPlan.from_scales({A: 0.9}), SkipPlan.from_scales({A: 0.900001}))
+    assert found.what == "what was measured"
+
+
 def test_the_two_regimes_are_told_apart() -> None:
     found = differences(SkipPlan.from_scales({A: 1.0}), in_prompt(A, tail=8))
     assert Difference(A, "throughout, scale 1.0000", "prompt, scale 1.0000") in found
