@@ -151,7 +151,7 @@ class Conversation:
             raise OptionError("the tokenizer of this model has no chat template, which --chat and --system need")
         self.begin_anew()
         try:
-            self._prompt([*self.messages, {"role": "user", "content": "a"}])
+            self._prompt([*self.messages, {"role": "user", "content": "1"}])
         except jinja2.TemplateError as error:
             raise OptionError(f"the chat template of this model refuses what --system says: {error}") from error
 
