@@ -112,10 +112,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from adaskip_compile.files.versioned_json import DISTRIBUTION
+
         try:
-            return importlib.metadata.version("adaskip-compile")
+            return importlib.metadata.version(DISTRIBUTION)
         except importlib.metadata.PackageNotFoundError as error:  # run from a source folder that was never installed
-            raise AttributeError("adaskip-compile is not installed, so its version is not known") from error
+            raise AttributeError(f"{DISTRIBUTION} is not installed, so its version is not known") from error
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = f"{__name__}.{_HOMES[name]}" if name in _HOMES else "adaskip_passes.errors"

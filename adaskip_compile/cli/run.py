@@ -93,7 +93,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     answering = Answering(model, tokenizer, Sampling(**sampling), arguments.max_new_tokens, output.write)
     begin = partial(Conversation, answering, arguments.system)
     # Refused, where it is, before a plan is looked for.
-    conversation = begin() if arguments.chat or arguments.system is not None else None
+    refusable = begin() if arguments.chat or arguments.system is not None else None
+    conversation = refusable if arguments.chat else None
     options = _options(arguments)
     if arguments.max_loss is not None:
         options |= {"tokenizer": tokenizer, "max_loss": arguments.max_loss, "progress": output.watched}
@@ -101,7 +102,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     torch.manual_seed(arguments.seed or 0)
 
     def ask(prompt: str) -> Answer:
-        if conversation is not None and arguments.chat:
+        if conversation is not None:
             return conversation.ask(prompt)
         if arguments.raw or not (tokenizer.chat_template or arguments.system):
             return answering.continued(prompt)
@@ -112,7 +113,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         if len(prompts) > 1:
             output.say(f"== {number} of {len(prompts)}: {_first_words(prompt)}")
         answers.append(_shown(prompt, ask(prompt), output))
-    if conversation is not None and arguments.chat:
+    if conversation is not None:
         answers += _chat(conversation, output)
     report = adaskip_compile.report(model)
     output.say(report)
