@@ -1,7 +1,7 @@
 """What does skipping in the prompt alone lose, keys and values kept? By likelihood, and by facts that are found.
 
-A plan skips the deepest ``A`` attentions and ``F`` FFNs of layers below the last one; ``--sets A,F`` names several, and each is
-measured with maps fitted in sequence and, with ``--without-maps``, with nothing in their place (prefill-only pruning as POP
+A plan skips the deepest ``A`` attentions and ``F`` FFNs of layers below the last one, and with ``A,F,W`` the attentions of the
+deepest ``W`` that it does not skip have a window; ``--sets`` names several, and each is measured with maps fitted in sequence and, with ``--without-maps``, with nothing in their place (prefill-only pruning as POP
 does it, arXiv 2602.03295). ``--paper N`` adds the paper's choice of N sublayers, in prefill alone and throughout. All of it on
 texts that no map and no profile has seen, prompts of 1,024 tokens and of ``--context``.
 
@@ -22,12 +22,13 @@ import torch
 import adaskip_compile
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts
-from adaskip_compile.fitting.loss_budget import confirm, deepest, layers_from_the_end
+from adaskip_compile.fitting.depths import Depths, layers_from_the_end
+from adaskip_compile.fitting.loss_budget import confirm
 from adaskip_compile.fitting.sequence import SequenceFitter
 from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.texts import built_in_domains
-from bench.prompts import pair
+from bench.prompts import depths
 from bench.recording import bench_parser, write
 
 
@@ -55,7 +56,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_parser(
         str(__doc__), context=sizes.prompt, fitted=sizes.fitted, measured=sizes.measured, needles=sizes.needles
     )
-    parser.add_argument("--sets", type=pair, nargs="+", default=[(10, 10)], metavar="A,F", help="how deep to skip")
+    parser.add_argument(
+        "--sets", type=depths, nargs="+", default=[Depths(10, 10)], metavar="A,F,W", help="how deep to skip"
+    )
     parser.add_argument(
         "--unit-share",
         type=float,
@@ -77,11 +80,13 @@ def _plans(
     layers = layers_from_the_end(prefill.stream)
     samples = BudgetTexts(tokenizer, arguments.context, sizes, built_in_domains()).to_fit()
     fitter = SequenceFitter(model, samples, max_samples=sizes.fitted)
-    fitter.begin_at([path for depths in arguments.sets for path in deepest(layers, *depths)])
-    for attentions, ffns in arguments.sets:
+    fitter.begin_at([path for one in arguments.sets for path in one.named(layers)])
+    for one in arguments.sets:
         began = time.perf_counter()
-        skips = fitter.fit(deepest(layers, attentions, ffns), unit_share=arguments.unit_share, progress=False)
-        name = f"{attentions} attentions, {ffns} FFNs"
+        skips = fitter.fit(
+            one.skipped(layers), unit_share=arguments.unit_share, windows=one.windowed(layers), progress=False
+        )
+        name = str(one)
         print(f"{name}: fitted in {time.perf_counter() - began:.0f} s", file=sys.stderr)
         yield name, replace(SkipPlan.none(), prompt=skips)
         if arguments.without_maps:

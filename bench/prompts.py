@@ -1,6 +1,7 @@
 """Does skipping in the prompt pay what its arithmetic says? Full, eager and plans that keep keys and values, in turn.
 
-A plan skips the deepest ``A`` attentions and ``F`` FFNs of layers below the last one; ``--sets A,F`` names several. Ideal is what
+A plan skips the deepest ``A`` attentions and ``F`` FFNs of layers below the last one, and with ``A,F,W`` the attentions of the
+deepest ``W`` that it does not skip have a window; ``--sets`` names several. Ideal is what
 is left to multiply: keys and values, edges and maps counted. What maps hold makes no difference to time, so they are random here.
 
     python -m bench.prompts --model smollm2 --contexts 1024 4096 --sets 10,10 --json bench/results/prompts.json
@@ -19,7 +20,8 @@ import torch
 
 from adaskip_compile.checkpoints import load_checkpoint
 from adaskip_compile.evaluation.timing import take_turns
-from adaskip_compile.fitting.loss_budget import deepest, layers_from_the_end, prompt_flops
+from adaskip_compile.fitting.depths import Depths, layers_from_the_end
+from adaskip_compile.fitting.loss_budget import prompt_flops
 from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.planning.prompt_skips import PromptSkips
 from adaskip_compile.planning.skip_plan import SkipPlan
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     model, _ = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
     prefill, _ = capture_phases(model)
-    plans = {f"{a} attentions, {f} FFNs": _plan(model, prefill.stream, a, f, arguments) for a, f in arguments.sets}
+    plans = {str(one): _plan(model, prefill.stream, one, arguments) for one in arguments.sets}
     rows = [row for context in arguments.contexts for row in _rows(model, prefill, plans, context, arguments)]
     _show(rows, arguments)
     write({"rows": rows}, arguments)
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_parser(str(__doc__), rounds=5)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024], metavar="N", help="tokens of the prompts")
-    parser.add_argument("--sets", type=pair, nargs="+", default=[(10, 10)], metavar="A,F", help="how deep to skip")
+    parser.add_argument(
+        "--sets", type=depths, nargs="+", default=[Depths(10, 10)], metavar="A,F,W", help="how deep to skip"
+    )
     parser.add_argument("--rank", type=int, metavar="N", help="of the maps (default: a quarter of the width)")
     parser.add_argument(
         "--unit-share",
@@ -63,14 +67,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def pair(text: str) -> tuple[int, int]:
-    """Parse how many attentions and how many FFNs."""
-    attentions, ffns = map(int, text.split(","))
-    return attentions, ffns
+def depths(text: str) -> Depths:
+    """Parse how many attentions, how many FFNs, and of how many layers the attentions have a window."""
+    attentions, ffns, *windows = map(int, text.split(","))
+    return Depths(attentions, ffns, *windows)
 
 
-def _plan(model: Any, stream: ResidualStream, attentions: int, ffns: int, arguments: argparse.Namespace) -> SkipPlan:
-    chosen = set(deepest(layers_from_the_end(stream), attentions, ffns))
+def _plan(model: Any, stream: ResidualStream, deep: Depths, arguments: argparse.Namespace) -> SkipPlan:
+    layers = layers_from_the_end(stream)
+    chosen = set(deep.skipped(layers))
     taken = [one for one in stream.sublayers if one.path in chosen]
     width = int(stream.sublayers[0].stream_in.meta["example_value"].shape[-1])
     low_rank, units = arguments.rank or width // 4, round(arguments.unit_share * model.config.intermediate_size)
@@ -81,7 +86,7 @@ def _plan(model: Any, stream: ResidualStream, attentions: int, ffns: int, argume
         for one in taken
     }
     skipped = tuple(SkippedSublayer(one.path, "", None, 1.0, None) for one in taken)
-    return replace(SkipPlan.none(), policy="explicit", prompt=PromptSkips(skipped, maps))
+    return replace(SkipPlan.none(), policy="explicit", prompt=PromptSkips(skipped, maps, windows=deep.windowed(layers)))
 
 
 def _random_map(form: str, width: int, rank: int) -> StreamMap:

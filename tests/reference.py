@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -138,11 +138,23 @@ def _count_tokens(attention: Any, hidden: torch.Tensor, cache: Any) -> None:
 
 @dataclass(frozen=True)
 class Body:
-    """What replaces sublayers for the body of a prompt, by path: b of a, for all but the first and last rows."""
+    """What replaces sublayers for the body of a prompt, by path: b of a, for all but the first and last rows.
+
+    ``windows`` are the tokens that such a row sees in an attention, by path, beside the first ``head``.
+    """
 
     replacements: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
     head: int
     tail: int
+    windows: Mapping[str, int] = field(default_factory=dict)
+
+    def mask(self, path: str, queries: int, keys: int) -> torch.Tensor | None:
+        """Return which keys each query sees, of a prompt that begins with them; None where there is no window."""
+        if path not in self.windows or queries < 4 * (self.head + self.tail):
+            return None
+        query, key = torch.arange(queries)[:, None], torch.arange(keys)
+        near = (query - key < self.windows[path]) | (key < self.head) | (query >= queries - self.tail)
+        return (key <= query) & near
 
     def joined(self, path: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``b`` with the body of its rows made from those of ``a``, where the sublayer at ``path`` is replaced."""
@@ -159,10 +171,20 @@ class BodyInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, stream: ResidualStream, body: Body) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self._ends = {one.stream_out: one for one in stream.sublayers}
+        attention = torch.nn.functional.scaled_dot_product_attention
+        self._attentions = {
+            node: one.path for one in stream.sublayers for node in one.nodes if node.target is attention
+        }
         self._body = body
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if n in self._attentions:
+            operands, how = self.fetch_args_kwargs_from_env(n)
+            mask = self._body.mask(self._attentions[n], *(one.shape[-2] for one in operands[:2]))
+            if mask is not None:
+                how = dict[str, Any](how) | {"attn_mask": mask, "is_causal": False}
+                return nn.functional.scaled_dot_product_attention(*operands, **how)
         if n not in self._ends:
             return value
         return self._body.joined(self._ends[n].path, self.env[self._ends[n].stream_in], value)
@@ -190,6 +212,10 @@ def _body_forward(path: str, layer: Any, body: Body) -> Callable[..., torch.Tens
     gemma = hasattr(layer, "pre_feedforward_layernorm")
 
     def forward(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        held = getattr(kwargs.get(CACHE_NAME), "layers", ())  # a static cache has keys behind those of the prompt
+        keys = getattr(held[0], "max_cache_len", hidden.shape[1]) if held else hidden.shape[1]
+        mask = body.mask(f"{path}.self_attn", hidden.shape[1], keys)
+        kwargs = kwargs if mask is None else {**kwargs, "attention_mask": mask[None, None]}
         mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
         mixed = layer.post_attention_layernorm(mixed) if gemma else mixed
         hidden = body.joined(f"{path}.self_attn", hidden, hidden + mixed)

@@ -36,7 +36,7 @@ def verdict(found: Comparison) -> str:
         f"{in_full['first_token'].median:.2f} times as fast as in eager mode, and each further one {in_full['token'].median:.2f} times."
     )
     budget = next((way for way in found.qualities if way != PAPER), None)
-    if budget is None or not found.plans[budget].prompt.skipped:
+    if budget is None or not found.plans[budget].prompt.named_paths:
         return text
     first = _against_eager(found, budget)["first_token"].median
     return (
@@ -99,13 +99,16 @@ def _qualities(found: Comparison) -> Table:
 
 
 def _sublayers(found: Comparison) -> Table:
-    table = new_table("Skipped", "", "attentions", "FFNs", "where")
+    table = new_table("Skipped", "", "attentions", "FFNs", "windows", "where")
     for way, plan in found.plans.items():
         in_prompt = plan.prompt is not None
         skipped = plan.prompt.skipped if in_prompt else plan.skipped
         ffns = sum(sublayer.kind == "ffn" for sublayer in skipped)
         where = "in the prompt; keys and values are kept" if in_prompt else "throughout; no keys and values"
         added = f" + {len(found.extra)}" if way == PAPER and found.extra else ""
-        add_row(table, way, len(skipped) - ffns, f"{ffns}{added}", where)
-    table.caption = "'adaskip plan' tells which, and what else was tried."
+        windows = len(plan.prompt.windows) if plan.prompt is not None else 0
+        add_row(table, way, len(skipped) - ffns, f"{ffns}{added}", windows, where)
+    table.caption = (
+        "'adaskip plan' tells which, and what else was tried. With a window an attention sees what lies close by."
+    )
     return table

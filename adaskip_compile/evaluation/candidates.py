@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from adaskip_compile.files.model_identity import identify
+from adaskip_compile.fitting.depths import Depths, layers_from_the_end
 from adaskip_compile.fitting.fit import fit
 from adaskip_compile.fitting.joint_order import order_by_loss
-from adaskip_compile.fitting.loss_budget import deepest, layers_from_the_end
 from adaskip_compile.fitting.sequence import SequenceFitter
 from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.planning.planner import plan
@@ -125,7 +125,7 @@ def make_prompt_candidates(
     for one in asked:
         if max(one) > len(layers):
             raise OptionError(f"depths={_text(one)}: this model has {len(layers)} layers below the last")
-        if not deepest(layers, *one):
+        if not Depths(*one).skipped(layers):
             raise OptionError(f"depths={_text(one)}: so deep there is neither attention nor FFN to skip")
     identity = identify(model)
     fitter: SequenceFitter | None = None
@@ -138,8 +138,8 @@ def make_prompt_candidates(
         else:
             if fitter is None:
                 fitter = SequenceFitter(model, samples, max_samples=len(samples))
-                fitter.begin_at(deepest(layers, *(max(depth) for depth in zip(*asked, strict=True))))
-            skips = fitter.fit(deepest(layers, *one), progress=False)
+                fitter.begin_at(Depths(*(max(depth) for depth in zip(*asked, strict=True))).skipped(layers))
+            skips = fitter.fit(Depths(*one).skipped(layers), progress=False)
             made = replace(SkipPlan.none(), policy="prompt", model=identity, prompt=skips)
             made.save(file)
         progress()

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def export(
     identity = identify(model)
     plans = {"prefill": _resolve(plan, model, identity)}
     plans["decode"] = plans["prefill"] if decode_plan is None else _resolve(decode_plan, model, identity)
-    if decode_plan is not None and _prompt_skips(plans["decode"]).skipped:
+    if decode_plan is not None and _prompt_skips(plans["decode"]).named_paths:
         raise PlanError(
             "decode_plan skips for the body of a prompt, which decode never has: give a plan of what decode skips, or none"
         )
@@ -162,6 +162,9 @@ def _specialise(model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: S
     straight = canonicalised(phase.gm)
     stream = straight.stream
     prompt = _prompt_skips(plan) if phase.name == "prefill" else PromptSkips(())
+    windows = len(prompt.windows)
+    # A program runs with PyTorch alone, which has no attention within a window but by a mask of all queries by all keys.
+    prompt = replace(prompt, windows={})
     body = prompt.as_pass(stream.paths) if prompt.skipped else None
     scales, maps = {**plan.scales, **prompt.scales}, {**plan.maps, **prompt.maps}
     result = run_pipeline(straight.gm, stream, _passes(phase, plan, body, scales, stream))
@@ -170,6 +173,8 @@ def _specialise(model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: S
     added = dict(zip((one.name for one in result.added), values, strict=True))
     program = make_program(phase, result.gm, model, steps.cache, added=added)
     notes = () if body is None else tuple(computed_all_the_same(result.gm, result.stream, body))
+    if windows:
+        notes = (*notes, f"{windows} attentions of the plan have a window, and see the whole prompt here")
     return SpecialisedPhase(phase, plan, result, program, notes)
 
 

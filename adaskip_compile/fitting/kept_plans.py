@@ -18,7 +18,7 @@ from adaskip_compile.texts import own_domain
 from adaskip_passes.errors import FileError, ForeignFileError
 
 # Counts the changes of the search that make another plan.
-_SEARCH = 2
+_SEARCH = 3
 
 
 @dataclass(frozen=True)

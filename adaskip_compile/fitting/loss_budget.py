@@ -1,16 +1,18 @@
 """Find what the prompt can skip within a stated loss, its keys and values kept.
 
-In the prompt the deepest layers matter through their keys and values alone, so they go first: the search goes by depth,
-of attentions and FFNs in step, and then of each for itself. What is lost grows with depth, so depths are bisected. Every
-set that is tried has maps fitted for it, and is measured as requests meet it, on texts that the maps have not seen, by
-likelihood and by retrieval: the second falls long before the first. What the first refuses, the second is not asked of.
+The search goes by depth (:mod:`adaskip_compile.fitting.depths`). Where prompts are so long that it pays, deep attentions
+have a window first: what they read lies close by, and that hardly loses a fact, as skipping them does. Then FFNs go, or
+where no attention has a window FFNs and attentions in step, and then each for itself. What is lost grows with depth, so
+depths are bisected. Every set that is tried has maps fitted for it, and is measured as requests meet it, on texts that
+the maps have not seen, by likelihood and by retrieval: the second falls long before the first. What the first refuses,
+the second is not asked of.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,24 +22,26 @@ from torch import fx, nn
 from adaskip_compile.checkpoints.model_config import longest_context
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts, domains_of
+from adaskip_compile.fitting.depths import Depths, layers_from_the_end
 from adaskip_compile.fitting.prompt_quality import PromptJudge
 from adaskip_compile.fitting.sequence import SequenceFitter
 from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
 from adaskip_compile.planning.quality import Answers, Quality
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
-from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import is_finite_number
 from adaskip_compile.profiling.profiling import show_progress
-from adaskip_passes.analysis.flops import count_flops
-from adaskip_passes.errors import OptionError, ProfileError
-from adaskip_passes.stream.stream import ResidualStream
+from adaskip_passes.analysis.flops import count_flops, hidden_flops
+from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 
 log = logging.getLogger(__name__)
 
 # Of the layers below the last one, at most so many are tried, so many first, and depths are told apart to so many.
 _DEEPEST, _FIRST, _RESOLUTION = 1 / 2, 1 / 3, 1 / 16
 _KINDS = ("attentions", "ffns")
+# Windows that make a prompt less than this much cheaper are not worth their loss, of which they may have so large a share:
+# what FFNs lose buys more.
+_WINDOWS_PAY, _WINDOWS_LOSE = 1.03, 1 / 2
 # Maps of gated FFNs have so many of their units: an eighth of the products misses a third less than a low-rank map does.
 _UNIT_SHARE = 1 / 8
 # Sets that a search tries, about: what its bar counts to until it knows better.
@@ -118,6 +122,10 @@ def plans_within_losses(
     return tuple(plans)
 
 
+def _one_deeper(depths: Depths, kind: str) -> Depths:
+    return replace(depths, **{kind: getattr(depths, kind) + 1})
+
+
 @dataclass
 class _Tried:
     """What was fitted for one set, and measured of it: facts only where likelihood kept a budget."""
@@ -132,7 +140,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, texts: BudgetTexts, context: int) -> None:
         self._context = context
-        self._tried: dict[tuple[int, int], _Tried] = {}
+        self._tried: dict[Depths, _Tried] = {}
         measured = texts.to_measure()
         self._fitter = SequenceFitter(model, texts.to_fit(), max_samples=texts.sizes.fitted)
         self._judge = PromptJudge(model, measured.texts, measured.needles)
@@ -145,57 +153,70 @@ class _Search:
             )
         self._layers = layers_from_the_end(self._judge.prompt_graph.stream)
         self._most = min(len(self._layers), max(1, round(_DEEPEST * len(self._layers))))
-        self._fitter.begin_at(deepest(self._layers, self._most, self._most))
+        self._fitter.begin_at(Depths(self._most, self._most).skipped(self._layers))
 
     def trades(self, max_loss: float) -> Iterator[tuple[Trade, PromptSkips]]:
-        """Yield what was tried: first both kinds in step, then each kind deeper than the other, what gains more first."""
+        """Yield what was tried: windows, then what buys more in step, then each kind deeper than the other, what gains more first."""
         first = round(_FIRST * len(self._layers))
-        reached = yield from self._deepest(max_loss, 0, first, _KINDS, {})
-        depths = dict.fromkeys(_KINDS, reached)
-        for kind in sorted(_KINDS, key=lambda kind: self._gain(kind, depths), reverse=True):
-            depths[kind] = yield from self._deepest(max_loss, depths[kind], None, (kind,), depths)
+        depths = Depths()
+        if self._gain(Depths(windows=self._most)) >= _WINDOWS_PAY:
+            share = _WINDOWS_LOSE * max_loss
+            depths = yield from self._deepest(share, depths, self._most, ("windows",))
+        in_step, others = (("ffns",), ("attentions",)) if depths.windows else (_KINDS, _KINDS)
+        depths = yield from self._deepest(max_loss, depths, first, in_step)
+        for kind in sorted(others, key=lambda kind: self._gain(_one_deeper(depths, kind)), reverse=True):
+            depths = yield from self._deepest(max_loss, depths, None, (kind,))
 
     def _deepest(
-        self,
-        max_loss: float,
-        reached: int,
-        first: int | None,
-        kinds: Sequence[str],
-        others: Mapping[str, int],
-    ) -> Generator[tuple[Trade, PromptSkips], None, int]:
-        """Yield tries of ``kinds`` in step at depths above ``reached``, by bisection; return the deepest within the budget."""
-        over = self._most + 1
+        self, max_loss: float, depths: Depths, first: int | None, kinds: Sequence[str]
+    ) -> Generator[tuple[Trade, PromptSkips], None, Depths]:
+        """Yield tries of ``kinds`` in step, deeper than ``depths``, by bisection; return the deepest within the budget."""
+        reached, over = getattr(depths, kinds[0]), self._most + 1
         step = max(1, round(_RESOLUTION * len(self._layers)))
         while over - reached > step:
             depth = min(max(first or (reached + over) // 2, reached + 1), over - 1)
             first = None
-            depths = {**others, **dict.fromkeys(kinds, depth)}
-            if not deepest(self._layers, **depths):
-                return reached  # neither attentions nor stateless sublayers so deep
+            deeper = replace(depths, **dict.fromkeys(kinds, depth))
+            if deeper.named(self._layers) == depths.named(self._layers):
+                return depths  # neither attentions nor stateless sublayers so deep
             try:
-                trade, skips = self._try(max_loss, **depths)
-            except ProfileError as error:
-                log.warning("%d attentions and %d FFNs cannot be skipped: %s", *depths.values(), error)
+                trade, skips = self._try(max_loss, deeper)
+            except (ProfileError, LegalityError) as error:
+                log.warning("%s cannot be left out: %s", deeper, error)
                 over = depth
                 continue
             yield trade, skips
-            reached, over = (depth, over) if trade.within else (reached, depth)
-        return reached
+            if trade.within:
+                reached, depths = depth, deeper
+            else:
+                over = depth
+        return depths
 
-    def _gain(self, kind: str, depths: Mapping[str, int]) -> float:
-        deeper = {**depths, kind: depths[kind] + 1}
-        skipped = tuple(SkippedSublayer(path, "", None, 1.0, None) for path in deepest(self._layers, **deeper))
-        return self._speedup(PromptSkips(skipped))
+    def _gain(self, depths: Depths) -> float:
+        """Return how much less a prompt multiplies at ``depths``, maps not counted."""
+        paths = depths.skipped(self._layers)
+        skipped = tuple(SkippedSublayer(path, "", None, 1.0, None) for path in paths)
+        return self._speedup(PromptSkips(skipped, windows=depths.windowed(self._layers)))
 
-    def _try(self, max_loss: float, attentions: int, ffns: int) -> tuple[Trade, PromptSkips]:
-        if (attentions, ffns) not in self._tried:
-            paths = deepest(self._layers, attentions, ffns)
-            skips = self._fitter.fit(paths, unit_share=_UNIT_SHARE, progress=False)
+    def _try(self, max_loss: float, depths: Depths) -> tuple[Trade, PromptSkips]:
+        if depths not in self._tried:
+            skips = self._fitter.fit(
+                depths.skipped(self._layers),
+                unit_share=_UNIT_SHARE,
+                windows=depths.windowed(self._layers),
+                progress=False,
+            )
             losses = self._judge.continuations(replace(SkipPlan.none(), prompt=skips))
-            quality = Quality.of(losses, self._full_losses)
-            self._tried[attentions, ffns] = _Tried(skips, quality)
-        tried = self._tried[attentions, ffns]
-        trade = Trade(attentions, ffns, self._speedup(tried.skips), within=False, quality=tried.quality)
+            self._tried[depths] = _Tried(skips, Quality.of(losses, self._full_losses))
+        tried = self._tried[depths]
+        trade = Trade(
+            depths.attentions,
+            depths.ffns,
+            self._speedup(tried.skips),
+            within=False,
+            quality=tried.quality,
+            windows=max(0, depths.windows - depths.attentions),
+        )
         return self._with_answers(trade, tried) if tried.quality.loss <= max_loss else trade, tried.skips
 
     def _with_answers(self, trade: Trade, tried: _Tried) -> Trade:
@@ -244,23 +265,9 @@ def confirm(
 
 
 def prompt_flops(gm: fx.GraphModule, tokens: int) -> float:
-    """Return the floating-point operations of a prompt graph for one prompt of ``tokens`` tokens and an empty cache."""
-    total = sympy.Add(*map(count_flops, gm.graph.nodes))
+    """Return the floating-point operations of a prompt graph for one prompt of ``tokens`` tokens and an empty cache.
+
+    What causality hides from an attention does not count.
+    """
+    total = sympy.Add(*(count_flops(node) - hidden_flops(node) for node in gm.graph.nodes))
     return float(total.xreplace(dict.fromkeys(total.free_symbols, sympy.Integer(tokens))))
-
-
-def layers_from_the_end(stream: ResidualStream) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """Return (attentions, FFNs) of each layer but the last, deepest first; the last runs for the last row alone anyway."""
-    kinds = {one.path: one for one in stream.sublayers}
-    found = []
-    for layer in reversed(find_layers(stream.paths)[:-1]):
-        attentions = tuple(path for path in layer if kinds[path].kind == "attention")
-        stateless = tuple(path for path in layer if not kinds[path].stateful)
-        found.append((attentions, stateless))
-    return tuple(found)
-
-
-def deepest(layers: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], attentions: int, ffns: int) -> tuple[str, ...]:
-    """Return the paths of the attentions of so many deepest ``layers``, and of the FFNs of so many."""
-    chosen = [path for layer in layers[:attentions] for path in layer[0]]
-    return (*chosen, *(path for layer in layers[:ffns] for path in layer[1]))

@@ -79,8 +79,8 @@ class PromptLearner:
             note(f"prompts skip nothing: {type(error).__name__}: {error}")
         else:
             self._session.use(plan)
-            count = 0 if plan.prompt is None else len(plan.prompt.skipped)
-            note(f"found with {len(self._prompts)} prompts: the bodies of new ones skip {count} sublayers")
+            count = 0 if plan.prompt is None else len(plan.prompt.named_paths)
+            note(f"found with {len(self._prompts)} prompts: the bodies of new ones skip something in {count} sublayers")
             self._keep(plan)
         self._prompts.clear()
         if self._model._compiled_call_impl is self:

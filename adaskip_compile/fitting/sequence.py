@@ -8,7 +8,7 @@ what the maps before it have done wrong. Fitted one by one, each on the full mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from adaskip_compile.profiling.profiling import run_samples, show_progress
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from adaskip_passes.ir.graph import output_values
-from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipeline.pipeline import PipelineResult, run_pipeline
 from adaskip_passes.pipelines import CANONICALISE, CUT, USE_KERNELS, canonicalised
+from adaskip_passes.specialise.skip_body_rows import SkipBodyRows
 from adaskip_passes.stream.stream import ResidualStream
 
 # One sample in so many is held out, to choose the ridge and to tell the error.
@@ -46,6 +47,7 @@ def fit_prompt_skips(
     head: int = HEAD,
     tail: int = TAIL,
     in_sequence: bool = True,
+    windows: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> PromptSkips:
     """Return what skips ``paths`` for the body of a prompt, with a map for each, fitted on ``samples``.
@@ -67,18 +69,27 @@ def fit_prompt_skips(
         head: How many first rows run in full.
         tail: How many last rows run in full.
         in_sequence: Whether a map takes the stream as the maps before it leave it; otherwise the full model's, to compare.
+        windows: By path, how many tokens a token of the body sees in an attention that is not skipped
+            (:class:`~adaskip_compile.planning.prompt_skips.PromptSkips`); the maps after it make up for what it misses.
         progress: Whether to show a bar on a terminal.
 
     Raises:
         OptionError: The rank or the share makes no sense.
         UnknownSublayerError: The model has no sublayer of that path.
-        LegalityError: A sublayer carries a state that cannot be kept without running it.
+        LegalityError: A sublayer carries a state that cannot be kept without running it, or takes no window.
         ProfileError: No samples, texts without a tokenizer, a sample too short, or a stream that overflows.
         CaptureError: The model is not captured as one graph.
     """
     fitter = SequenceFitter(model, samples, tokenizer=tokenizer, max_samples=max_samples)
     return fitter.fit(
-        paths, rank=rank, unit_share=unit_share, head=head, tail=tail, in_sequence=in_sequence, progress=progress
+        paths,
+        rank=rank,
+        unit_share=unit_share,
+        head=head,
+        tail=tail,
+        in_sequence=in_sequence,
+        windows=windows,
+        progress=progress,
     )
 
 
@@ -126,9 +137,11 @@ class SequenceFitter:
         head: int = HEAD,
         tail: int = TAIL,
         in_sequence: bool = True,
+        windows: Mapping[str, int] | None = None,
         progress: bool = True,
     ) -> PromptSkips:
         """Return what skips ``paths`` for the body of a prompt, with a map for each."""
+        windows = windows or {}
         if self._least <= head + tail:
             raise ProfileError(
                 f"a sample has {self._least} tokens; maps of a prompt's body need more than {head + tail}"
@@ -144,22 +157,25 @@ class SequenceFitter:
         if not is_finite_number(unit_share) or not 0 <= unit_share <= 1:
             raise OptionError(f"unit_share={unit_share!r}: takes a share of an FFN's units, from 0 to 1")
         chosen = [sublayer for sublayer in stream.sublayers if sublayer.path in set(paths)]
-        if chosen and chosen[0].index < self._at:
-            raise OptionError(f"{chosen[0].path} lies before the sublayer at which this fitter begins")
-        runs = [_TwoStreams(steps.fork(), in_sequence) for steps in self._begun]
+        windowed = {stream.by_path(path) for path in windows}
+        for sublayer in (*chosen, *windowed):
+            if sublayer.index < self._at:
+                raise OptionError(f"{sublayer.path} lies before the sublayer at which this fitter begins")
+        with_windows = self._collector.with_windows(windows, head, tail)
+        runs = [_TwoStreams(steps.fork(), in_sequence, with_windows) for steps in self._begun]
         maps: dict[str, StreamMap] = {}
         last = chosen[-1].index if chosen else -1
         ahead = stream.sublayers[self._at : last + 1]
         for sublayer in show_progress(ahead, len(ahead), progress, "fitting"):
             with torch.no_grad():
                 for run in runs:
-                    run.advance()
+                    run.advance(apart=sublayer in windowed)
                 if sublayer in chosen:
                     maps[sublayer.path] = self._fitted(sublayer.path, runs, asked, unit_share, head)
                     for run in runs:
                         run.replace(maps[sublayer.path], head, tail)
         skipped = tuple(SkippedSublayer(one.path, one.kind, one.stateful, 1.0, None) for one in chosen)
-        return PromptSkips(skipped, maps, head, tail)
+        return PromptSkips(skipped, maps, head, tail, windows=dict(windows))
 
     def _fitted(self, path: str, runs: Sequence[_TwoStreams], rank: int, unit_share: float, head: int) -> StreamMap:
         width, device = runs[0].before.shape[-1], runs[0].before.device
@@ -202,6 +218,7 @@ class _Collector:
         self.streams: list[ResidualStream] = []
         self.runs = 0
         self._first: fx.GraphModule | None = None
+        self._whole: dict[fx.GraphModule, PipelineResult] = {}
         self._calls: list[tuple[fx.GraphModule, ResidualStream, tuple[Any, ...]]] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -209,6 +226,8 @@ class _Collector:
         self.streams.append(canonical.stream)
         self._first = self._first or gm
         wiring = None if canonical.stream.problems else run_pipeline(canonical.gm, canonical.stream, CUT)
+        if wiring is not None:
+            self._whole[wiring.gm] = canonical
 
         def run(*values: Any) -> Any:
             self.runs += 1
@@ -232,6 +251,18 @@ class _Collector:
         plain = canonicalised(self._first)  # no kernels of ours stand in for what is looked for
         return UnitFinder(plain.gm, plain.stream, self._calls[0][2])
 
+    def with_windows(self, windows: Mapping[str, int], head: int, tail: int) -> dict[fx.GraphModule, PipelineResult]:
+        """Return of each graph the same one with ``windows`` in it: node by node, for nothing but operands differs."""
+        body = SkipBodyRows(head=head, tail=tail, windows=tuple(windows.items()))
+        found = {gm: run_pipeline(one.gm, one.stream, (body, *CUT)) for gm, one in self._whole.items() if windows}
+        for one in found.values():
+            for path in windows:
+                if path not in one.stream.windowed:
+                    raise LegalityError(
+                        f"{path}: its attention is not known to be causal and no more: it takes no window"
+                    )
+        return found
+
     def steps(self) -> Iterator[_Steps]:
         """Yield what runs each sample sublayer by sublayer."""
         for gm, stream, values in self._calls:
@@ -254,9 +285,13 @@ class _Steps:
     def _read_by(self, node: fx.Node) -> list[fx.Node]:
         return [*node.all_input_nodes, *([self._ends[node].stream_in] if node in self._ends else [])]
 
-    def fork(self) -> _Steps:
-        """Return the same place on the same way."""
-        return _Steps(self._gm, self._stream, dict(self._values), self._at)
+    def fork(self, others: Mapping[fx.GraphModule, PipelineResult] | None = None) -> _Steps:
+        """Return the same place on the same way, or in the graph that ``others`` give for this one."""
+        if not others:
+            return _Steps(self._gm, self._stream, dict(self._values), self._at)
+        other = others[self._gm]
+        images = dict(zip(self._nodes, other.gm.graph.nodes, strict=True))
+        return _Steps(other.gm, other.stream, {images[node]: value for node, value in self._values.items()}, self._at)
 
     def run_sublayer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run on to the end of the next sublayer; return the stream before and after it."""
@@ -285,12 +320,14 @@ class _TwoStreams:
     before: torch.Tensor
     wanted: torch.Tensor
 
-    def __init__(self, full: _Steps, in_sequence: bool) -> None:
-        self._full, self._in_sequence = full, in_sequence
+    def __init__(self, full: _Steps, in_sequence: bool, with_windows: Mapping[fx.GraphModule, PipelineResult]) -> None:
+        self._full, self._in_sequence, self._with_windows = full, in_sequence, with_windows
         self._skipping: _Steps | None = None
 
-    def advance(self) -> None:
-        """Run both through the next sublayer; they are one until the first is replaced."""
+    def advance(self, *, apart: bool) -> None:
+        """Run both through the next sublayer; they are one until one is replaced, or they go ``apart`` in it."""
+        if apart:
+            self._part()
         full_before, self.wanted = self._full.run_sublayer()
         self._own_before, self._own_after = full_before, self.wanted
         if self._skipping is not None:
@@ -299,8 +336,12 @@ class _TwoStreams:
 
     def replace(self, one: StreamMap, head: int, tail: int) -> None:
         """Put ``one`` in the place of the sublayer for the body of the skipping model."""
-        if self._skipping is None:
-            self._skipping = self._full.fork()
+        skipping = self._part()
         a, b = self._own_before, self._own_after
         body = one(a[:, head:-tail])
-        self._skipping.set_stream(torch.cat([b[:, :head], body.to(b.dtype), b[:, -tail:]], 1))
+        skipping.set_stream(torch.cat([b[:, :head], body.to(b.dtype), b[:, -tail:]], 1))
+
+    def _part(self) -> _Steps:
+        if self._skipping is None:
+            self._skipping = self._full.fork(self._with_windows)
+        return self._skipping

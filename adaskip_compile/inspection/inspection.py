@@ -79,7 +79,7 @@ class Inspection:
     """What was found in one model. ``rest`` is the cost by phase of all that is in no sublayer.
 
     ``longest`` is the longest context that the model is made for, None where it does not say. ``body_left`` is by path what a
-    prompt still costs of each sublayer that the plan skips for its body: keys and values, edges, and what stands
+    prompt still costs of each sublayer that the plan skips for its body, or gives a window: keys and values, edges, and what stands
     for it.
     """
 
@@ -114,7 +114,7 @@ class Inspection:
         return self.plan.paths_at(math.inf) if self.plan is not None else frozenset()
 
     def saved_shares(self, phase: str, context: int) -> dict[str, float]:
-        """Return by path what share of a sublayer's operations a prompt of ``context`` tokens saves where its body skips it."""
+        """Return by path what share of a sublayer's operations a prompt of ``context`` tokens saves where its body skips it, or sees a window."""
         prompt = None if self.plan is None else self.plan.prompt
         if phase != "prefill" or prompt is None or not prompt.apply_to(context):
             return {}
@@ -240,14 +240,14 @@ def _with_plan(found: Inspection, plan: SkipPlan) -> Inspection:
 
 
 def _left_of_body(graph: PhaseGraph, plan: SkipPlan) -> dict[str, Cost]:
-    if plan.prompt is None or not plan.prompt.skipped:
+    if plan.prompt is None or not plan.prompt.named_paths:
         return {}
     body = plan.prompt.as_pass(graph.stream.paths)
     graph = _with_rows(graph, body)
     result = run_pipeline(graph.gm, graph.stream, row_passes(body))
     costs = find_model_costs({graph.phase: (result.gm, result.stream)})
     left = {one.path: costs.groups[one.group].cost[graph.phase] for one in costs.sublayers}
-    return {path: left[path] for path in result.stream.body_skipped}
+    return {path: left[path] for path in (*result.stream.body_skipped, *result.stream.windowed)}
 
 
 def _with_rows(graph: PhaseGraph, body: SkipBodyRows) -> PhaseGraph:
@@ -266,7 +266,7 @@ def _dry_run(graph: PhaseGraph, found: Inspection) -> Iterable[PassStep]:
     for phase, skipped, probes in runs:
         paths = tuple(path for path in graph.stream.paths if path in skipped)
         passes = skip_passes(paths, probes, found.plan.map_forms(paths))
-        if phase == "prefill" and found.plan.prompt is not None and found.plan.prompt.skipped:
+        if phase == "prefill" and found.plan.prompt is not None and found.plan.prompt.named_paths:
             body = found.plan.prompt.as_pass(graph.stream.paths)
             graph, passes = _with_rows(graph, body), (*row_passes(body), *passes)
         yield from _steps(graph, phase, passes)

@@ -77,7 +77,7 @@ def predictions(found: Inspection, timer: Timer, context: int) -> list[dict[str,
 def phase_states(found: Inspection, one: InspectedSublayer) -> dict[str, str] | None:
     """Return whether a sublayer is kept or skipped in each phase of a request; None without a plan.
 
-    ``body`` is skipped for the body of a prompt alone, keys and values kept.
+    ``body`` is skipped for the body of a prompt alone, keys and values kept, or has a window there.
     """
     if one.skipped is None:
         return None
@@ -145,5 +145,5 @@ def _plan(found: Inspection) -> dict[str, Any]:
         **found.plan.to_dict(),
         "model": None,
         "watched": sorted(found.watched),
-        "prompt_from": None if prompt is None or not prompt.skipped else prompt.least_rows,
+        "prompt_from": None if prompt is None or not prompt.named_paths else prompt.least_rows,
     }

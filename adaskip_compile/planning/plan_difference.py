@@ -60,6 +60,7 @@ def _said_of(plan: SkipPlan, path: str) -> str:
         said += [
             f"prompt, {_instead(one, plan.prompt.maps.get(path))}" for one in plan.prompt.skipped if one.path == path
         ]
+        said += [f"prompt, sees {plan.prompt.windows[path]} tokens"] if path in plan.prompt.windows else []
     said += [f"throughout, {_instead(one, plan.maps.get(path))}" for one in plan.skipped if one.path == path]
     for step in plan.ramp:
         begun = f"from decoded token {step.after} on"

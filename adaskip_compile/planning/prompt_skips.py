@@ -2,7 +2,8 @@
 
 The rows of a prompt are its tokens. The first ``head`` and the last ``tail`` of them run in full. For the others, the
 body, a skipped FFN does not run, and of a skipped attention only what makes keys and values, from the stream as it is
-then. So the cache has no holes, and whatever comes after the prompt may run in full.
+then. Of other attentions they may see a window of the tokens before them alone. So the cache has no holes, and whatever
+comes after the prompt may run in full.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Trade:
         speedup: How much less a prompt multiplies, its keys and values, its edges and the maps counted.
         within: Whether it keeps the budget.
         quality: What it was measured to lose; of facts nothing where likelihood alone is over the budget.
+        windows: Of how many deepest layers the attentions see a window, those that are skipped not counted.
     """
 
     attentions: int
@@ -43,17 +45,18 @@ class Trade:
     speedup: float
     within: bool
     quality: Quality
+    windows: int = 0
 
     def __str__(self) -> str:
         quality = self.quality
         answers = "-" if quality.answer_loss is None else f"{quality.answer_loss:+.3f}"
         return (
-            f"{self.attentions:>10} {self.ffns:>5}  {quality.perplexity:>17}  {quality.retrieval:>14}  {answers:>7}  "
+            f"{self.attentions:>10} {self.windows:>8} {self.ffns:>5}  {quality.perplexity:>17}  {quality.retrieval:>14}  {answers:>7}  "
             f"{self.speedup:>7.2f}x  {'within' if self.within else 'over'}"
         )
 
 
-TRADES_HEADING = "attentions  FFNs         perplexity   needles found  answers  speed-up  budget"
+TRADES_HEADING = "attentions  windows  FFNs         perplexity   needles found  answers  speed-up  budget"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class PromptSkips:
         tail: How many last rows run in full, 1 or more.
         measured: What this set was measured to lose, and what it gains; None where it was not.
         frontier: All sets that were tried with it.
+        windows: By path, how many tokens before it (itself counted) a token of the body sees in an attention that runs;
+            the first ``head`` are always seen. An attention that hides more by itself stays as it is.
 
     Raises:
         PlanError: A sublayer is named twice, a map is of one that is not skipped, or a number makes no sense.
@@ -79,11 +84,17 @@ class PromptSkips:
     tail: int = TAIL
     measured: Trade | None = None
     frontier: tuple[Trade, ...] = ()
+    windows: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for path in self.paths:
             if self.paths.count(path) > 1:
                 raise PlanError(f"the prompt skips {path} {self.paths.count(path)} times; name it once")
+        for path, window in self.windows.items():
+            if path in self.paths:
+                raise PlanError(f"the prompt skips {path}, and a window is given for it: one of them")
+            if type(window) is not int or window < 1:
+                raise PlanError(f"the window of {path} is {window!r}; it takes a number of tokens, 1 or more")
         for path in self.maps:
             if path not in self.paths:
                 raise PlanError(f"a map is given for {path}, which the prompt does not skip")
@@ -98,6 +109,11 @@ class PromptSkips:
         return tuple(sublayer.path for sublayer in self.skipped)
 
     @property
+    def named_paths(self) -> tuple[str, ...]:
+        """The paths of the sublayers of which the body leaves something out: those skipped, and those with a window."""
+        return (*self.paths, *self.windows)
+
+    @property
     def scales(self) -> dict[str, float]:
         """The scale of each skipped sublayer, by path."""
         return {sublayer.path: sublayer.scale for sublayer in self.skipped}
@@ -105,7 +121,10 @@ class PromptSkips:
     def as_pass(self, stream_paths: Iterable[str]) -> SkipBodyRows:
         """Return the pass that skips so; ``stream_paths`` are all of the stream, in order."""
         forms = tuple((path, self.maps[path].form, self.maps[path].rank) for path in self.paths if path in self.maps)
-        return SkipBodyRows(tuple(path for path in stream_paths if path in self.paths), forms, self.head, self.tail)
+        stream_paths = tuple(stream_paths)
+        windows = tuple((path, self.windows[path]) for path in stream_paths if path in self.windows)
+        skipped = tuple(path for path in stream_paths if path in self.paths)
+        return SkipBodyRows(skipped, forms, self.head, self.tail, windows)
 
     @property
     def least_rows(self) -> int:
@@ -117,7 +136,7 @@ class PromptSkips:
 
         So do the few tokens that a draft proposes, which are no prompt.
         """
-        return bool(self.skipped) and rows >= self.least_rows
+        return bool(self.named_paths) and rows >= self.least_rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return what it says as JSON holds it; of maps their form, rank and error."""
@@ -127,5 +146,8 @@ class PromptSkips:
 
 def computed_all_the_same(gm: fx.GraphModule, stream: ResidualStream, body: SkipBodyRows) -> Iterator[str]:
     """Yield a note for each sublayer that ``body`` skips in the graph, and that is computed of the whole prompt all the same."""
+    for path, window in body.windows:
+        if path not in stream.windowed:
+            yield f"{path}: its attention is not known to be causal and no more, so a window of {window} tokens is not used"
     for path, operation in stopped_at(gm, stream, body.head + body.tail):
         yield f"{path}: {operation} is not known to work row by row, so what it needs is computed of the whole prompt"

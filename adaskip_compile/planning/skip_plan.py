@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import nn
@@ -89,7 +89,7 @@ class SkipPlan(ShownAsText):
 
     def __post_init__(self) -> None:
         _require_once(sublayer.path for sublayer in self.skipped)
-        for path in () if self.prompt is None else self.prompt.paths:
+        for path in () if self.prompt is None else self.prompt.named_paths:
             if path in self.paths:
                 raise PlanError(
                     f"the plan skips {path} with a hole in the cache, and with its keys and values kept: one of them"
@@ -121,7 +121,7 @@ class SkipPlan(ShownAsText):
     @property
     def named_paths(self) -> tuple[str, ...]:
         """The paths of all sublayers that the plan names, those of the prompt's body included."""
-        return tuple(dict.fromkeys((*self.all_paths, *(() if self.prompt is None else self.prompt.paths))))
+        return tuple(dict.fromkeys((*self.all_paths, *(() if self.prompt is None else self.prompt.named_paths))))
 
     @property
     def all_scales(self) -> dict[str, float]:
@@ -216,7 +216,7 @@ class SkipPlan(ShownAsText):
             yield "tried for the prompt, its keys and values kept:"
             yield TRADES_HEADING
             yield from map(str, self.prompt.frontier)
-        if not self.prompt.skipped:
+        if not self.prompt.named_paths:
             yield (
                 "none keeps the budget and is faster: the prompt runs in full"
                 if self.prompt.frontier
@@ -228,8 +228,15 @@ class SkipPlan(ShownAsText):
             for which, number in (("first", self.prompt.head), ("last", self.prompt.tail))
             if number
         )
-        yield f"the prompt skips {_counted(len(self.prompt.skipped), 'sublayer')} for all but {rows}, and keeps its keys and values; policy: {self.policy}"
+        left_out = [f"skips {_counted(len(self.prompt.skipped), 'sublayer')}"] if self.prompt.skipped else []
+        if self.prompt.windows:
+            left_out.append(f"looks back no further than a window in {_counted(len(self.prompt.windows), 'attention')}")
+        yield f"the prompt {' and '.join(left_out)} for all but {rows}, and keeps its keys and values; policy: {self.policy}"
         yield from self._table(self.prompt.skipped, self.prompt.maps)
+        for window, paths in groupby(
+            sorted(self.prompt.windows, key=self.prompt.windows.__getitem__), self.prompt.windows.__getitem__
+        ):
+            yield f"a window of {_counted(window, 'token')}: {', '.join(paths)}"
 
     def _request_lines(self) -> Iterable[str]:
         if not self.all_paths:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import fx, nn
 
+from adaskip_compile.capture.dynamo import constant_floats
 from adaskip_compile.capture.graph_breaks import GraphBreaks
 from adaskip_compile.costs.model_costs import ModelCosts, costs_of_prefill
 from adaskip_compile.files.model_identity import identify, unwrapped
@@ -114,7 +115,7 @@ def run_samples(
     def forward(ids: torch.Tensor) -> Any:
         return model._call_impl(ids, **_cheap_arguments(model))
 
-    compiled = torch.compile(forward, backend=naming(model, backend), dynamic=True)
+    compiled = constant_floats(torch.compile(forward, backend=naming(model, backend), dynamic=True))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device.type == "meta":
         raise CaptureError("the model is on the meta device, where it holds no weights to run with: load them first")

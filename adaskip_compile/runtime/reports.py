@@ -61,7 +61,8 @@ class RequestReport:
     added by now, and what the window added. ``resumed`` are those of the prefill set that run again.
     ``kv_bytes`` is the memory that its cache held after its last step, room to grow included. ``captures`` says which
     graphs had to be captured while it ran, and why; none in steady state. ``prompt_skipped`` maps what is skipped with
-    keys and values kept to scales, for ``body_tokens`` tokens of each row. ``began`` is when it began, in seconds on the
+    keys and values kept to scales, for ``body_tokens`` tokens of each row; ``prompt_windows`` the attentions that see a
+    window there to how many tokens they see. ``began`` is when it began, in seconds on the
     process's own clock.
     """
 
@@ -78,6 +79,7 @@ class RequestReport:
     ramped: dict[str, float] = field(default_factory=dict)
     resumed: tuple[str, ...] = ()
     prompt_skipped: dict[str, float] = field(default_factory=dict)
+    prompt_windows: dict[str, int] = field(default_factory=dict)
     body_tokens: int = 0
     began: float = 0.0
 
@@ -183,6 +185,7 @@ def _request_report(request: Request) -> RequestReport:
         ramped={path: scale for path, scale in request.scales.items() if path not in request.plan.scales},
         resumed=tuple(path for path in request.plan.paths if path not in request.scales),
         prompt_skipped={} if request.plan.prompt is None else request.plan.prompt.scales,
+        prompt_windows={} if request.plan.prompt is None else dict(request.plan.prompt.windows),
         body_tokens=request.body_tokens,
         began=request.began,
     )
@@ -217,9 +220,10 @@ def _session_text(session: SessionReport) -> str:
         lines.extend(
             [f"          since decoding: {ramped} more skipped, {resumed} run again"] if ramped or resumed else []
         )
-        if request.prompt_skipped:
+        if request.prompt_skipped or request.prompt_windows:
+            windows = f", {len(request.prompt_windows)} attentions within a window" if request.prompt_windows else ""
             lines.append(
-                f"          prompt: {len(request.prompt_skipped)} skipped for {request.body_tokens} of "
+                f"          prompt: {len(request.prompt_skipped)} skipped{windows} for {request.body_tokens} of "
                 f"{request.tokens['prefill']} tokens, keys and values kept"
             )
         captured = ", ".join(capture.partition(":")[0] for capture in request.captures)

@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from adaskip_passes.ir.graph import fake_tensor, op_name, size_expression
+from adaskip_passes.kernels.banded_attention import band_of
 
-__all__ = ["count_flops", "shape_of", "sizes_product"]
+__all__ = ["count_flops", "hidden_flops", "shape_of", "sizes_product"]
 
 Shape = tuple[sympy.Expr, ...]
 
@@ -40,6 +41,19 @@ def count_flops(node: fx.Node) -> sympy.Expr:
         return sympy.Integer(0)
     rule = _RULES.get(op_name(node))
     return sympy.Integer(0) if rule is None else rule(node)
+
+
+def hidden_flops(node: fx.Node) -> sympy.Expr:
+    """Return how many of :func:`count_flops` causality hides, of a prompt's attention with as many keys as queries.
+
+    Kernels leave them out, to within a block; a mask they multiply in full.
+    """
+    causal = op_name(node) == "scaled_dot_product_attention" and bool(_argument(node, 5, "is_causal"))
+    if not causal and op_name(node) != "banded_attention":
+        return sympy.Integer(0)
+    query, key, value = (shape_of(_argument(node, index, name)) for index, name in enumerate(("query", "key", "value")))
+    window = key[-2] if causal else sympy.Min(band_of(node).window, key[-2])
+    return sizes_product(query[:-2]) * window * (window - 1) * (query[-1] + value[-1])
 
 
 def _argument(node: fx.Node, index: int, *names: str) -> Any:
@@ -66,9 +80,10 @@ def _attention(node: fx.Node) -> sympy.Expr:
 
 
 def _banded_attention(node: fx.Node) -> sympy.Expr:
-    query, key, value = map(shape_of, node.args[:3])
-    seen = sympy.Min(node.args[4], key[-2])
-    return 2 * sizes_product(query[:-1]) * seen * (query[-1] + value[-1])
+    band = band_of(node)
+    query, key, value = map(shape_of, (band.query, band.key, band.value))
+    seen = (query[-2] - band.tail) * sympy.Min(band.window + band.sinks, key[-2]) + band.tail * key[-2]
+    return 2 * sizes_product(query[:-2]) * seen * (query[-1] + value[-1])
 
 
 def _convolution(node: fx.Node) -> sympy.Expr:

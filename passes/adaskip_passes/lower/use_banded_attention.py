@@ -10,7 +10,6 @@ The operation chooses as it runs, by the number of queries and by what the machi
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,11 +18,9 @@ from torch import fx
 
 from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments
 from adaskip_passes.kernels import onednn
-from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
+from adaskip_passes.kernels.banded_attention import ALL_KEYS, BANDED_ATTENTION
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.stream import ResidualStream
-
-_ALL_KEYS = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class UseBandedAttention:
         found = [node for node in gm.graph.find_nodes(op="call_function", target=attention) if _is_of_any_prompt(node)]
         for node in found:
             given = named_arguments(node, ATTENTION_ARGUMENTS)
-            operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), 0, _ALL_KEYS, given.get("scale")
+            operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), 0, ALL_KEYS, given.get("scale")
             node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
         return PassResult(stream, bool(found), len(found))
 

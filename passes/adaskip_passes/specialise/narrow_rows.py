@@ -35,7 +35,7 @@ from adaskip_passes.ir.graph import (
     size_expression,
     tensor_of,
 )
-from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION, band_of
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.needed_rows import ALL, NeededRows, count_of_queries, hides_by_position, needed_rows
 from adaskip_passes.stream.stream import ResidualStream
@@ -179,16 +179,18 @@ class _Narrowing:
 
     def _mask(self, new: fx.Node, node: fx.Node, rows: Rows) -> None:
         """Let the queries that are left see the keys that they saw, by a mask of their positions."""
-        given = named_arguments(new, ATTENTION_ARGUMENTS)
+        given: dict[str, Any] = named_arguments(new, ATTENTION_ARGUMENTS)
         first: Any = 0
         window: Any = None
         if node.target is BANDED_ATTENTION:
-            *operands, first, window, scale = new.args
-            given = dict(zip(ATTENTION_ARGUMENTS, operands, strict=False)) | {"scale": scale}
+            band = band_of(new)
+            given = {"query": band.query, "key": band.key, "value": band.value, "scale": band.scale}
             given["enable_gqa"] = _groups(node)
+            # With a tail, the rows that are left are of it, or so early that no window hides a key from them.
+            first, window = band.first, None if band.tail else band.window
             new.target = torch.nn.functional.scaled_dot_product_attention
         query, key = (tensor_of(named_arguments(node, ATTENTION_ARGUMENTS)[name]) for name in ("query", "key"))
-        sees_all = window is None and not rows.head and rows.tail == 1
+        sees_all = first == 0 and window is None and not rows.head and rows.tail == 1
         if sees_all and size_expression(query.shape[-2]) == size_expression(key.shape[-2]):
             mask = None
         else:

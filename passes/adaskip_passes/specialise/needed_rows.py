@@ -26,7 +26,7 @@ from adaskip_passes.ir.graph import (
     size_expression,
     tensor_of,
 )
-from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
+from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION, band_of
 from adaskip_passes.specialise.narrow_branch import NarrowBranch
 from adaskip_passes.specialise.token_branches import TokenBranch, TokenBranches
 from adaskip_passes.stream.stream import ResidualStream
@@ -122,7 +122,7 @@ class _Demand:
             return None
         if any(self._effects.roots[operand] in self._written for operand, _ in found):
             return None
-        return found if _can_be_narrowed(node) else None
+        return found if _can_be_narrowed(node, rows) else None
 
     def _branch(self, node: fx.Node, rows: Rows) -> TokenBranch | None:
         """Return the branch that computes ``node``; where there is none, say at which operation it stops."""
@@ -186,10 +186,14 @@ def _joined(one: Rows | None, other: Rows | None) -> Rows | None:
     return Rows(one.dim, max(one.head, other.head), max(one.tail, other.tail))
 
 
-def _can_be_narrowed(node: fx.Node) -> bool:
+def _can_be_narrowed(node: fx.Node, rows: Rows) -> bool:
     """Tell whether a mask can be made for those queries of an attention that are left."""
     if not hides_by_position(node):
         return True
+    if node.target is BANDED_ATTENTION:
+        band = band_of(node)
+        if (band.sinks or band.tail) and (band.first != 0 or rows.tail > band.tail or rows.head > band.window):
+            return False  # some of them have a window, and some none
     given = named_arguments(node, ATTENTION_ARGUMENTS)
     return count_of_queries(node, given) is not None
 

@@ -1,4 +1,4 @@
-"""Skip sublayers for most rows of a prompt, and keep their keys and values."""
+"""Skip sublayers for most rows of a prompt, and keep their keys and values; of attentions that stay, skip the far keys."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from adaskip_passes.ir.graph import call, fake_tensor, tensor_of
 from adaskip_passes.ir.module_paths import module_marks
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.specialise.replacements import Replacements
+from adaskip_passes.specialise.window_attention import window_attention
 from adaskip_passes.stream.stream import ResidualStream, Sublayer
 
 _ROWS = 1  # of a stream (batch, rows, d_model)
@@ -32,6 +33,10 @@ class SkipBodyRows:
                                                          %b_skipped = cat([getitem(%b, (:, :1)), %body,
                                                                            getitem(%b, (:, -16:))], 1)
 
+    Of an attention in ``windows``, (path, keys), the rows of the body see so many keys before them, and the first ``head``
+    (:mod:`adaskip_passes.specialise.window_attention`). Where it is no attention that is known to be causal, it stays as it
+    is: ``windowed`` of the stream tells of those that have a window.
+
     That the branch is computed of all rows still is left to ``narrow-rows`` to mend. A replacement is a scale, or the
     map that ``maps`` names by (path, form, rank); its numbers come in as they do for ``skip-sublayers``.
     The graph must not be called for fewer rows than ``least_rows``, nor have been captured with fewer than ``fewest_rows``
@@ -43,6 +48,7 @@ class SkipBodyRows:
     maps: tuple[tuple[str, str, int], ...] = ()
     head: int = 1
     tail: int = 16
+    windows: tuple[tuple[str, int], ...] = ()
 
     @property
     def least_rows(self) -> int:
@@ -64,8 +70,13 @@ class SkipBodyRows:
         for sublayer in chosen:
             if sublayer.path in (*stream.skipped, *stream.probed):
                 raise PassError(f"cannot skip the body rows of {sublayer.path}: it is skipped or probed")
+        windowed = self._windowed(stream)
+        if windowed:
+            stream = replace(
+                stream, windowed=tuple(one for one in stream.paths if one in (*stream.windowed, *windowed))
+            )
         if not chosen:
-            return PassResult(stream, False, 0)
+            return PassResult(stream, bool(windowed), len(windowed))
         replacements = Replacements(gm, len(stream.sublayers), self.maps)
         replaced: dict[fx.Node, fx.Node] = {}
         sublayers = {}
@@ -78,7 +89,13 @@ class SkipBodyRows:
         gone = {*stream.body_skipped, *self.paths}
         skipped = tuple(path for path in stream.paths if path in gone)
         stream = replace(stream, sublayers=tuple(sublayers.values()), body_skipped=skipped)
-        return PassResult(stream, True, len(chosen), tuple(replacements.added))
+        return PassResult(stream, True, len(chosen) + len(windowed), tuple(replacements.added))
+
+    def _windowed(self, stream: ResidualStream) -> tuple[str, ...]:
+        """Give the attentions their windows; return the paths of those that have one now."""
+        wanted = {path: stream.by_path(path) for path, _ in self.windows if path not in stream.windowed}
+        windows = dict(self.windows)
+        return tuple(path for path, one in wanted.items() if window_attention(one, windows[path], self.head, self.tail))
 
     def _skip(self, graph: fx.Graph, sublayer: Sublayer, replacements: Replacements) -> tuple[Sublayer, fx.Node]:
         """Return the sublayer as it is now, and the value of the stream that ends it."""

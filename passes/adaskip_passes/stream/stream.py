@@ -86,7 +86,7 @@ class ResidualStream:
 
     ``phase`` is ``"decode"`` where the stream holds one token a row, else ``"prefill"``. ``skipped``
     and ``probed`` are the paths that passes have since skipped or probed, in stream order; ``body_skipped`` are
-    those that they have skipped for the body of a prompt.
+    those that they have skipped for the body of a prompt, ``windowed`` those whose attention has a window there.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -95,6 +95,7 @@ class ResidualStream:
     skipped: tuple[str, ...] = ()
     probed: tuple[str, ...] = ()
     body_skipped: tuple[str, ...] = ()
+    windowed: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -14,17 +14,18 @@ import adaskip_compile
 from adaskip_compile import SkipPlan
 from adaskip_compile.fitting import kept_plans, loss_budget
 from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts, domains_of
-from adaskip_compile.fitting.loss_budget import deepest, plan_within_loss, prompt_flops
+from adaskip_compile.fitting.depths import WINDOW, Depths
+from adaskip_compile.fitting.loss_budget import plan_within_loss, prompt_flops
 from adaskip_compile.fitting.prompt_quality import PromptJudge
 from adaskip_compile.fitting.sequence import SequenceFitter, fit_prompt_skips
 from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.needles import Needle, make_needles
-from adaskip_compile.planning.prompt_skips import PromptSkips, Trade
+from adaskip_compile.planning.prompt_skips import HEAD, PromptSkips, Trade
 from adaskip_compile.planning.quality import Quality
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from tests.made_up_texts import made_up
 from tests.models import tiny, tokens
-from tests.reference import decoder_layers
+from tests.reference import Body, decoder_layers, replace_body
 from tests.tiny_checkpoints import byte_tokenizer
 
 SMALL = BudgetSizes(prompt=192, continued=32, fitted=2, measured=2, needles=2)
@@ -32,15 +33,22 @@ SMALL = BudgetSizes(prompt=192, continued=32, fitted=2, measured=2, needles=2)
 
 def test_deepest_layers_go_first() -> None:
     layers = (("2.attn",), ("2.ffn",)), (("1.attn",), ("1.ffn",)), (("0.attn",), ("0.ffn",))
-    assert deepest(layers, 1, 2) == ("2.attn", "2.ffn", "1.ffn")
+    depths = Depths(1, 2, 3)
+    assert depths.skipped(layers) == ("2.attn", "2.ffn", "1.ffn")
+    assert depths.windowed(layers) == {"1.attn": WINDOW, "0.attn": WINDOW}
+    assert str(depths) == "1 attentions, 2 FFNs, 2 windows"
+    assert str(Depths(2, 2, 2)) == "2 attentions, 2 FFNs"
 
 
 @pytest.mark.newest("before, how a mask is made is captured, and counts")
 def test_arithmetic_is_that_of_the_rows_that_are_computed() -> None:
-    """Counted by hand for the tiny Llama: products of 12 tokens in layer 0, of layer 1 keys and values alone, and the logits."""
+    """Counted by hand for the tiny Llama: products of 12 tokens in layer 0, of layer 1 keys and values alone, and the logits.
+
+    Of the scores, and of what is summed up by them, half: 12 * 11 / 2 pairs are hidden.
+    """
     prefill, _ = capture_phases(tiny("llama"))
     rows, width, kv, inner = 12, 64, 32, 96
-    attention = 2 * rows * (2 * width * width + 2 * width * kv) + 4 * rows * rows * width
+    attention = 2 * rows * (2 * width * width + 2 * width * kv) + 4 * (rows * rows - rows * (rows - 1) // 2) * width
     whole = 2 * attention + 2 * 3 * 2 * rows * width * inner + 2 * width * 128
     assert prompt_flops(prefill.gm, rows) == whole
 
@@ -103,6 +111,47 @@ class TestFitting:
         with pytest.raises(OptionError, match=r"model\.layers\.1\.self_attn lies before the sublayer at which"):
             begun.fit(["model.layers.1.self_attn"], progress=False)
 
+    def test_maps_make_up_for_windows_before_them(self) -> None:
+        """Fitted on the stream that windows leave, they bring its last value nearer to the full model's."""
+        model = tiny("llama", num_hidden_layers=4)
+        windows, paths = {"model.layers.1.self_attn": 4}, ["model.layers.1.mlp", "model.layers.2.mlp"]
+        fitter = SequenceFitter(model, self.samples)
+        knowing = fitter.fit(paths, rank=64, windows=windows, progress=False)
+        assert knowing.windows == windows
+        ignorant = replace(fitter.fit(paths, rank=64, progress=False), windows=windows)
+        missed = []
+        for skips in (knowing, ignorant):
+            with torch.no_grad():
+                full = torch.cat([model._call_impl(ids[None].repeat(1, 2)).logits for ids in self.samples])
+                plan = replace(SkipPlan.none(), prompt=skips)
+                adaskip_compile.compile(model, plan, inner="eager", keep_captures=False)
+                got = torch.cat([model(ids[None].repeat(1, 2)).logits for ids in self.samples])
+            adaskip_compile.restore(model)
+            missed.append(float((got - full)[:, 1:60].square().mean()))
+        assert missed[0] < missed[1]
+
+    def test_the_stream_that_windows_leave_is_that_of_a_hand_written_layer(self) -> None:
+        model, ids = tiny("llama", num_hidden_layers=4), self.samples[0]
+        path, windows = "model.layers.2.mlp", {"model.layers.1.self_attn": 4, "model.layers.2.self_attn": 4}
+        seen: list[torch.Tensor] = []
+
+        class Noted(SequenceFitter):
+            def _fitted(self, path: str, runs: Any, rank: int, unit_share: float, head: int) -> Any:
+                seen.append(runs[0].before)
+                return super()._fitted(path, runs, rank, unit_share, head)
+
+        Noted(model, self.samples).fit([path], windows=windows, progress=False)
+        with replace_body(model, Body({}, HEAD, 16, windows)):
+            # 60 tokens are no prompt for the reference, whose first 44 rows are the body of a longer one all the same
+            before, _ = stream_before(model, path, torch.cat([ids, tokens(1, 60)[0]])[None])
+        torch.testing.assert_close(seen[0][:, :44], before[:, :44], rtol=1e-5, atol=1e-5)
+
+    def test_an_attention_that_takes_no_window(self) -> None:
+        model = tiny("bloom")
+        path = adaskip_compile.analyze(model, input_ids=tokens(1, 20)).paths[0]
+        with pytest.raises(LegalityError, match=f"{path}: its attention is not known to be causal and no more"):
+            fit_prompt_skips(model, [], self.samples, windows={path: 4}, progress=False)
+
     def test_senseless(self) -> None:
         model = tiny("llama")
         path = "model.layers.0.mlp"
@@ -136,18 +185,24 @@ def test_depths_are_bisected(monkeypatch: pytest.MonkeyPatch) -> None:
     search = loss_budget._Search.__new__(loss_budget._Search)
     search._most = 6
     search._layers = tuple(((f"{layer}.attn",), (f"{layer}.ffn",)) for layer in range(12))
-    tries: list[tuple[int, int]] = []
+    tries: list[tuple[int, int, int]] = []
 
-    def attempt(_: Any, max_loss: float, attentions: int, ffns: int) -> tuple[Trade, PromptSkips]:
-        tries.append((attentions, ffns))
-        quality = Quality(0.01 * attentions + 0.01 * max(0, ffns - 1), 0.0)
-        return Trade(attentions, ffns, 1.0 + attentions + ffns, quality.loss <= max_loss, quality), PromptSkips(())
+    def attempt(_: Any, max_loss: float, one: Depths) -> tuple[Trade, PromptSkips]:
+        tries.append((one.attentions, one.ffns, one.windows))
+        quality = Quality(0.01 * one.attentions + 0.01 * max(0, one.ffns - 1) + 0.004 * one.windows, 0.0)
+        return Trade(one.attentions, one.ffns, 1.0, quality.loss <= max_loss, quality), PromptSkips(())
 
     monkeypatch.setattr(loss_budget._Search, "_try", attempt)
-    monkeypatch.setattr(loss_budget._Search, "_gain", lambda _, kind, depths: kind == "ffns")
+    monkeypatch.setattr(loss_budget._Search, "_gain", lambda _, one: 1 + one.ffns + pays * one.windows)
+    pays = 0
     within = [(trade.attentions, trade.ffns) for trade, _ in search.trades(0.1) if trade.within]
     assert max(within) == (5, 6)
-    assert tries == [(4, 4), (5, 5), (6, 6), (5, 6), (6, 6)]
+    assert tries == [(4, 4, 0), (5, 5, 0), (6, 6, 0), (5, 6, 0), (6, 6, 0)]
+    # Where windows pay they come first, with half of the budget; then FFNs, and attentions with what is left.
+    tries.clear()
+    pays = 1
+    list(search.trades(0.04))
+    assert tries == [(0, 0, 6), (0, 0, 3), (0, 0, 4), (0, 0, 5), (0, 4, 5), (0, 2, 5), (0, 3, 5), (3, 3, 5), (1, 3, 5)]
 
 
 @pytest.mark.parametrize("layers", [1, 2])

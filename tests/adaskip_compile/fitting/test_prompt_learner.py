@@ -79,7 +79,7 @@ def test_the_prompt_after_the_last_learned_one_follows_the_plan(searches: Any, c
     [session] = adaskip_compile.report(model).sessions
     assert "everything runs in full until 3 prompts are seen" in str(session.notes)
     assert "within 5 %" in str(session.notes)
-    assert "found with 3 prompts: the bodies of new ones skip 2 sublayers" in session.notes
+    assert "found with 3 prompts: the bodies of new ones skip something in 2 sublayers" in session.notes
 
     # The next process starts with it, and a budget of another kind does not.
     again = compiled(model_of(), max_loss=0.05)

@@ -30,11 +30,12 @@ def inputs(queries: int, keys: int, groups: int) -> tuple[torch.Tensor, torch.Te
     return q, k, v
 
 
-def written_out(q, k, v, first, window, scale):
+def written_out(q, k, v, first, window, scale, sinks=0, tail=0):
     q, k, v = q.double(), *(one.double().repeat_interleave(HEADS // one.shape[1], 1) for one in (k, v))
     scores = q @ k.mT * (WIDTH**-0.5 if scale is None else scale)
     behind = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
-    seen = (behind >= first) & (behind < first + window)
+    wide = (torch.arange(k.shape[2]) < sinks) | (torch.arange(q.shape[2]) >= q.shape[2] - tail)[:, None]
+    seen = (behind >= first) & ((behind < first + window) | wide)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.where(seen.any(-1, keepdim=True), weights, 0) @ v
 
@@ -47,16 +48,20 @@ def written_out(q, k, v, first, window, scale):
     first=st.integers(-200, 200),
     window=st.integers(1, 280),
     scale=st.sampled_from([None, 0.3]),
+    sinks=st.sampled_from([0, 0, 1, 4]),
+    tail=st.sampled_from([0, 0, 1, 16]),
 )
-def test_each_query_sees_its_band(queries, keys, groups, first, window, scale):
+def test_each_query_sees_its_band(queries, keys, groups, first, window, scale, sinks, tail):
     q, k, v = inputs(queries, keys, groups)
-    got = banded_attention(q, k, v, first, window, scale)
-    torch.testing.assert_close(got.double(), written_out(q, k, v, first, window, scale), rtol=1e-4, atol=1e-5)
+    got = banded_attention(q, k, v, first, window, scale, sinks, tail)
+    wanted = written_out(q, k, v, first, window, scale, sinks, tail)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_an_operation_as_torch_wants_them():
     for sizes in ((9, 9), (200, 150), (300, 300)):
         torch.library.opcheck(BANDED_ATTENTION, (*inputs(*sizes, 2), 0, 140, None))
+        torch.library.opcheck(BANDED_ATTENTION, (*inputs(*sizes, 2), 0, 40, None, 1, 16))
 
 
 def test_half_precision_is_as_near_as_with_a_mask():
