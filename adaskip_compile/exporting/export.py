@@ -174,7 +174,7 @@ def _specialise(model: nn.Module, phase: CapturedPhase, plan: SkipPlan, steps: S
     program = make_program(phase, result.gm, model, steps.cache, added=added)
     notes = () if body is None else tuple(computed_all_the_same(result.gm, result.stream, body))
     if windows:
-        notes = (*notes, f"{windows} attentions of the plan have a window, and see the whole prompt here")
+        notes = (*notes, f"windows of attention are left out ({windows} in the plan): the whole prompt is seen here")
     return SpecialisedPhase(phase, plan, result, program, notes)
 
 

@@ -41,10 +41,14 @@ class FoldRows:
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Rewrite ``gm`` in place."""
-        found = [(node, rows) for node in gm.graph.nodes if (rows := _stack_of_rows(node)) is not None]
-        for node, rows in found:
-            _fold(gm.graph, node, rows)
-        return PassResult(stream, bool(found), len(found))
+        found = 0
+        for node in list(gm.graph.nodes):
+            # Looked at one by one: what one product gives may be what the next one multiplies.
+            rows = _stack_of_rows(node)
+            if rows is not None:
+                _fold(gm.graph, node, rows)
+                found += 1
+        return PassResult(stream, found > 0, found)
 
 
 def _fold(graph: fx.Graph, node: fx.Node, rows: fx.Node) -> None:

@@ -216,7 +216,7 @@ def test_plan_of_a_model_keeps_a_budget(
     out = str(tmp_path / "plan.json")
     assert main(["plan", model, "--max-loss", "9", "--context", "320", "--out", out, "--json", "-"]) == 0
     printed = capsys.readouterr()
-    assert "attentions  FFNs" in printed.err
+    assert "attentions  windows  FFNs" in printed.err
     found = json.loads(printed.out)
     plan = SkipPlan.load(out)
     assert plan.prompt is not None

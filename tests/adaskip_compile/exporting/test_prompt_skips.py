@@ -147,3 +147,16 @@ def test_too_little_room_for_a_prompt_with_a_body(tmp_path: Path) -> None:
 def test_decode_has_no_body(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="decode_plan skips for the body of a prompt, which decode never has"):
         adaskip_compile.export(model_of("llama"), None, tmp_path / "out", decode_plan=body_plan())
+
+
+def test_windows_stay_behind_and_the_manifest_says_so(tmp_path: Path) -> None:
+    model, ids = model_of("llama"), tokens(1, 40)
+    plan = body_plan()
+    assert plan.prompt is not None
+    plan = replace(plan, prompt=replace(plan.prompt, windows={"model.layers.0.self_attn": 3}))
+    programs = ExportedModel(adaskip_compile.export(model, plan, tmp_path / "out", max_length=96).directory)
+    with replace_body(model, BODY):
+        wanted = last_logits(model, ids)
+    torch.testing.assert_close(programs.prefill(ids, torch.arange(40)), wanted, rtol=2e-5, atol=2e-5)
+    [note] = programs.manifest["programs"]["prefill"]["notes"]
+    assert note == "windows of attention are left out (1 in the plan): the whole prompt is seen here"

@@ -179,6 +179,18 @@ def test_inductor(llama: Any) -> None:
     torch.testing.assert_close(run(), reference, rtol=5e-5, atol=5e-5)
 
 
+def test_inductor_in_half_precision(llama: Any) -> None:
+    """Its products go another way to Inductor than those of 32-bit floats do."""
+    model = llama.bfloat16()
+    ids = tokens(1, 48)
+    with torch.no_grad():
+        full = model(ids).logits
+        reference = wanted(model, lambda: model(ids).logits)
+        compiled(model, inner="inductor")
+        got = model(ids).logits
+    assert (got - reference).norm() < 0.1 * (got - full).norm()
+
+
 def test_a_short_prompt_runs_in_full(llama: Any) -> None:
     ids = tokens(1, 4 * (HEAD + TAIL) - 1)
     with torch.no_grad():

@@ -88,3 +88,15 @@ def test_others_are_left_alone(function, shapes):
     text = print_graph(gm)
     assert applied(FoldRows(), gm) == 0
     assert print_graph(gm) == text
+
+
+def test_one_product_of_what_another_gives():
+    """As in a low-rank map: up @ (down @ x)."""
+
+    def chain(x, w):
+        return (functional.linear(functional.linear(x[:, -1:], w), w.t()),)
+
+    values = torch.randn(3, 5, 8), weights(12, 8)
+    count, _, after, got = products(chain, values)
+    assert (count, after) == (2, ["mm", "mm"])
+    torch.testing.assert_close(got, *chain(*values))
