@@ -148,6 +148,10 @@ class BudgetTexts:
             found.needles.extend(
                 (one, self._tokenizer(f" {one.code}", add_special_tokens=False).input_ids) for one in asked
             )
+        if len(found.texts) < min(2, sizes.measured):
+            raise OptionError(
+                "texts: they make 1 prompt to measure with; of fewer than 2 nobody knows how far to trust them"
+            )
         return found
 
     def _unseen(self, length: int, count: int, *, further: bool) -> list[str]:

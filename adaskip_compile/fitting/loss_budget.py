@@ -1,9 +1,9 @@
 """Find what the prompt can skip within a stated loss, its keys and values kept.
 
-The search goes by depth (:mod:`adaskip_compile.fitting.depths`). Where prompts are so long that it pays, deep attentions
-have a window first: what they read lies close by, and that hardly loses a fact, as skipping them does. Then FFNs go, or
-where no attention has a window FFNs and attentions in step, and then each for itself. What is lost grows with depth, so
-depths are bisected. Every set that is tried has maps fitted for it, and is measured as requests meet it, on texts that
+The search goes by depth (:mod:`adaskip_compile.fitting.depths`): of attentions and FFNs in step, and then of each for
+itself. Where prompts are so long that it pays, attentions have a window at first in place of being skipped: what deep ones
+read lies close by. They go in step with FFNs, for the map of the FFN behind it makes up for what a window hides; a window
+without one loses facts. What is lost grows with depth, so depths are bisected. Every set that is tried has maps fitted for it, and is measured as requests meet it, on texts that
 the maps have not seen, by likelihood and by retrieval: the second falls long before the first. What the first refuses,
 the second is not asked of.
 """
@@ -39,9 +39,8 @@ log = logging.getLogger(__name__)
 # Of the layers below the last one, at most so many are tried, so many first, and depths are told apart to so many.
 _DEEPEST, _FIRST, _RESOLUTION = 1 / 2, 1 / 3, 1 / 16
 _KINDS = ("attentions", "ffns")
-# Windows that make a prompt less than this much cheaper are not worth their loss, of which they may have so large a share:
-# what FFNs lose buys more.
-_WINDOWS_PAY, _WINDOWS_LOSE = 1.03, 1 / 2
+# Windows that make a prompt less than this much cheaper are not worth what they lose.
+_WINDOWS_PAY = 1.03
 # Maps of gated FFNs have so many of their units: an eighth of the products misses a third less than a low-rank map does.
 _UNIT_SHARE = 1 / 8
 # Sets that a search tries, about: what its bar counts to until it knows better.
@@ -156,15 +155,11 @@ class _Search:
         self._fitter.begin_at(Depths(self._most, self._most).skipped(self._layers))
 
     def trades(self, max_loss: float) -> Iterator[tuple[Trade, PromptSkips]]:
-        """Yield what was tried: windows, then what buys more in step, then each kind deeper than the other, what gains more first."""
-        first = round(_FIRST * len(self._layers))
-        depths = Depths()
-        if self._gain(Depths(windows=self._most)) >= _WINDOWS_PAY:
-            share = _WINDOWS_LOSE * max_loss
-            depths = yield from self._deepest(share, depths, self._most, ("windows",))
-        in_step, others = (("ffns",), ("attentions",)) if depths.windows else (_KINDS, _KINDS)
-        depths = yield from self._deepest(max_loss, depths, first, in_step)
-        for kind in sorted(others, key=lambda kind: self._gain(_one_deeper(depths, kind)), reverse=True):
+        """Yield what was tried: both kinds in step, then each deeper than the other, what gains more first."""
+        windows = self._gain(Depths(windows=self._most)) >= _WINDOWS_PAY
+        in_step = ("windows", "ffns") if windows else _KINDS
+        depths = yield from self._deepest(max_loss, Depths(), round(_FIRST * len(self._layers)), in_step)
+        for kind in sorted(_KINDS, key=lambda kind: self._gain(_one_deeper(depths, kind)), reverse=True):
             depths = yield from self._deepest(max_loss, depths, None, (kind,))
 
     def _deepest(

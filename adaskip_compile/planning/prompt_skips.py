@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
     from adaskip_compile.profiling.stream_maps import StreamMap
 
-HEAD, TAIL = 1, 16
+# 32 rows at the end lose a fifth less of perplexity than 16, and 64 no less, of 10 and 10 deepest of Qwen2.5-Coder-0.5B.
+HEAD, TAIL = 1, 32
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_what_a_sweep_labels_is_what_it_measures_and_saves(sweeps: Callable[...,
     assert (saved.scales, saved.map_forms(saved.paths)) == (wanted.scales, wanted.map_forms(wanted.paths))
 
 
-LONGER = ["--length", "128", "--context", "100"]
+LONGER = ["--length", "192", "--context", "164"]
 
 
 def test_plans_for_the_prompt_alone_are_compared_by_what_follows_it(
@@ -135,7 +135,7 @@ def test_plans_for_the_prompt_alone_are_compared_by_what_follows_it(
     plan = SkipPlan.load(kept)
     assert plan.prompt is not None
     assert list(plan.prompt.paths) == row["prompt_skipped"]
-    windows = made_up_domain("sea").windows(tokenizer, "evaluation", 1, 128)
+    windows = made_up_domain("sea").windows(tokenizer, "evaluation", 1, 192)
     wanted, full = (
         decoded_nlls(adaskip_compile.compile(loaded, one, inner="eager"), windows, decoded=32)
         for one in (plan, SkipPlan.none())
@@ -148,14 +148,14 @@ def test_plans_for_the_prompt_alone_are_compared_by_what_follows_it(
     monkeypatch.setattr(suite, "decoded_nlls", lambda *_, **__: pytest.fail("measured"))
     assert sweeps(*arguments) == 0
     (tmp_path / "sweep.json").unlink()
-    assert sweeps(*arguments, "--length", "120") == 1, "maps of other texts are fitted anew"
+    assert sweeps(*arguments, "--length", "184") == 1, "maps of other texts are fitted anew"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depths", "1,1"], "--context 40: with --depths it takes 68 tokens or more"),
-        (["--depths", "1,1", "--context", "100"], "--length 48: with --depths it takes 101 tokens or more"),
+        (["--depths", "1,1"], "--context 40: with --depths it takes 132 tokens or more"),
+        (["--depths", "1,1", "--context", "164"], "--length 48: with --depths it takes 165 tokens or more"),
         (["--depths", "1,1", *LONGER, "--measures", "nll"], "--measures nll reads what the model says"),
         (["--depths", "9,1", *LONGER], "depths=9+1: this model has "),
     ],

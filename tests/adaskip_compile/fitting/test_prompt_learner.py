@@ -19,7 +19,7 @@ from tests.made_up_texts import made_up
 from tests.models import tiny, tokens
 from tests.tiny_checkpoints import byte_tokenizer
 
-LENGTH = 90
+LENGTH = 180
 PLAN = SkipPlan.from_prompt_scales({"model.layers.1.self_attn": 1.1, "model.layers.1.mlp": 0.9})
 
 
@@ -73,7 +73,7 @@ def test_the_prompt_after_the_last_learned_one_follows_the_plan(searches: Any, c
     assert not seen
     ask(model, prompt(3))
     assert seen == [[made_up("sea", seed)[:LENGTH] for seed in range(3)]]
-    assert last_body(model) == LENGTH - 17
+    assert last_body(model) == LENGTH - 33
     ask(model, prompt(4))
     assert len(seen) == 1
     [session] = adaskip_compile.report(model).sessions
@@ -84,7 +84,7 @@ def test_the_prompt_after_the_last_learned_one_follows_the_plan(searches: Any, c
     # The next process starts with it, and a budget of another kind does not.
     again = compiled(model_of(), max_loss=0.05)
     ask(again, prompt(5))
-    assert last_body(again) == LENGTH - 17
+    assert last_body(again) == LENGTH - 33
     for other in ({"learn": 4, "max_loss": 0.05}, {"max_loss": 0.04}):
         ask(compiled(again, **other), prompt(5))
         assert last_body(again) == 0
@@ -146,7 +146,7 @@ def test_other_threads_do_not_wait(searches: Any, cache_dir: Path, monkeypatch: 
     assert last_body(model) == 0
     go_on.set()
     waiting.join()
-    assert last_body(model) == LENGTH - 17
+    assert last_body(model) == LENGTH - 33
 
 
 def test_texts_and_prompts_to_learn_from_are_not_both_given() -> None:
@@ -171,8 +171,8 @@ def test_a_search_with_the_prompts_of_a_model(cache_dir: Path, monkeypatch: pyte
     with torch.inference_mode():
         for seed in range(9):
             ask(model, prompt(seed, 700))
-    assert last_body(model) == 700 - 17
+    assert last_body(model) == 700 - 33
     [request] = adaskip_compile.report(model).requests[-1:]
     assert request.prompt_skipped
-    ask(model, tokens(1, 80))
-    assert last_body(model) == 80 - 17
+    ask(model, tokens(1, 140))
+    assert last_body(model) == 140 - 33
