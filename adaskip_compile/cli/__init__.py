@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torchao, where it is installed, registers its enums in a way that torch has since deprecated: nobody here can mend that.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = command_parser().parse_args(argv)
     except AdaSkipError as error:
         complain(f"error: {error}")
         return MISTAKE
@@ -82,7 +82,8 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser("adaskip", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=producer())

@@ -15,8 +15,8 @@ from adaskip_compile.cli.output import Output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this command takes."""
-    for name in ("one", "other"):
-        parser.add_argument(name, metavar="PLAN", help="a file that 'adaskip plan' wrote")
+    for name, shown in (("one", "PLAN"), ("other", "OTHER")):
+        parser.add_argument(name, metavar=shown, help="a file that 'adaskip plan' wrote")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
