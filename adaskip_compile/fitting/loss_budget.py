@@ -3,9 +3,10 @@
 The search goes by depth (:mod:`adaskip_compile.fitting.depths`): of attentions and FFNs in step, and then of each for
 itself. Where prompts are so long that it pays, attentions have a window at first in place of being skipped: what deep ones
 read lies close by. They go in step with FFNs, for the map of the FFN behind it makes up for what a window hides; a window
-without one loses facts. What is lost grows with depth, so depths are bisected. Every set that is tried has maps fitted for it, and is measured as requests meet it, on texts that
-the maps have not seen, by likelihood and by retrieval: the second falls long before the first. What the first refuses,
-the second is not asked of.
+without one loses facts. What is lost grows with depth, so depths are bisected.
+
+Every set that is tried has maps fitted for it, and is measured as requests meet it, on texts that the maps have not seen,
+by likelihood and by retrieval: the second falls long before the first. What the first refuses, the second is not asked of.
 """
 
 from __future__ import annotations

@@ -78,9 +78,9 @@ class PassStep:
 class Inspection:
     """What was found in one model. ``rest`` is the cost by phase of all that is in no sublayer.
 
-    ``longest`` is the longest context that the model is made for, None where it does not say. ``body_left`` is by path what a
-    prompt still costs of each sublayer that the plan skips for its body, or gives a window: keys and values, edges, and what stands
-    for it.
+    ``longest`` is the longest context that the model is made for, None where it does not say. ``body_left`` is by path what
+    a prompt still costs of each sublayer that the plan skips for its body, or gives a window: keys and values, edges, and
+    what stands for it.
     """
 
     model: str
@@ -114,7 +114,10 @@ class Inspection:
         return self.plan.paths_at(math.inf) if self.plan is not None else frozenset()
 
     def saved_shares(self, phase: str, context: int) -> dict[str, float]:
-        """Return by path what share of a sublayer's operations a prompt of ``context`` tokens saves where its body skips it, or sees a window."""
+        """Return by path what share of a sublayer's operations a prompt of ``context`` tokens saves.
+
+        That is of those sublayers that its body skips, or in which it sees a window.
+        """
         prompt = None if self.plan is None else self.plan.prompt
         if phase != "prefill" or prompt is None or not prompt.apply_to(context):
             return {}

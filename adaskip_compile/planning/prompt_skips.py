@@ -73,7 +73,7 @@ class PromptSkips:
         measured: What this set was measured to lose, and what it gains; None where it was not.
         frontier: All sets that were tried with it.
         windows: By path, how many tokens before it (itself counted) a token of the body sees in an attention that runs;
-            the first ``head`` are always seen. An attention that hides more by itself stays as it is.
+            the first ``head`` are always seen. An attention that has a window of its own keeps that.
 
     Raises:
         PlanError: A sublayer is named twice, a map is of one that is not skipped, or a number makes no sense.
