@@ -29,7 +29,7 @@ from adaskip_passes.errors import FileError, LegalityError, PlanError, ProfileEr
 from adaskip_passes.ir.module_paths import submodule_paths
 
 PLAN_FORMAT = DocumentFormat(
-    "adaskip-plan", 3, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
+    "adaskip-plan", 4, remedy="plan from a profile with adaskip_compile.plan(profile).save(path) or `adaskip plan`"
 )
 
 
@@ -297,7 +297,7 @@ class SkipPlan(ShownAsText):
                 "model": ModelIdentity.from_payload(payload["model"]),
                 "ramp": tuple(map(_ramp_step, payload.get("ramp", ()))),  # version 1 had none, and no maps
                 "maps": {name: one for name, one in maps.items() if not name.startswith(_PROMPT)},
-                "prompt": _prompt_skips(payload.get("prompt"), maps),  # nor had version 2
+                "prompt": _prompt_skips(payload.get("prompt"), maps),  # nor had version 2, nor windows version 3
             }
             return cls(**fields)
         except KeyError as error:
