@@ -167,9 +167,9 @@ def test_a_search_with_the_prompts_of_a_model(cache_dir: Path, monkeypatch: pyte
     """Under generate and inference mode: what is found runs as any plan does."""
     sizes = BudgetSizes(prompt=300, continued=32, fitted=9, measured=2, needles=2)
     monkeypatch.setattr(loss_budget, "BudgetSizes", lambda: sizes)
-    model = compiled(model_of(), learn=8, max_loss=99, context=300)
+    model = compiled(model_of(), learn=16, max_loss=99, context=300)
     with torch.inference_mode():
-        for seed in range(9):
+        for seed in range(17):
             ask(model, prompt(seed, 700))
     assert last_body(model) == 700 - 33
     [request] = adaskip_compile.report(model).requests[-1:]
