@@ -27,7 +27,7 @@ from adaskip_compile.planning.prompt_skips import PromptSkips
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.stream_maps import StreamMap
-from adaskip_passes.pipeline.pipeline import run_pipeline
+from adaskip_passes.pipeline.derived_graph import DerivedGraph
 from adaskip_passes.pipelines import row_passes
 from adaskip_passes.specialise.stream_maps import part_shapes
 from adaskip_passes.stream.stream import ResidualStream
@@ -122,7 +122,8 @@ def _rows(
 def _ideal(prefill: Any, plan: SkipPlan, context: int) -> float:
     assert plan.prompt is not None
     body = plan.prompt.as_pass(prefill.stream.paths)
-    full, short = (run_pipeline(prefill.gm, prefill.stream, row_passes(one)).gm for one in (None, body))
+    graph = DerivedGraph(prefill.gm, prefill.stream).for_rows(body.least_rows, body.fewest_rows)
+    full, short = (graph.run(row_passes(one)).gm for one in (None, body))
     return prompt_flops(full, context) / prompt_flops(short, context)
 
 
