@@ -328,7 +328,7 @@ class TestFiles:
     def test_newer(self, tmp_path: Path) -> None:
         path = tmp_path / "p.json"
         SkipPlan.none().save(path)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 4, "producer": "adaskip-compile 7.0"}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 5, "producer": "adaskip-compile 7.0"}))
         with pytest.raises(NewerFileError, match=r"written by adaskip-compile 7\.0; .*: upgrade with `pip install"):
             SkipPlan.load(path)
 
