@@ -51,7 +51,7 @@ def hidden_flops(node: fx.Node) -> sympy.Expr:
     causal = op_name(node) == "scaled_dot_product_attention" and bool(_argument(node, 5, "is_causal"))
     if not causal and op_name(node) != "banded_attention":
         return sympy.Integer(0)
-    query, key, value = (shape_of(_argument(node, index, name)) for index, name in enumerate(("query", "key", "value")))
+    query, key, value = _attention_shapes(node)
     window = key[-2] if causal else sympy.Min(band_of(node).window, key[-2])
     return sizes_product(query[:-2]) * window * (window - 1) * (query[-1] + value[-1])
 
@@ -72,16 +72,21 @@ def _product(index: int, *names: str) -> Callable[[fx.Node], sympy.Expr]:
     return count
 
 
-def _attention(node: fx.Node) -> sympy.Expr:
+def _attention_shapes(node: fx.Node) -> tuple[Shape, Shape, Shape]:
     query, key, value = (shape_of(_argument(node, index, name)) for index, name in enumerate(("query", "key", "value")))
+    return query, key, value
+
+
+def _attention(node: fx.Node) -> sympy.Expr:
+    query, key, value = _attention_shapes(node)
     if not query or not key or not value:
         return sympy.Integer(0)
     return 2 * sizes_product(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _banded_attention(node: fx.Node) -> sympy.Expr:
+    query, key, value = _attention_shapes(node)
     band = band_of(node)
-    query, key, value = map(shape_of, (band.query, band.key, band.value))
     seen = (query[-2] - band.tail) * sympy.Min(band.window + band.sinks, key[-2]) + band.tail * key[-2]
     return 2 * sizes_product(query[:-2]) * seen * (query[-1] + value[-1])
 

@@ -40,7 +40,7 @@ from adaskip_passes.ir.graph import (
     size_expression,
 )
 from adaskip_passes.ir.plain_tensors import is_plain
-from adaskip_passes.kernels.banded_attention import BANDED_ATTENTION
+from adaskip_passes.kernels.banded_attention import Band
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -141,8 +141,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, rule: _Causality | _Band, effects: 
     if all(one is not None for one in shared) and _takes_groups(*map(fake_tensor, shared)):
         given |= {"key": shared[0], "value": shared[1], "enable_gqa": True}
     if isinstance(rule, _Band):
-        operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), rule.first, rule.window, given.get("scale")
-        node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
+        query, key, value = (given[name] for name in ATTENTION_ARGUMENTS[:3])
+        Band(query, key, value, rule.first, rule.window, given.get("scale")).write(node)
     else:
         _make_causal(graph, node, rule, given)
     _erase_unused(graph, before, effects)

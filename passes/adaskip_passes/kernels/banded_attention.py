@@ -17,11 +17,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import fx
 from torch.nn import functional
 
+from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments, op_name
 from adaskip_passes.kernels import onednn
 
 # Fewer queries read each key more often, and more of them multiply more that is hidden.
@@ -60,8 +62,8 @@ def banded_attention(query, key, value, first, window, scale, sinks=0, tail=0): 
     _, heads, queries, width = query.shape
     many = query.device.type == "cpu" and query.dtype == torch.float32 and queries >= _MANY
     if many and onednn.enabled() and onednn_pays(torch.get_num_threads(), heads, key.shape[1], width):
-        return _by_products(query, key, value, first, window, scale, sinks, tail)
-    return _by_kernel(query, key, value, first, window, scale, sinks, tail)
+        return _by_products(query, key, value, scale, _Reach(first, window, sinks, tail))
+    return _by_kernel(query, key, value, scale, _Reach(first, window, sinks, tail))
 
 
 # What graphs call, and the window that hides nothing.
@@ -71,7 +73,7 @@ ALL_KEYS = sys.maxsize
 
 @dataclass(frozen=True)
 class Band:
-    """What a node that calls :func:`banded_attention` is given."""
+    """What a call of :func:`banded_attention` is given."""
 
     query: fx.Node
     key: fx.Node
@@ -82,10 +84,40 @@ class Band:
     sinks: int = 0
     tail: int = 0
 
+    def write(self, node: fx.Node) -> None:
+        """Make ``node`` that call."""
+        edges = (self.sinks, self.tail) if self.sinks or self.tail else ()
+        node.target, node.kwargs = BANDED_ATTENTION, dict[str, Any]()
+        node.args = (self.query, self.key, self.value, self.first, self.window, self.scale, *edges)
+
 
 def band_of(node: fx.Node) -> Band:
     """Return what ``node``, a call of :data:`BANDED_ATTENTION`, is given."""
     return Band(*node.args, **node.kwargs)  # type: ignore[arg-type]
+
+
+def causal_band(node: fx.Node) -> Band | None:
+    """Return the band that ``node`` is, or that it could be: causal attention without a mask. None for any other node."""
+    if node.target is BANDED_ATTENTION:
+        return band_of(node)
+    if op_name(node) != "scaled_dot_product_attention":
+        return None
+    given = named_arguments(node, ATTENTION_ARGUMENTS)
+    q, k, v = (fake_tensor(given.get(name)) for name in ATTENTION_ARGUMENTS[:3])
+    if q is None or k is None or v is None or not q.dim() == k.dim() == v.dim() == 4:
+        return None
+    heads, groups = q.shape[1], k.shape[1]
+    known = (
+        given.get("is_causal") is True
+        and given.get("attn_mask") is None
+        and not given.get("dropout_p")
+        and isinstance(given.get("scale"), (float, type(None)))
+        and isinstance(heads, int)
+        and groups == v.shape[1]
+        and (heads == groups or (bool(given.get("enable_gqa")) and heads % groups == 0))
+    )
+    query, key, value = (given[name] for name in ATTENTION_ARGUMENTS[:3])
+    return Band(query, key, value, 0, ALL_KEYS, given.get("scale")) if known else None
 
 
 @banded_attention.register_fake
@@ -98,7 +130,7 @@ def onednn_pays(threads: int, heads: int, groups: int, width: int) -> bool:
     """Return whether causal attention is clearly faster here by products of oneDNN; tried once, in some 0.1 s."""
     query, key = onednn.operand(1, heads, _MANY, width), onednn.operand(1, groups, _MANY, width)
     name = f"attention of {heads} heads with {threads} threads"
-    return onednn.pays(name, _by_kernel, _by_products, query, key, key, 0, _MANY, width**-0.5)
+    return onednn.pays(name, _by_kernel, _by_products, query, key, key, width**-0.5, _Reach(0, _MANY))
 
 
 @dataclass(frozen=True)
@@ -127,44 +159,48 @@ class _Block:
         return torch.cat([one[..., : self.sinks, :], near], -2) if self.sinks else near
 
 
-def _blocks(queries: int, keys: int, first: int, window: int, size: int, sinks: int, tail: int) -> Iterator[_Block]:
-    body = max(0, queries - tail)
-    for begin, end, width in ((0, body, window), (body, queries, max(queries, keys) + abs(first))):
-        for start in range(begin, end, size):
-            stop = min(start + size, end)
-            oldest, newest = max(0, start - first - width + 1), min(keys, stop - first)
-            first_keys = min(sinks, max(0, newest))
-            if first_keys >= oldest:  # the first keys and those of the window are one row
-                first_keys, oldest = 0, 0 if first_keys else oldest
-            yield _Block(start, stop, oldest, newest, width, first_keys)
+@dataclass(frozen=True)
+class _Reach:
+    """Which keys a query sees, as :func:`banded_attention` is told."""
+
+    first: int
+    window: int
+    sinks: int = 0
+    tail: int = 0
+
+    def blocks(self, queries: int, keys: int, size: int) -> Iterator[_Block]:
+        """Yield blocks of up to ``size`` queries, in order; those of the tail apart."""
+        body = max(0, queries - self.tail)
+        whole = max(queries, keys) + abs(self.first)
+        for begin, end, width in ((0, body, self.window), (body, queries, whole)):
+            for start in range(begin, end, size):
+                stop = min(start + size, end)
+                oldest, newest = max(0, start - self.first - width + 1), min(keys, stop - self.first)
+                sinks = min(self.sinks, max(0, newest))
+                if sinks >= oldest:  # the first keys and those of the window are one row
+                    sinks, oldest = 0, 0 if sinks else oldest
+                yield _Block(start, stop, oldest, newest, width, sinks)
 
 
 def _by_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    first: int,
-    window: int,
-    scale: float,
-    sinks: int = 0,
-    tail: int = 0,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, reach: _Reach
 ) -> torch.Tensor:
     queries, keys = query.shape[-2], key.shape[-2]
     grouped = query.shape[1] != key.shape[1]
-    if first == 0 and queries <= min(window, keys):
+    if reach.first == 0 and queries <= min(reach.window, keys):
         nearest = key[:, :, :queries], value[:, :, :queries]
         return _laid_out(
             functional.scaled_dot_product_attention(query, *nearest, is_causal=True, scale=scale, enable_gqa=grouped)
         )
     result = _like(query, value)
     at = torch.arange(max(queries, keys), device=query.device)[:, None]
-    for block in _blocks(queries, keys, first, window, _BLOCK, sinks, tail):
+    for block in reach.blocks(queries, keys, _BLOCK):
         if block.newest <= block.oldest and not block.sinks:
             result[:, :, block.asking] = 0
             continue
         seen = block.seen(at[:keys]).T
         behind = at[block.asking] - seen
-        mask = (behind >= first) & ((behind < first + block.window) | (seen < sinks))
+        mask = (behind >= reach.first) & ((behind < reach.first + block.window) | (seen < reach.sinks))
         result[:, :, block.asking] = functional.scaled_dot_product_attention(
             query[:, :, block.asking],
             block.seen(key),
@@ -177,14 +213,7 @@ def _by_kernel(
 
 
 def _by_products(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    first: int,
-    window: int,
-    scale: float,
-    sinks: int = 0,
-    tail: int = 0,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, reach: _Reach
 ) -> torch.Tensor:
     (batch, heads, queries, width), (groups, keys) = query.shape, key.shape[1:3]
     each = heads // groups
@@ -192,8 +221,8 @@ def _by_products(
     query = query * scale
     columns = value.transpose(2, 3).contiguous()  # (batch, groups, value_dim, keys), as a product wants its weights
     at = torch.arange(max(queries, keys), device=query.device)[:, None]
-    size = _block_for_products(each, min(keys, window))
-    for block in _blocks(queries, keys, first, window, size, sinks, tail):
+    first, size = reach.first, _block_for_products(each, min(keys, reach.window))
+    for block in reach.blocks(queries, keys, size):
         if block.newest <= block.oldest and not block.sinks:
             result[:, :, block.asking] = 0
             continue
@@ -203,7 +232,7 @@ def _by_products(
         before = max(0, block.stop - first - block.window - block.oldest) + block.sinks
         after = max(0, block.start - first + 1 - block.oldest) + block.sinks
         gone, late = behind[:, :before] >= first + block.window, behind[:, after:] < first
-        gone &= seen[:, :before] >= sinks
+        gone &= seen[:, :before] >= reach.sinks
         lonely = block.start < first or block.stop - first - block.window >= keys
         softmax = torch.ops.aten._safe_softmax.default if lonely else torch.softmax
         for row, group in itertools.product(range(batch), range(groups)):
@@ -222,6 +251,23 @@ def _block_for_products(each: int, seen: int) -> int:
     """Return how many queries to take at once where ``each`` heads share keys, and a query sees as many as ``seen``."""
     fitting = min(max(_BLOCK, _ROWS // each), _SCORES // (each * seen))
     return max(fitting, _FEWEST_ROWS // each, 1)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    query, key, value, first, window, scale, sinks, tail = inputs
+    ctx.save_for_backward(query, key, value)
+    ctx.scale, ctx.reach = scale, _Reach(first, window, sinks, tail)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, key, value = (one.detach().requires_grad_() for one in ctx.saved_tensors)
+    with torch.enable_grad():
+        result = _by_kernel(query, key, value, ctx.scale, ctx.reach)
+    return (*torch.autograd.grad(result, (query, key, value), gradient), *[None] * 5)
+
+
+# Tuning maps descends through attentions, block by block as they are computed.
+banded_attention.register_autograd(_backward, setup_context=_remember)
 
 
 def _like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,14 @@ The operation chooses as it runs, by the number of queries and by what the machi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments
+from adaskip_passes.ir.graph import fake_tensor, tensor_of
 from adaskip_passes.kernels import onednn
-from adaskip_passes.kernels.banded_attention import ALL_KEYS, BANDED_ATTENTION
+from adaskip_passes.kernels.banded_attention import Band, causal_band
 from adaskip_passes.pipeline.pipeline import PassResult
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -34,32 +34,15 @@ class UseBandedAttention:
 
     def apply(self, gm: fx.GraphModule, stream: ResidualStream) -> PassResult:
         """Rewrite ``gm`` in place."""
-        attention = torch.nn.functional.scaled_dot_product_attention
-        found = [node for node in gm.graph.find_nodes(op="call_function", target=attention) if _is_of_any_prompt(node)]
-        for node in found:
-            given = named_arguments(node, ATTENTION_ARGUMENTS)
-            operands = *(given[name] for name in ATTENTION_ARGUMENTS[:3]), 0, ALL_KEYS, given.get("scale")
-            node.target, node.args, node.kwargs = BANDED_ATTENTION, operands, dict[str, Any]()
+        calls = gm.graph.find_nodes(op="call_function", target=torch.nn.functional.scaled_dot_product_attention)
+        found = [
+            (node, band) for node in calls if (band := causal_band(node)) is not None and _is_of_any_prompt(node, band)
+        ]
+        for node, band in found:
+            band.write(node)
         return PassResult(stream, bool(found), len(found))
 
 
-def _is_of_any_prompt(node: fx.Node) -> bool:
-    given = named_arguments(node, ATTENTION_ARGUMENTS)
-    operands = [fake_tensor(given.get(name)) for name in ATTENTION_ARGUMENTS[:3]]
-    if not onednn.serves(*operands, fake_tensor(node)) or any(one is None or one.dim() != 4 for one in operands):
-        return False
-    query, key, value = operands
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    heads, groups = query.shape[1], key.shape[1]
-    return (
-        given.get("is_causal") is True
-        and given.get("attn_mask") is None
-        and not given.get("dropout_p")
-        and isinstance(given.get("scale"), (float, type(None)))
-        and isinstance(query.shape[2], torch.SymInt)
-        and isinstance(heads, int)
-        and groups == value.shape[1]
-        and (heads == groups or (bool(given.get("enable_gqa")) and heads % groups == 0))
-    )
+def _is_of_any_prompt(node: fx.Node, band: Band) -> bool:
+    operands = [tensor_of(one) for one in (band.query, band.key, band.value)]
+    return onednn.serves(*operands, fake_tensor(node)) and isinstance(operands[0].shape[2], torch.SymInt)

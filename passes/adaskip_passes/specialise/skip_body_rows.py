@@ -93,9 +93,8 @@ class SkipBodyRows:
 
     def _windowed(self, stream: ResidualStream) -> tuple[str, ...]:
         """Give the attentions their windows; return the paths of those that have one now."""
-        wanted = {path: stream.by_path(path) for path, _ in self.windows if path not in stream.windowed}
-        windows = dict(self.windows)
-        return tuple(path for path, one in wanted.items() if window_attention(one, windows[path], self.head, self.tail))
+        wanted = [(stream.by_path(path), window) for path, window in self.windows if path not in stream.windowed]
+        return tuple(one.path for one, window in wanted if window_attention(one, window, self.head, self.tail))
 
     def _skip(self, graph: fx.Graph, sublayer: Sublayer, replacements: Replacements) -> tuple[Sublayer, fx.Node]:
         """Return the sublayer as it is now, and the value of the stream that ends it."""

@@ -10,66 +10,30 @@ all, as every query does once decoding begins (StreamingLLM, arXiv 2309.17453, d
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
-from torch import fx
-
-from adaskip_passes.ir.graph import ATTENTION_ARGUMENTS, fake_tensor, named_arguments, op_name, size_expression
-from adaskip_passes.kernels.banded_attention import ALL_KEYS, BANDED_ATTENTION, band_of
+from adaskip_passes.ir.graph import op_name, size_expression, tensor_of
+from adaskip_passes.kernels.banded_attention import ALL_KEYS, Band, causal_band
 from adaskip_passes.stream.stream import Sublayer
+
+_ATTENTIONS = frozenset(("scaled_dot_product_attention", "banded_attention", "flex_attention"))
 
 
 def window_attention(sublayer: Sublayer, window: int, sinks: int, tail: int) -> bool:
-    """Rewrite the attentions of ``sublayer`` in place; return whether there are any, and all of them are known.
+    """Rewrite the attentions of ``sublayer`` in place; return whether there are any, and all are causal ones of its rows.
 
-    Those that have a shorter window of their own stay as they are.
+    Those that have a window of their own keep it.
     """
-    found = [node for node in sublayer.nodes if op_name(node) in _ATTENTIONS]
-    operands = [_causal_operands(node, sublayer) for node in found]
-    if not found or any(one is None for one in operands):
+    bands = {node: causal_band(node) for node in sublayer.nodes if op_name(node) in _ATTENTIONS}
+    if not bands or not all(band is not None and _is_of_rows(band, sublayer) for band in bands.values()):
         return False
-    for node, one in zip(found, operands, strict=True):
-        assert one is not None
-        if not _is_banded(node):
-            query, key, value, scale = one
-            node.target, node.args, node.kwargs = (
-                BANDED_ATTENTION,
-                (query, key, value, 0, window, scale, sinks, tail),
-                dict[str, Any](),
-            )
+    for node, band in bands.items():
+        if band is not None and band.window == ALL_KEYS:
+            replace(band, window=window, sinks=sinks, tail=tail).write(node)
     return True
 
 
-_ATTENTIONS = ("scaled_dot_product_attention", "banded_attention", "flex_attention")
-
-
-def _is_banded(node: fx.Node) -> bool:
-    """Tell whether an attention has a window."""
-    return node.target is BANDED_ATTENTION and band_of(node).window != ALL_KEYS
-
-
-def _causal_operands(node: fx.Node, sublayer: Sublayer) -> tuple[Any, Any, Any, Any] | None:
-    """Return query, key, value and scale of a causal attention of all rows of the stream, None of any other."""
-    if node.target is BANDED_ATTENTION:
-        band = band_of(node)
-        return (band.query, band.key, band.value, band.scale)
-    if op_name(node) != "scaled_dot_product_attention":
-        return None
-    given = named_arguments(node, ATTENTION_ARGUMENTS)
-    stream = fake_tensor(sublayer.stream_in)
-    query, key, value = (fake_tensor(given.get(name)) for name in ATTENTION_ARGUMENTS[:3])
-    if stream is None or query is None or key is None or value is None:
-        return None
-    heads, groups = query.shape[1], key.shape[1]
-    known = (
-        given.get("is_causal") is True
-        and given.get("attn_mask") is None
-        and not given.get("dropout_p")
-        and isinstance(given.get("scale"), (float, type(None)))
-        and all(one.dim() == 4 for one in (query, key, value))
-        and size_expression(query.shape[2]) == size_expression(stream.shape[1])
-        and isinstance(heads, int)
-        and groups == value.shape[1]
-        and (heads == groups or (bool(given.get("enable_gqa")) and heads % groups == 0))
-    )
-    return (*(given[name] for name in ATTENTION_ARGUMENTS[:3]), given.get("scale")) if known else None
+def _is_of_rows(band: Band, sublayer: Sublayer) -> bool:
+    """Tell whether the queries are the rows of the stream ``(batch, rows, d_model)``."""
+    queries, rows = tensor_of(band.query).shape[2], tensor_of(sublayer.stream_in).shape[1]
+    return bool(size_expression(queries) == size_expression(rows))

@@ -69,3 +69,13 @@ def test_half_precision_is_as_near_as_with_a_mask():
     got = banded_attention(*(one.bfloat16() for one in (q, k, v)), 0, 40, None)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), written_out(q, k, v, 0, 40, None), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(("sinks", "tail"), [(0, 0), (1, 16)])
+def test_gradients_are_those_of_the_formula(sinks: int, tail: int) -> None:
+    q, k, v = (one.requires_grad_() for one in inputs(300, 300, 2))
+    weights = torch.randn(2, HEADS, 300, VALUE_WIDTH, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad((banded_attention(q, k, v, 0, 40, None, sinks, tail) * weights).sum(), (q, k, v))
+    wanted = torch.autograd.grad((written_out(q, k, v, 0, 40, None, sinks, tail) * weights).sum(), (q, k, v))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
