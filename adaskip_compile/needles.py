@@ -29,11 +29,15 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class Needle:
-    """A prompt of token ids ``(tokens,)`` and the code that it asks for, which stands at ``depth`` of the text."""
+    """A prompt of token ids ``(tokens,)`` and the code that it asks for, which stands at ``depth`` of the text.
+
+    ``others`` are the names and codes of the further facts in it.
+    """
 
     ids: torch.Tensor
     code: str
     depth: float
+    others: tuple[tuple[str, str], ...] = ()
 
 
 def make_needles(
@@ -86,7 +90,16 @@ def _make_needle(
     places = [int(depth * room), *(draw.randrange(room) for _ in range(distractors))]
     for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
         body[place:place] = fact  # from the last to the first, so that no place moves
-    return Needle(torch.tensor([*head, *body, *question]), codes[0], depth)
+    others = tuple(zip(names[1:], codes[1:], strict=True))
+    return Needle(torch.tensor([*head, *body, *question]), codes[0], depth, others)
+
+
+def answered(tokenizer: Any, needle: Needle, further: int = 0) -> torch.Tensor:
+    """Return the prompt of ``needle`` with its answer, and then with so many ``further`` facts asked for and answered."""
+    text = f" {needle.code}."
+    for name, code in needle.others[:further]:
+        text += f"{_QUESTION.format(name=name)} {code}."
+    return torch.cat([needle.ids, torch.tensor(token_ids(tokenizer, text))])
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

@@ -1,9 +1,10 @@
 """What does skipping in the prompt alone lose, keys and values kept? By likelihood, and by facts that are found.
 
-A plan skips the deepest ``A`` attentions and ``F`` FFNs of layers below the last one, and with ``A,F,W`` the attentions of the
-deepest ``W`` that it does not skip have a window; ``--sets`` names several, and each is measured with maps fitted in sequence and, with ``--without-maps``, with nothing in their place (prefill-only pruning as POP
-does it, arXiv 2602.03295). ``--paper N`` adds the paper's choice of N sublayers, in prefill alone and throughout. All of it on
-texts that no map and no profile has seen, prompts of 1,024 tokens and of ``--context``.
+A plan skips the deepest ``A`` attentions and ``F`` FFNs of layers below the last one, and with ``A,F,W`` the attentions of
+the deepest ``W`` that it does not skip have a window; ``--sets`` names several. Each is measured with maps fitted in
+sequence and, with ``--without-maps``, with nothing in their place (prefill-only pruning as POP does it, arXiv 2602.03295).
+``--paper N`` adds the paper's choice of N sublayers, in prefill alone and throughout. All of it on texts that no map and no
+profile has seen, prompts of 1,024 tokens and of ``--context``.
 
     python -m bench.prompt_losses --model smollm2 --sets 5,5 10,10 --paper 8 --json bench/results/prompt_losses_smollm2.json
 """
@@ -25,6 +26,7 @@ from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts
 from adaskip_compile.fitting.depths import Depths, layers_from_the_end
 from adaskip_compile.fitting.loss_budget import confirm
 from adaskip_compile.fitting.sequence import SequenceFitter
+from adaskip_compile.fitting.tune import AFTER
 from adaskip_compile.inspection.phase_graphs import capture_phases
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.texts import built_in_domains
@@ -66,6 +68,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="of an FFN's units in gated maps, in place of low-rank ones where they miss less",
     )
+    parser.add_argument(
+        "--tune", type=int, metavar="STEPS", help="the same sets with their maps tuned in so many steps too"
+    )
     parser.add_argument("--without-maps", action="store_true", help="the same sets with nothing in their place too")
     parser.add_argument(
         "--paper", type=int, nargs="+", default=[], metavar="N", help="the paper's choice of N sublayers"
@@ -78,7 +83,9 @@ def _plans(
 ) -> Iterator[tuple[str, SkipPlan]]:
     prefill, _ = capture_phases(model)
     layers = layers_from_the_end(prefill.stream)
-    samples = BudgetTexts(tokenizer, arguments.context, sizes, built_in_domains()).to_fit()
+    texts = BudgetTexts(tokenizer, arguments.context, sizes, built_in_domains())
+    samples = texts.to_fit()
+    followed = texts.to_tune(AFTER) if arguments.tune else []
     fitter = SequenceFitter(model, samples, max_samples=sizes.fitted)
     fitter.begin_at([path for one in arguments.sets for path in one.named(layers)])
     for one in arguments.sets:
@@ -88,7 +95,16 @@ def _plans(
         )
         name = str(one)
         print(f"{name}: fitted in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        yield name, replace(SkipPlan.none(), prompt=skips)
+        plan = replace(SkipPlan.none(), prompt=skips)
+        yield name, plan
+        if arguments.tune:
+            began = time.perf_counter()
+            tuned = adaskip_compile.tune(
+                model, plan, followed, steps=arguments.tune, tokens=max(map(len, followed)), progress=False
+            )
+            better = "" if tuned is not plan else ", in vain"
+            print(f"{name}: tuned in {time.perf_counter() - began:.0f} s{better}", file=sys.stderr)
+            yield f"{name}, tuned", tuned
         if arguments.without_maps:
             yield f"{name}, no maps", SkipPlan.from_prompt_scales(dict.fromkeys(skips.paths, 1.0))
     if arguments.paper:

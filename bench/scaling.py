@@ -217,7 +217,7 @@ def _show(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
 
 
 def _plot(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    from adaskip_compile.evaluation.plots import write_plot
+    from adaskip_compile.display.plots import write_plot
 
     def draw(axes: Any) -> None:
         chosen = [row for row in rows if row["way"] not in (FULL, EAGER, WHOLE)]
@@ -231,7 +231,8 @@ def _plot(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
         axes.plot([1, top], [0.95, 0.95 * top], color="grey", linestyle=":")
         axes.legend()
 
-    write_plot(arguments.plot, "Speed-up by skipping: measured against ideal", "ideal", "measured", draw)
+    title = "Speed-up by skipping: measured against ideal"
+    write_plot(arguments.plot, draw, title=title, xlabel="ideal", ylabel="measured")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,10 @@ class Study:
 
     def plot(self, title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None], *, suffix: str = "") -> None:
         """Let ``draw`` fill the axes of a plot, and put the plot on the page."""
-        from adaskip_compile.evaluation.plots import write_plot
+        from adaskip_compile.display.plots import write_plot
 
         file = self.arguments.out / f"{self.stem}{suffix}.png"
-        write_plot(file, title, xlabel, ylabel, draw)
+        write_plot(file, draw, title=title, xlabel=xlabel, ylabel=ylabel)
         self.say(f"![{title}]({file.name})", "")
 
     def write(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from adaskip_compile.needles import Needle, distractors_in, make_needles
+from adaskip_compile.needles import Needle, answered, distractors_in, make_needles
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL
 from adaskip_compile.texts import (
     MOST_CHARACTERS_PER_TOKEN,
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # What share of a prompt to fit on facts take, where they are strewn; drawn otherwise than those that are measured (0 and 1).
 _FACTS, _SEED = 0.4, 2
+# Facts that are asked for after the first one, where answers are learned.
+_ASKED = 2
 # Texts to fit on are cut to so many characters, and no more than so many are taken.
 _CHARACTERS, _TEXTS = 10_000, 32
 # Of fewer prompts maps learn next to nothing.
@@ -95,6 +97,17 @@ class BudgetTexts:
         Raises:
             OptionError: There is too little text of the user's own.
         """
+        return self._to_learn_from(0)
+
+    def to_tune(self, after: int) -> list[torch.Tensor]:
+        """Return such prompts with so many tokens ``after`` them; where facts are strewn, some are asked for and answered instead.
+
+        Raises:
+            OptionError: There is too little text of the user's own.
+        """
+        return self._to_learn_from(after)
+
+    def _to_learn_from(self, after: int) -> list[torch.Tensor]:
         sizes, context = self.sizes, self._context
         longer = max(1, sizes.fitted * sizes.prompt // (2 * context)) if self._long else 0
         shorter = sizes.fitted // 2 if longer else sizes.fitted
@@ -109,12 +122,13 @@ class BudgetTexts:
             strewn = make_needles(
                 self._tokenizer, texts, context=length, count=facts, distractors=distractors, seed=_SEED
             )
+            asking = [answered(self._tokenizer, one, _ASKED) if after else one.ids for one in strewn]
             # Long ones from texts on end: few are so long, and a long prompt holds more than one document anyway.
             joined = texts if length == sizes.prompt else ["\n\n".join(reversed(texts))]
             per_text = -(-wanted // len(joined))
-            plain = list(windows(self._tokenizer, joined, length, per_text=per_text))[: wanted - facts]
+            plain = list(windows(self._tokenizer, joined, length + after, per_text=per_text))[: wanted - facts]
             mixed = [plain[index::2] for index in range(2)]
-            found += [ids for row in zip_longest(*mixed, (one.ids for one in strewn)) for ids in row if ids is not None]
+            found += [ids for row in zip_longest(*mixed, asking) for ids in row if ids is not None]
         self._require_enough(found)
         return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adaskip_compile.planning.prompt_skips import depths_text
 from adaskip_compile.profiling.layers import find_layers
 from adaskip_passes.stream.stream import ResidualStream
 
@@ -32,6 +33,11 @@ class Depths:
     ffns: int = 0
     windows: int = 0
 
+    @property
+    def windows_left(self) -> int:
+        """Of how many the attentions have a window, those that are skipped not counted."""
+        return max(0, self.windows - self.attentions)
+
     def skipped(self, layers: Layers) -> tuple[str, ...]:
         """Return the paths of the sublayers that are skipped."""
         attentions = [path for layer in layers[: self.attentions] for path in layer[0]]
@@ -46,8 +52,7 @@ class Depths:
         return (*self.skipped(layers), *self.windowed(layers))
 
     def __str__(self) -> str:
-        windows = f", {self.windows - self.attentions} windows" if self.windows > self.attentions else ""
-        return f"{self.attentions} attentions, {self.ffns} FFNs{windows}"
+        return depths_text(self.attentions, self.ffns, self.windows_left)
 
 
 def layers_from_the_end(stream: ResidualStream) -> Layers:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.display.progress import show_progress
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.fitting.least_squares import FITTED_FORMS, BranchStatistics, fit_map
 from adaskip_compile.profiling.profiles import Profile
-from adaskip_compile.profiling.profiling import run_samples, show_progress
+from adaskip_compile.profiling.profiling import run_samples
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import OptionError
 from adaskip_passes.pipelines import canonicalised

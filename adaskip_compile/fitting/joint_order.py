@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from adaskip_compile.capture.dynamo import constant_floats, make_room_for_graphs
+from adaskip_compile.display.progress import show_progress
 from adaskip_compile.files.model_identity import identify
 from adaskip_compile.lowering.lowering import interpreted
 from adaskip_compile.options import Options
 from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import JointStep, Profile
-from adaskip_compile.profiling.profiling import evaluating, show_progress, token_ids
+from adaskip_compile.profiling.profiling import evaluating, token_ids
 from adaskip_compile.runtime.session import Session
 from adaskip_compile.runtime.session_backend import SessionBackend
 from adaskip_passes.errors import OptionError, PassError, ProfileError

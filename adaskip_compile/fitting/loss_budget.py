@@ -21,6 +21,7 @@ import sympy
 from torch import fx, nn
 
 from adaskip_compile.checkpoints.model_config import longest_context
+from adaskip_compile.display.progress import show_progress
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.fitting.budget_texts import BudgetSizes, BudgetTexts, domains_of
 from adaskip_compile.fitting.depths import Depths, layers_from_the_end
@@ -31,7 +32,6 @@ from adaskip_compile.planning.quality import Answers, Quality
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiles import is_finite_number
-from adaskip_compile.profiling.profiling import show_progress
 from adaskip_passes.analysis.flops import count_flops, hidden_flops
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 
@@ -211,7 +211,7 @@ class _Search:
             self._speedup(tried.skips),
             within=False,
             quality=tried.quality,
-            windows=max(0, depths.windows - depths.attentions),
+            windows=depths.windows_left,
         )
         return self._with_answers(trade, tried) if tried.quality.loss <= max_loss else trade, tried.skips
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaskip_compile.display.progress import show_progress
 from adaskip_compile.files.model_identity import unwrapped
 from adaskip_compile.fitting.gated_maps import UnitFinder, Units
 from adaskip_compile.fitting.least_squares import BranchStatistics, Moments, MomentsOf, as_tokens, fit_gated, fit_map
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, PromptSkips
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
 from adaskip_compile.profiling.profiles import is_finite_number
-from adaskip_compile.profiling.profiling import run_samples, show_progress
+from adaskip_compile.profiling.profiling import run_samples
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import LegalityError, OptionError, ProfileError
 from adaskip_passes.ir.graph import output_values

@@ -1,4 +1,4 @@
-"""The joint order and tuning, held against divergences that are computed eagerly, with sublayers left out by hand."""
+"""The joint order, held against divergences that are computed eagerly, with sublayers left out by hand."""
 
 from __future__ import annotations
 
@@ -9,24 +9,10 @@ import pytest
 import torch
 
 import adaskip_compile
-from adaskip_compile import SkipPlan
 from adaskip_compile.planning.compensated_plans import compensated
 from adaskip_passes.errors import OptionError, ProfileError
-from tests.models import tiny, tokens
+from tests.adaskip_compile.fitting.samples import SAMPLES
 from tests.reference import omit_sublayers
-
-SAMPLES = [tokens(1, 40, seed=seed)[0] for seed in range(4)]
-
-
-@pytest.fixture(scope="module")
-def llama():
-    yield tiny("llama", num_hidden_layers=4)
-    torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def profile(llama):
-    return adaskip_compile.profile(llama, SAMPLES, progress=False)
 
 
 @torch.no_grad()
@@ -100,46 +86,3 @@ def test_an_order_is_kept_in_the_profiles_file(llama, profile, tmp_path):
     assert adaskip_compile.Profile.load(tmp_path / "profile.json") == ordered
     assert ordered.merge(profile).joint_order == ordered.joint_order
     assert ordered.merge(ordered).joint_order == ()
-
-
-@pytest.fixture(scope="module")
-def compensated_plan(llama, profile):
-    fitted = adaskip_compile.fit(llama, profile, SAMPLES, rank=8, progress=False)
-    return compensated(adaskip_compile.plan(profile, skip=3, window=0), fitted, "low_rank")
-
-
-def predictions(model, plan, sample):
-    adaskip_compile.compile(model, plan, inner="eager")
-    with torch.no_grad():
-        found = model(sample[None]).logits.log_softmax(-1)
-    model._compiled_call_impl = None
-    return found
-
-
-def test_tuning_brings_predictions_nearer_to_the_full_models(llama, compensated_plan):
-    # The same text over and over, held out as well: what is tried here is the descent, not how far it carries.
-    samples = [SAMPLES[0]] * 4
-    tuned = adaskip_compile.tune(llama, compensated_plan, samples, steps=40, tokens=40, progress=False)
-    full = predictions(llama, SkipPlan.none(), SAMPLES[0])
-    before, after = (
-        (full.exp() * (full - predictions(llama, plan, SAMPLES[0]))).sum(-1).mean().item()
-        for plan in (compensated_plan, tuned)
-    )
-    assert after < 0.8 * before
-    assert tuned.paths == compensated_plan.paths
-    assert all(one.error is None for one in tuned.maps.values())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in llama.parameters())
-
-
-def test_tuning_that_does_not_help_changes_nothing(llama, compensated_plan):
-    tuned = adaskip_compile.tune(llama, compensated_plan, SAMPLES, steps=1, tokens=2, progress=False)
-    assert tuned is compensated_plan or tuned.maps != compensated_plan.maps
-
-
-def test_what_cannot_be_tuned_is_an_error(llama, profile, compensated_plan):
-    with pytest.raises(OptionError, match="no maps"):
-        adaskip_compile.tune(llama, adaskip_compile.plan(profile, skip=2), SAMPLES)
-    with pytest.raises(OptionError, match="steps="):
-        adaskip_compile.tune(llama, compensated_plan, SAMPLES, steps=0)
-    with pytest.raises(ProfileError, match="two samples"):
-        adaskip_compile.tune(llama, compensated_plan, SAMPLES[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,21 @@ def test_facts_are_strewn_in_every_third_prompt_to_fit_on() -> None:
     assert facts == [False, False, True] * 5
     asked = make_needles(tokenizer, ["words " * 200], context=400, count=3)
     assert not any(needle.code in tokenizer.decode(ids) for needle in asked for ids in samples)
+
+
+def test_prompts_to_tune_on_have_what_follows_them() -> None:
+    tokenizer = byte_tokenizer()
+    texts = BudgetTexts(tokenizer, 600, BudgetSizes(prompt=400, fitted=18), domains_of(None))
+    fitted, tuned = ([tokenizer.decode(ids) for ids in found] for found in (texts.to_fit(), texts.to_tune(64)))
+    assert len(fitted) == len(tuned)
+    for index, (shorter, longer) in enumerate(zip(fitted, tuned, strict=True)):
+        if index % 3 < 2:
+            assert len(longer) == len(shorter) + 64
+            continue
+        assert longer.startswith(shorter)
+        asked = re.findall(r"What is the code of the ([\w ]+)\?\nThe code of the \1 is (\d+)\.", longer)
+        assert len(asked) == 3
+        assert all(f"\nThe code of the {name} is {code}.\n" in shorter for name, code in asked)
 
 
 def decoded(texts: list[tuple[torch.Tensor, int]]) -> list[str]:
