@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
+from adaskip_compile.display.progress import progress_bar, show_stages
 from adaskip_compile.files.atomic_write import write_text
 from adaskip_passes.errors import OptionError
 
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     from adaskip_compile.cli import inspection_tables
     from adaskip_compile.inspection.report import inspection_report
 
-    with output.status("capturing the graphs of the model, without its weights"):
+    with show_stages("capturing the graphs of the model, without its weights"):
         found = _inspect(arguments)
     timer = _timer(arguments, found, output)
     runtime = common.read_report(arguments.runtime) if arguments.runtime else None
@@ -148,7 +149,7 @@ def _calibrate(arguments: argparse.Namespace, found: Inspection, output: Output)
         raise OptionError("--calibrate runs the real model: name a MODEL, not only its --config")
     model, _ = common.load_model(arguments)
     contexts = _contexts(arguments, found)
-    with output.progress("measuring", steps(found, contexts, arguments.rounds)) as advance:
+    with progress_bar("measuring", steps(found, contexts, arguments.rounds)) as advance:
         measured = calibrate(
             model, found, contexts=contexts, rounds=arguments.rounds, inner=arguments.inner, advance=advance
         )

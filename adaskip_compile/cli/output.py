@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -48,24 +46,6 @@ class Output:
     def show(self, table: Table) -> None:
         """Print a table for a person."""
         self._console.print(table)
-
-    @contextlib.contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        """Yield a function to call after each of ``total`` steps; a bar shows them on a terminal, and nothing elsewhere."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda: bar.advance(task)
-
-    @contextlib.contextmanager
-    def status(self, label: str) -> Iterator[None]:
-        """Show ``label`` while something of unknown length is done, on a terminal alone."""
-        console = Console(stderr=True)
-        with console.status(label) if console.is_terminal else contextlib.nullcontext():
-            yield
 
     def results(self, results: dict[str, Any]) -> None:
         """Write ``results`` as JSON to where it was asked for. A file is written whole or not at all."""

@@ -10,35 +10,44 @@ are skipped in prefill and decode; after the first tokens of a request, FFNs tha
 policies are there to compare with. With --context, sublayers are chosen so that both prefill and decode get --speedup
 times as fast at that many tokens, by predicted times, at the least damage; --times has them measured on this machine.
 
+With --from PLAN, a plan that was made of a profile is written again with another --window.
+
 examples:
   adaskip plan smollm2 --max-loss 0.02 --out plan.json
   adaskip plan ./my-model --max-loss 0.05 --context 8192 --dtype bfloat16 --device cuda --out plan.json
-  adaskip plan ./my-model --max-loss 0.02 --texts tickets/*.txt --out plan.json
+  adaskip plan ./my-model --max-loss 0.02 --texts tickets/*.txt --out plan.json --plot frontier.svg
   adaskip plan profile.json --skip 8 --out plan.json
   adaskip plan profile.json --speedup 1.33 --window 20 --out plan.json
   adaskip plan profile.json --skip 8 --policy loss_greedy --compensation low_rank --out plan.json
+  adaskip plan --from plan.json --window 10 --out plan10.json
   adaskip plan profile.json --speedup 1.25 --context 4096 --times this-machine.json --out plan.json
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli.output import Output
 from adaskip_compile.planning.policy_names import COMPENSATIONS, POLICIES
 from adaskip_passes.errors import OptionError
 
+if TYPE_CHECKING:
+    from adaskip_compile.planning.skip_plan import SkipPlan
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this command takes."""
     parser.add_argument(
         "source",
+        nargs="?",
         metavar="MODEL|PROFILE",
         help="a model (a folder, a .gguf file, a hub id, or a short name), or a .json file that 'adaskip profile' wrote",
     )
+    parser.add_argument("--from", dest="given", metavar="PLAN", help="change the --window of this plan")
     parser.add_argument("--out", required=True, metavar="PATH", help="where to write the plan")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--skip", type=int, metavar="N", help="sublayers to skip (default: 8)")
@@ -68,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a model, text files like those to be served, in place of built-in text: half to fit on, half to measure",
     )
     parser.add_argument(
+        "--plot", metavar="PATH", help="of a model, draw what was tried, loss over speed-up: .png, .svg or .pdf"
+    )
+    parser.add_argument(
         "--times",
         metavar="PATH",
         help="times for --context, that 'adaskip inspect --calibrate --calibration PATH' measured",
@@ -76,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--phase", choices=("both", "prefill", "decode"), default="both", help="where to skip (default: %(default)s)"
     )
     add_policy_arguments(parser)
+    parser.set_defaults(window=None)  # so that --from can tell whether it was asked for
     common.add_loading_arguments(parser)
 
 
@@ -89,7 +102,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="what 'random' draws with (default: %(default)s)")
     parser.add_argument(
-        "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: %(default)s)"
+        "--window", type=int, default=20, metavar="P", help="decoded tokens to watch FFNs for (default: 20)"
     )
     parser.add_argument(
         "--scale",
@@ -108,31 +121,75 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
+    from adaskip_compile.display.plots import check_plot
     from adaskip_compile.profiling.profiles import Profile
 
+    if (arguments.source is None) == (arguments.given is None):
+        raise OptionError("takes a model or a profile, or a plan with --from: one of them")
+    if arguments.given is not None:
+        return _written(_with_window(arguments), arguments, output)
     of_profile = Path(arguments.source).suffix == ".json" or any(
         getattr(arguments, name) is not None for name in _OF_PROFILES
     )
     if of_profile and arguments.texts:
         raise OptionError("--texts goes with a model alone; a profile is made of texts by 'adaskip profile --texts'")
+    if of_profile and arguments.plot:
+        raise OptionError("--plot goes with a model alone; 'adaskip profile --plot' draws a profile")
+    if arguments.plot:
+        check_plot(arguments.plot)
     if of_profile:
         made = make_plan(Profile.load(arguments.source), arguments)
     else:
         made = _within_loss(arguments, output)
+    return _written(made, arguments, output)
+
+
+def _written(made: SkipPlan, arguments: argparse.Namespace, output: Output) -> int:
+    from adaskip_compile.display.plots import write_plot
+
     made.save(arguments.out)
     output.say(made.describe())
     output.say(f"\nwritten to {arguments.out}")
+    if arguments.plot and made.prompt and made.prompt.frontier:
+        write_plot(arguments.plot, made.prompt.plot, title=arguments.source)
+        output.say(f"drawn in {arguments.plot}")
     output.results({"plan": arguments.out, **describe(made)})
     return 0
+
+
+def _with_window(arguments: argparse.Namespace) -> SkipPlan:
+    """Return the plan of --from with the window that is asked for."""
+    from adaskip_compile.planning.skip_plan import SkipPlan
+
+    for name in _changed(arguments):
+        if name not in ("given", "out", "window"):
+            raise OptionError(f"--{name.replace('_', '-')} does not go with --from, which changes the --window alone")
+    if arguments.window is None:
+        raise OptionError("--from changes the window of a plan: give --window too")
+    plan = SkipPlan.load(arguments.given)
+    if plan.beta is None:
+        raise OptionError(
+            f"{arguments.given} skips nothing more after a window, however long: it was not made of a profile"
+        )
+    return replace(plan, window=arguments.window)
+
+
+def _changed(arguments: argparse.Namespace) -> list[str]:
+    """Return the names of the arguments that are not what they are by default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    unset = vars(parser.parse_args(["--out", ""]))
+    return [name for name, default in unset.items() if getattr(arguments, name) != default]
 
 
 def _within_loss(arguments: argparse.Namespace, output: Output) -> Any:
     from adaskip_compile.fitting.loss_budget import plan_within_loss
 
-    unset = argparse.ArgumentParser()
-    add_policy_arguments(unset)
-    for name, default in {"phase": "both", **vars(unset.parse_args([]))}.items():
-        if getattr(arguments, name) != default:
+    parser = argparse.ArgumentParser()
+    add_policy_arguments(parser)
+    usual = {"phase": "both", **vars(parser.parse_args([]))}
+    for name in _changed(arguments):
+        if name in usual and getattr(arguments, name) != usual[name]:
             raise OptionError(
                 f"--{name} goes with a profile, and {arguments.source} is taken for a model, whose prompts alone skip; "
                 f"'adaskip profile {arguments.source} --out profile.json' makes one"

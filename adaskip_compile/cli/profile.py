@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this command takes."""
     common.add_model_arguments(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="where to write the profile")
+    parser.add_argument("--plot", metavar="PATH", help="draw similarity by depth: .png, .svg or .pdf")
     parser.add_argument("--texts", nargs="+", metavar="FILE", help="text files to profile on instead of built-in text")
     parser.add_argument("--samples", type=common.positive, default=20, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -53,8 +54,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Carry the command out and return its exit code."""
     import adaskip_compile
     from adaskip_compile.cli.tables import profile_table
+    from adaskip_compile.display.plots import check_plot, write_plot
     from adaskip_compile.texts import choose_samples
 
+    if arguments.plot:
+        check_plot(arguments.plot)
     texts = common.read_texts(arguments.texts) if arguments.texts else None
     model, tokenizer = common.load_model(arguments)
     samples = choose_samples(tokenizer, texts, arguments.samples, arguments.length)
@@ -65,6 +69,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     for step in profile.joint_order:
         output.say(f"skipping {step.path} too loses {step.loss:.3f} nats a token in all")
     output.say(f"\n{profile.samples} samples, written to {arguments.out}")
+    if arguments.plot:
+        write_plot(arguments.plot, profile.plot)
+        output.say(f"drawn in {arguments.plot}")
     output.say(f"next: adaskip plan {arguments.out} --out plan.json")
     output.results(
         {"profile": arguments.out, "samples": profile.samples, "sublayers": describe(profile), **more(profile)}

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from adaskip_compile.cli import arguments as common
 from adaskip_compile.cli import sweep_arguments
 from adaskip_compile.cli.output import Output
+from adaskip_compile.display.progress import progress_bar, show_stages
 from adaskip_passes.errors import OptionError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     model, tokenizer = common.load_model(arguments)
     results = SweepResults.open(arguments.results, _about(model, domains, arguments))
     samples = mixed_windows(domains, tokenizer, "profiling", arguments.samples, arguments.length)
-    with output.status("profiling"):
+    with show_stages("profiling"):
         profile = _profile(model, samples, results, arguments)
     candidates = make_candidates(
         profile, arguments.skips, arguments.policies, arguments.compensations, window=arguments.window
@@ -98,7 +99,7 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--new-tokens must be at least {arguments.window + 3}, to see past a window of {arguments.window}"
         )
     if arguments.plot:
-        from adaskip_compile.evaluation.plots import check_plot
+        from adaskip_compile.display.plots import check_plot
 
         check_plot(arguments.plot)
 
@@ -132,7 +133,7 @@ def _prompt_candidates(
     from adaskip_compile.files.versioned_json import digest
 
     about = digest(json.dumps(results.about, sort_keys=True))[:8]  # maps of other texts are other maps
-    with output.progress("fitting maps", len({*arguments.depths} - {(0, 0)})) as advance:
+    with progress_bar("fitting maps", len({*arguments.depths} - {(0, 0)})) as advance:
         return make_prompt_candidates(
             model,
             samples,
@@ -218,7 +219,7 @@ def _measure(
         for measure in measures
         if measure.name not in results.quality.get(candidate.name, {})
     ]
-    with output.progress("measuring quality", len(todo)) as advance:
+    with progress_bar("measuring quality", len(todo)) as advance:
         for candidate, measure in todo:
             adaskip_compile.compile(model, candidate.plan, inner=arguments.inner)
             results.add_quality(candidate.name, measure.name, measure.run(model))
@@ -246,7 +247,7 @@ def _time(
         return
     [prompt] = domains[0].windows(tokenizer, "evaluation", 1, arguments.context)
     ids = prompt[None].to(model.device)
-    with output.progress("timing", (1 + len(lacking)) * (1 + arguments.rounds)) as advance:
+    with progress_bar("timing", (1 + len(lacking)) * (1 + arguments.rounds)) as advance:
 
         def timed(plan: Any) -> Generation:
             adaskip_compile.compile(model, plan, inner=arguments.inner)
@@ -272,11 +273,12 @@ def _write(rows: Sequence[Row], arguments: argparse.Namespace, output: Output) -
         write_text(arguments.csv, as_csv(rows), option="--csv")
         output.say(f"written to {arguments.csv}")
     if arguments.plot:
-        from adaskip_compile.evaluation.plots import write_plot
+        from adaskip_compile.display.plots import write_plot
 
         xlabel = f"speed-up of a request of {arguments.context} + {arguments.new_tokens} tokens"
         ylabel = "NLL above the full model's, nats a token"
-        write_plot(arguments.plot, arguments.model, xlabel, ylabel, lambda axes: draw_curve(axes, rows))
+        labels = {"title": arguments.model, "xlabel": xlabel, "ylabel": ylabel}
+        write_plot(arguments.plot, lambda axes: draw_curve(axes, rows), **labels)
         output.say(f"drawn in {arguments.plot}")
 
 

@@ -1,6 +1,6 @@
 """Tune the maps of a plan together, so that the model that skips predicts what the full model predicts.
 
-For plans made with --compensation channel, low_rank or affine. The maps are adjusted by gradient descent on built-in
+For plans made with --compensation channel, low_rank or affine, and for those of prompts, made within a loss. The maps are adjusted by gradient descent on built-in
 text, or on files of yours; the model's own weights stay as they are. On texts that are held out the tuned plan must do
 better than the given one, or it is written unchanged, and said so.
 
@@ -27,9 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_counts(
         parser,
         ("samples", 24, "texts, one in four held out"),
-        ("length", 1024, "tokens of each"),
+        ("length", 1088, "tokens of each"),
         ("steps", 200, "steps to take"),
-        ("tokens", 256, "tokens a step"),
+    )
+    parser.add_argument(
+        "--tokens",
+        type=common.positive,
+        metavar="N",
+        help="tokens a step (default: 256; of a plan that skips in prompts alone 1088, of samples that are as long)",
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from adaskip_compile.display.progress import show_stages
 from adaskip_compile.exporting import runner
 from adaskip_compile.exporting.capture import (
     LEAST_TOKENS,
@@ -120,7 +120,7 @@ def export(
     prompt = _prompt_skips(plans["prefill"])
     least = max(LEAST_TOKENS, prompt.least_rows) if prompt.skipped else LEAST_TOKENS
     max_length = check_max_length(model, max_length, least)
-    with _stages(progress) as report:
+    with show_stages("exporting", progress) as report:
         steps = capture_steps(model, batch=batch, max_length=max_length, least=least, report=report)
         phases: dict[str, SpecialisedPhase] = {}
         for phase in (steps.prefill, steps.decode):
@@ -217,16 +217,3 @@ def _require_one_cache(phases: Mapping[str, SpecialisedPhase]) -> None:
             f"{', '.join(differing)}: skipped by one of plan and decode_plan and not by the other. They keep a cache, "
             "so both plans skip them, or neither"
         )
-
-
-@contextmanager
-def _stages(progress: bool) -> Iterator[Callable[[str], None]]:
-    """Yield what shows a person on a terminal which stage has been reached."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not progress or not console.is_terminal:
-        yield lambda stage: None
-        return
-    with console.status("exporting") as status:
-        yield status.update

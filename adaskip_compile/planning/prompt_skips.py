@@ -8,12 +8,14 @@ comes after the prompt may run in full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from adaskip_compile.display.plots import new_axes
 from adaskip_compile.planning.quality import Quality
 from adaskip_passes.errors import PlanError
 from adaskip_passes.specialise.needed_rows import stopped_at
@@ -58,6 +60,11 @@ class Trade:
 
 
 TRADES_HEADING = "attentions  windows  FFNs         perplexity   needles found  answers  speed-up  budget"
+
+
+def depths_text(attentions: int, ffns: int, windows: int) -> str:
+    """Say how many sublayers of each kind are left out, and how many attentions have a window."""
+    return f"{attentions} attentions, {ffns} FFNs{f', {windows} windows' if windows else ''}"
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,33 @@ class PromptSkips:
     def scales(self) -> dict[str, float]:
         """The scale of each skipped sublayer, by path."""
         return {sublayer.path: sublayer.scale for sublayer in self.skipped}
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw what each set of the frontier loses over how much it saves, and return the matplotlib ``Axes``.
+
+        Args:
+            axes: Where to draw; None for a figure of its own.
+
+        Raises:
+            OptionError: matplotlib is not installed.
+            PlanError: Nothing was measured, so there is no frontier.
+        """
+        if not self.frontier:
+            raise PlanError("this plan has no frontier to draw: it was not made within a loss")
+        axes = new_axes() if axes is None else axes
+        for within, label in ((True, "within the budget"), (False, "over")):
+            trades = [trade for trade in self.frontier if trade.within is within]
+            losses = [100 * math.expm1(trade.quality.loss) for trade in trades]
+            errors = [100 * trade.quality.loss_error for trade in trades]
+            axes.errorbar([trade.speedup for trade in trades], losses, errors, fmt="o", capsize=2, label=label)
+            for trade, loss in zip(trades, losses, strict=True):
+                text = depths_text(trade.attentions, trade.ffns, trade.windows)
+                axes.annotate(
+                    text, (trade.speedup, loss), xytext=(4, 4), textcoords="offset points", fontsize="x-small"
+                )
+        axes.set(xlabel="prompt, times as fast by arithmetic", ylabel="perplexity above the full model's, %")
+        axes.legend()
+        return axes
 
     def as_pass(self, stream_paths: Iterable[str]) -> SkipBodyRows:
         """Return the pass that skips so; ``stream_paths`` are all of the stream, in order."""

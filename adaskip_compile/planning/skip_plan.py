@@ -11,14 +11,14 @@ import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
+from adaskip_compile.display.notebook_text import ShownAsText
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
-from adaskip_compile.notebooks import ShownAsText
 from adaskip_compile.planning.prompt_skips import HEAD, TAIL, TRADES_HEADING, PromptSkips, Trade
 from adaskip_compile.planning.quality import Quality
 from adaskip_compile.planning.skipped_sublayer import SkippedSublayer
@@ -233,9 +233,8 @@ class SkipPlan(ShownAsText):
             left_out.append(f"looks back no further than a window in {_counted(len(self.prompt.windows), 'attention')}")
         yield f"the prompt {' and '.join(left_out)} for all but {rows}, and keeps its keys and values; policy: {self.policy}"
         yield from self._table(self.prompt.skipped, self.prompt.maps)
-        for window, paths in groupby(
-            sorted(self.prompt.windows, key=self.prompt.windows.__getitem__), self.prompt.windows.__getitem__
-        ):
+        for window in sorted({*self.prompt.windows.values()}):
+            paths = (path for path, one in self.prompt.windows.items() if one == window)
             yield f"a window of {_counted(window, 'token')}: {', '.join(paths)}"
 
     def _request_lines(self) -> Iterable[str]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from adaskip_compile.costs.model_costs import ModelCosts
+from adaskip_compile.display.notebook_text import ShownAsText
+from adaskip_compile.display.plots import new_axes
 from adaskip_compile.files.model_identity import ModelIdentity, check_identity
 from adaskip_compile.files.versioned_json import DocumentFormat
-from adaskip_compile.notebooks import ShownAsText
 from adaskip_compile.profiling.map_files import read_maps, write_maps
 from adaskip_compile.profiling.stream_maps import StreamMap
 from adaskip_passes.errors import DamagedFileError, OptionError, ProfileError
@@ -236,6 +237,27 @@ class Profile(ShownAsText):
     def ranking(self) -> tuple[SublayerProfile, ...]:
         """Return all sublayers of all kinds in one ranking, most similar first; equals stay in stream order."""
         return tuple(sorted(self.sublayers, key=lambda sublayer: -sublayer.mean_similarity))
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the similarity of each sublayer by its depth, a line for each kind, and return the matplotlib ``Axes``.
+
+        Args:
+            axes: Where to draw; None for a figure of its own.
+
+        Raises:
+            OptionError: matplotlib is not installed.
+        """
+        axes = new_axes() if axes is None else axes
+        kinds: dict[str, list[tuple[int, float]]] = {}
+        for index, sublayer in enumerate(self.sublayers):
+            kinds.setdefault(sublayer.kind, []).append((index, sublayer.mean_similarity))
+        for kind, points in kinds.items():
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=kind)
+        model = "a model" if self.model is None else self.model.name
+        title = f"Similarity by depth: {model}, {self.samples} samples"
+        axes.set(title=title, xlabel="sublayer", ylabel="cosine of the stream before and after")
+        axes.legend()
+        return axes
 
     def merge(self, *others: Profile) -> Profile:
         """Return the profile of the samples of this one and ``others``.

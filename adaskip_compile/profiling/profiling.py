@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -14,6 +14,7 @@ from torch import fx, nn
 from adaskip_compile.capture.dynamo import constant_floats
 from adaskip_compile.capture.graph_breaks import GraphBreaks
 from adaskip_compile.costs.model_costs import ModelCosts, costs_of_prefill
+from adaskip_compile.display.progress import show_progress
 from adaskip_compile.files.model_identity import identify, unwrapped
 from adaskip_compile.profiling.layers import find_layers
 from adaskip_compile.profiling.profiles import Profile, make_profile
@@ -23,8 +24,6 @@ from adaskip_passes.pipeline.pipeline import run_pipeline
 from adaskip_passes.pipelines import canonicalised
 from adaskip_passes.specialise.insert_probes import InsertProbes
 from adaskip_passes.stream.stream import ResidualStream
-
-Item = TypeVar("Item")
 
 
 class _Prober:
@@ -113,7 +112,7 @@ def run_samples(
 
     # An own function object: its captures are not those of the user's compiled model.
     def forward(ids: torch.Tensor) -> Any:
-        return model._call_impl(ids, **_cheap_arguments(model))
+        return model._call_impl(ids, **cheap_arguments(model))
 
     compiled = constant_floats(torch.compile(forward, backend=naming(model, backend), dynamic=True))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -167,26 +166,10 @@ def token_ids(samples: Iterable[Any], tokenizer: Any, limit: int) -> Iterator[to
         yield ids
 
 
-def show_progress(items: Iterable[Item], total: int, progress: bool, title: str) -> Iterator[Item]:
-    """Yield ``items``, with a bar on standard error where that is a terminal and ``progress`` is asked for."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # On standard error: what is printed on standard output may be read by a program.
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=total)
-        for count, item in enumerate(items, 1):
-            yield item
-            bar.update(task, completed=count)
-        bar.update(task, total=bar.tasks[task].completed)
-
-
-def _cheap_arguments(model: nn.Module) -> dict[str, Any]:
-    """Return keywords that spare the logits of all tokens but the last, where the model knows them."""
+def cheap_arguments(model: nn.Module, rows: int = 1) -> dict[str, Any]:
+    """Return keywords that spare the logits of all tokens but the last ``rows``, where the model knows them."""
     known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return {"logits_to_keep": rows} if "logits_to_keep" in known else {}
 
 
 def _require_one_graph(prober: StreamBackend, calls: int, breaks: GraphBreaks) -> None:

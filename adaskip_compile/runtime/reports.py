@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from adaskip_compile.display.notebook_text import ShownAsText
 from adaskip_compile.lowering.cuda_graphs import RecordedRun
-from adaskip_compile.notebooks import ShownAsText
 from adaskip_compile.runtime.requests import Request, RequestPhase
 from adaskip_compile.runtime.session import CapturedGraph, Session, sessions_of
 from adaskip_passes.stream.stream import Phase

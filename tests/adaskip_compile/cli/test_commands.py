@@ -112,6 +112,26 @@ def test_plan_by_another_policy(profile: str, tmp_path: Path, capsys: pytest.Cap
     assert "early_exit skips whole layers" in capsys.readouterr().err
 
 
+def test_a_plan_is_written_again_with_another_window(plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "plan10.json"
+    assert main(["plan", "--from", plan, "--window", "10", "--out", str(out)]) == 0
+    before, after = SkipPlan.load(plan), SkipPlan.load(out)
+    assert (before.window, after.window) == (3, 10)
+    assert (after.paths, after.beta, after.model) == (before.paths, before.beta, before.model)
+    SkipPlan.from_scales({FFN.format(1): 1.0}).save(tmp_path / "explicit.json")
+    mistakes: tuple[tuple[list[str], str], ...] = (
+        (["--from", plan], "give --window too"),
+        (["--from", plan, "--window", "5", "--skip", "3"], "--skip does not go with --from"),
+        (["--from", plan, "model", "--window", "5"], "one of them"),
+        ([], "one of them"),
+        (["--from", str(tmp_path / "explicit.json"), "--window", "5"], "skips nothing more after a window"),
+    )
+    for arguments, said in mistakes:
+        capsys.readouterr()
+        assert main(["plan", *arguments, "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_plan_for_a_goal(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "plan.json"
     assert main(["plan", profile, "--out", str(out), "--speedup", "1.2", "--context", "64"]) == 0

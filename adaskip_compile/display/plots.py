@@ -11,6 +11,7 @@ from adaskip_compile.files.atomic_write import replace_file
 from adaskip_passes.errors import FileError, OptionError
 
 FORMATS = ("png", "svg", "pdf")
+_SIZE = (7.5, 4.5)
 
 
 def check_plot(file: str | Path) -> None:
@@ -20,17 +21,29 @@ def check_plot(file: str | Path) -> None:
     _figure()
 
 
-def write_plot(file: str | Path, title: str, xlabel: str, ylabel: str, draw: Callable[[Any], None]) -> None:
-    """Let ``draw`` fill a matplotlib ``Axes`` and write it to ``file``, whole or not at all.
+def new_axes() -> Any:
+    """Return a matplotlib ``Axes`` in a figure of its own, which a notebook shows.
+
+    Raises:
+        OptionError: matplotlib is not installed.
+    """
+    _figure()
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=_SIZE, layout="constrained")[1]
+
+
+def write_plot(file: str | Path, draw: Callable[[Any], object], **labels: str) -> None:
+    """Let ``draw`` fill a matplotlib ``Axes`` with these labels (title, xlabel, ylabel) and write it to ``file``, whole or not at all.
 
     Raises:
         OptionError: The file's suffix is of no known format, or matplotlib is not installed.
         FileError: The file cannot be written.
     """
     check_plot(file)
-    figure = _figure()(figsize=(7.5, 4.5), layout="constrained")
+    figure = _figure()(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(**labels)
     axes.grid(alpha=0.3)
     draw(axes)
     data = io.BytesIO()

@@ -6,7 +6,7 @@ import html
 
 import adaskip_compile
 from adaskip_compile import Profile, SkipPlan
-from adaskip_compile.notebooks import ShownAsText
+from adaskip_compile.display.notebook_text import ShownAsText
 from tests.golden_files import GOLDEN
 from tests.models import tiny
 
