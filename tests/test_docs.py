@@ -13,6 +13,7 @@ import pytest
 
 import adaskip_compile
 from adaskip_compile import checkpoints, cli
+from adaskip_compile.fitting.budget_texts import BudgetSizes
 from tests.test_readme import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,9 @@ def test_the_python_blocks_run_one_after_the_other(
     monkeypatch.setattr(checkpoints, "load_checkpoint", tiny_checkpoint)
     monkeypatch.setattr(adaskip_compile, "compile", functools.partial(adaskip_compile.compile, inner="eager"))
     monkeypatch.setattr(sys, "path", [*sys.path])
+    small = BudgetSizes(prompt=320, continued=32, fitted=2, measured=2, needles=1)
+    search = functools.partial(adaskip_compile.plan_within_loss, sizes=small)
+    monkeypatch.setattr(adaskip_compile, "plan_within_loss", search)
     # The runner that an exported folder brings; another dict of modules in place of this one breaks imports.
     monkeypatch.delitem(sys.modules, "generate", raising=False)
     names: dict = {}

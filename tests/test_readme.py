@@ -24,6 +24,7 @@ def blocks(language: str) -> list[str]:
 def tiny_checkpoint(_: str):
     tokenizer = byte_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 32}
+    sizes["max_position_embeddings"] = 4096
     return tiny("llama", **sizes), tokenizer
 
 
