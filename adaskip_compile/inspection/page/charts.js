@@ -42,6 +42,9 @@ function ticks(low, high, wanted) {
   return { found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 }
 
+// A chart that is not shown has no width, and is drawn again when it is.
+const roomIn = (id) => Math.max(document.getElementById(id).clientWidth, 160);
+
 // A frame with axes. `series` are [{kind, label, points: [[x, y]], dots}], x as x(value) places it.
 function frame({ width, height = 260, low, high, xTicks, xPlace, yLabel, unit = "", wanted = 5 }) {
   const [left, right, top, bottom] = [54, width - 16, 14, height - 30];
@@ -65,9 +68,13 @@ function path(points) {
   return points.map(([px, py], index) => `${index ? "L" : "M"}${px.toFixed(1)} ${py.toFixed(1)}`).join("");
 }
 
+// What is not decided yet is filled, as what runs is, and has a hole.
+const hole = (cx, cy, r) => draw("circle", { class: "hole", cx, cy, r });
+
 function legendItem(kind, label, shape = "square") {
   const svg = draw("svg", { width: 16, height: 14, "aria-hidden": "true" });
   if (shape === "line") svg.append(draw("path", { class: `line ${kind}`, d: "M0 7L16 7" }));
   else svg.append(draw("rect", { class: `cell ${kind}`, x: 2, y: 1, width: 12, height: 12, rx: 3 }));
+  if (kind.endsWith(" open")) svg.append(hole(8, 7, 3));
   return make("li", {}, svg, label);
 }

@@ -71,7 +71,8 @@ function showRuntime() {
     });
     const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name))));
     byId("runtime").append(make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Requests" }, make("table", {}, head, make("tbody", {}, ...rows))));
-    const notes = [...session.graphs.filter((graph) => graph.captured_because).map((graph) => `A ${graph.phase} graph was captured because this did not hold: ${graph.captured_because}`), ...session.unskipped_graphs, ...session.notes];
+    const added = session.requests.filter((request) => Object.keys(request.extra).length).map((request) => `Request ${request.number} skipped these too after its window: ${Object.keys(request.extra).join(", ")}`);
+    const notes = [...added, ...session.graphs.filter((graph) => graph.captured_because).map((graph) => `A ${graph.phase} graph was captured because this did not hold: ${graph.captured_because}`), ...session.unskipped_graphs, ...session.notes];
     byId("runtime").append(make("ul", {}, ...notes.map((note) => make("li", {}, note))));
   }
 }

@@ -7,7 +7,28 @@ const skipSets = planned ? { plan: new Set(report.sublayers.filter((row) => row.
 for (const [name, paths] of Object.entries(report.skip_sets)) skipSets[name] = new Set(paths);
 const names = Object.keys(skipSets);
 const contexts = sliderStops();
-const state = { context: report.context, set: names[0], chosen: 0, phase: phases[0] };
+const state = { context: report.context, set: names[0], chosen: 0, phase: phases[0], sort: "", grouped: true, filter: "" };
+
+// What is looked at stands in the address, so that it can be sent to somebody.
+const REMEMBERED = ["context", "set", "phase", "sort", "grouped", "filter"];
+const first = { ...state };
+
+function readAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  const context = Number(asked.get("context"));
+  if (contexts.includes(context)) state.context = context;
+  if (names.includes(asked.get("set"))) state.set = asked.get("set");
+  if (phases.includes(asked.get("phase"))) state.phase = asked.get("phase");
+  state.sort = asked.get("sort") ?? state.sort;
+  state.grouped = asked.get("grouped") !== "false";
+  state.filter = asked.get("filter") ?? state.filter;
+}
+
+function writeAddress() {
+  const told = new URLSearchParams(REMEMBERED.filter((name) => state[name] !== first[name]).map((name) => [name, state[name]]));
+  const hash = told.size ? `#${told}` : "";
+  if (hash !== location.hash) history.replaceState(null, "", hash || location.pathname);
+}
 
 function sliderStops() {
   const most = Math.max(report.longest ?? 131072, report.context);
@@ -17,6 +38,8 @@ function sliderStops() {
 }
 
 const skipped = () => skipSets[state.set] ?? new Set();
+// Examples are for what skipping so many is worth: which those would be nobody has found yet.
+const drawnSkipped = () => (planned ? skipped() : new Set());
 const bodySkipped = () => (planned && state.set === "plan" ? report.sublayers.filter((row) => row.body_left) : []);
 
 // What a prompt of that length saves of each sublayer that the plan skips for its body.
@@ -60,7 +83,7 @@ function showTiles() {
   const left = report.sublayers.length - skipped().size;
   const body = bodySkipped().length;
   tiles.push(tile("sublayers-run", "Sublayers run", left, `${left} of ${report.sublayers.length}`,
-    body ? `${body} of them not for the body of a prompt` : `${skipped().size} skipped from the first token on`));
+    body ? `${body} of them not for the body of a prompt` : planned ? `${skipped().size} skipped from the first token on` : "an example: a plan says which"));
   const lost = body ? report.plan.prompt.measured?.quality : null;
   if (lost) {
     const facts = lost.found_full === null ? "facts were not asked for" : `of facts ${(100 * lost.found).toFixed(0)} % found, in full ${(100 * lost.found_full).toFixed(0)} %`;
@@ -70,12 +93,12 @@ function showTiles() {
 }
 
 function showGains() {
-  const [first, last] = [contexts[0], contexts[contexts.length - 1]];
-  const place = (value) => Math.log(value / first) / Math.log(last / first || 2);
+  const [least, last] = [contexts[0], contexts[contexts.length - 1]];
+  const place = (value) => Math.log(value / least) / Math.log(last / least || 2);
   const lines = phases.map((phase) => contexts.map((context) => [context, predictShown(phase, context).speedup]));
   const high = Math.max(1.1, ...lines.flat().map(([, gain]) => gain)) * 1.03;
   const marks = contexts.filter((context) => Number.isInteger(Math.log2(context)) && Math.log2(context) % 2 === 0);
-  const chart = frame({ width: byId("gain-chart").clientWidth, low: 1, high, xPlace: place, yLabel: "Predicted speed-up by context length", unit: "×",
+  const chart = frame({ width: roomIn("gain-chart"), low: 1, high, xPlace: place, yLabel: "Predicted speed-up by context length", unit: "×",
     xTicks: marks.map((context) => [context, context >= 1024 ? `${context / 1024} k` : String(context)]) });
   chart.svg.append(draw("line", { class: "mark", x1: chart.x(state.context), x2: chart.x(state.context), y1: chart.top, y2: chart.bottom }));
   lines.forEach((points, index) => {
@@ -98,17 +121,23 @@ function update() {
   showChosen();
   showTable();
   showFormulaValues();
+  writeAddress();
 }
 
 function connect() {
   const slider = byId("context");
   slider.max = String(contexts.length - 1);
   slider.addEventListener("input", () => { state.context = contexts[Number(slider.value)]; update(); });
-  byId("skip-set").append(...names.map((name) => make("option", { value: name }, name === "plan" ? `the plan (${skipSets.plan.size + report.sublayers.filter((row) => row.body_left).length})` : `${skipSets[name].size} sublayers`)));
+  byId("skip-set").append(...names.map((name) => make("option", { value: name }, name === "plan" ? `the plan (${skipSets.plan.size + report.sublayers.filter((row) => row.body_left).length})` : `${skipSets[name].size} sublayers, for illustration`)));
+  byId("skip-set").value = state.set;
   byId("skip-set").addEventListener("change", (event) => { state.set = event.target.value; showStream(); showSimilarity(); update(); });
   byId("table-phase").append(...phases.map((phase) => make("option", { value: phase }, phase)));
-  byId("table-phase").addEventListener("change", (event) => { state.phase = event.target.value; showTable(); });
-  byId("filter").addEventListener("input", showTable);
+  byId("table-phase").value = state.phase;
+  byId("table-phase").addEventListener("change", (event) => { state.phase = event.target.value; showTable(); writeAddress(); });
+  byId("filter").value = state.filter;
+  byId("filter").addEventListener("input", (event) => { state.filter = event.target.value; showTable(); writeAddress(); });
+  byId("grouped").checked = state.grouped;
+  byId("grouped").addEventListener("change", (event) => { state.grouped = event.target.checked; showTable(); writeAddress(); });
   addEventListener("resize", () => { showStream(); showSimilarity(); showGains(); });
   byId("theme").addEventListener("click", () => {
     const root = document.documentElement;
@@ -118,6 +147,7 @@ function connect() {
 }
 
 showHead();
+readAddress();
 if (report.sublayers.length) {
   connect();
   showStream();

@@ -5,17 +5,17 @@ const CELL = 15;
 
 function stateOf(row, phase) {
   if (planned && state.set === "plan") return row.phases[phase];
-  return skipped().has(row.path) ? "skipped" : "kept";
+  return drawnSkipped().has(row.path) ? "skipped" : "kept";
 }
 
 function showStream() {
   const shown = planned && state.set === "plan" ? ["prefill", "window", "steady"] : ["every phase"];
   const kinds = [...new Set(report.sublayers.map((row) => row.kind))];
   const legend = kinds.map((kind) => legendItem(kind, kind));
-  legend.push(legendItem("rest skipped", "skipped: the stream is scaled"));
+  if (planned) legend.push(legendItem("rest skipped", "skipped: the stream is scaled"));
   if (bodySkipped().length) legend.push(legendItem("ffn body", "pale: skipped for the body of a prompt, keys and values kept"));
   if (report.plan?.watched.length && shown.length > 1) {
-    legend.push(legendItem("ffn open", "open: each request decides after its window"));
+    legend.push(legendItem("ffn open", "with a hole: each request decides after its window"));
   }
   byId("legend").replaceChildren(...legend);
   byId("stream").replaceChildren(...shown.map((phase) => make("div", { class: "phase" },
@@ -31,7 +31,7 @@ function phaseTitle(phase) {
 // One line of the stream, or several below each other where a model is deeper than the page is wide.
 function chain(phase) {
   const rows = report.sublayers;
-  const room = byId("stream").clientWidth - 36 || 1005;
+  const room = (byId("stream").clientWidth || 1041) - 36;
   const lines = Math.ceil((rows.length * 11) / room);
   const perLine = 2 * Math.ceil(rows.length / lines / 2);
   const step = Math.min(34, room / Math.min(perLine, rows.length));
@@ -57,6 +57,7 @@ function chain(phase) {
     cell.addEventListener("focus", () => choose(index));
     cell.addEventListener("keydown", (event) => moveFocus(event, svg, index));
     svg.append(cell);
+    if (is === "open") svg.append(hole(x + size / 2, y + size / 2, size / 4));
   });
   return svg;
 }
@@ -109,8 +110,8 @@ function showSimilarity() {
   if (low > Math.min(...values)) byId("similarity-caption").append(` Those below ${low.toFixed(2)} are drawn at the edge.`);
   const pad = (Math.max(...values) - low) * 0.06 || 0.01;
   const last = report.sublayers.length - 1;
-  const every = Math.max(1, Math.ceil(last / (byId("similarity-chart").clientWidth / 90)));
-  const chart = frame({ width: byId("similarity-chart").clientWidth, height: 300, low: low - pad, high: Math.min(1, Math.max(...values) + pad), yLabel: "Similarity by depth",
+  const every = Math.max(1, Math.ceil(last / (roomIn("similarity-chart") / 90)));
+  const chart = frame({ width: roomIn("similarity-chart"), height: 300, low: low - pad, high: Math.min(1, Math.max(...values) + pad), yLabel: "Similarity by depth",
     xPlace: (index) => 0.01 + (0.98 * index) / (last || 1), xTicks: rows.filter((row) => row.index % every === 0).map((row) => [row.index, String(row.index)]) });
   const edge = (value) => chart.y(Math.max(value, low - pad / 2));
   if (report.plan?.beta) chart.svg.append(draw("line", { class: "mark", x1: chart.left, x2: chart.right, y1: edge(report.plan.beta), y2: edge(report.plan.beta) }));
@@ -118,7 +119,7 @@ function showSimilarity() {
     const own = rows.filter((row) => row.kind === kind);
     chart.svg.append(draw("path", { class: `line ${kind}`, d: path(own.map((row) => [chart.x(row.index), edge(row.similarity)])) }));
     for (const row of own) {
-      const dot = draw("circle", { class: `dot ${kind} ${skipped().has(row.path) ? "skipped" : ""}`, cx: chart.x(row.index), cy: edge(row.similarity), r: 4 });
+      const dot = draw("circle", { class: `dot ${kind} ${drawnSkipped().has(row.path) ? "skipped" : ""}`, cx: chart.x(row.index), cy: edge(row.similarity), r: 4 });
       dot.append(draw("title", {}, `${row.path}: ${row.similarity.toFixed(4)}`));
       chart.svg.append(dot);
     }
@@ -128,25 +129,81 @@ function showSimilarity() {
   byId("similarity-chart").replaceChildren(make("ul", { class: "legend" }, ...legend), chart.svg);
 }
 
-function showTable() {
+// Columns of the table: what a row is sorted by, and what is shown of it. A group stands for its rows: figures are of one
+// of them, the share of time is of all.
+function columns() {
   const time = predict(state.phase, state.context, new Set());
   const costs = report.groups.map((group) => costAt(group.cost, state.phase, state.context));
-  const wanted = byId("filter").value.toLowerCase();
-  const profiled = report.sublayers.some((row) => row.similarity !== null);
-  const heads = ["Sublayer", "Kind", ...(planned ? ["Plan"] : []), "Parameters", "Operations", "Weights", "Moved", "Cache", "Share of time"];
-  if (profiled) heads.push("Similarity");
-  if (planned) heads.push("Scale");
-  const most = Math.max(...time.groups) / time.full;
-  const rows = report.sublayers.filter((row) => `${row.path} ${row.kind}`.toLowerCase().includes(wanted)).map((row) => {
-    const cost = costs[row.group];
-    const share = time.groups[row.group] / time.full;
-    const bar = make("span", { class: `share ${row.kind}`, style: `width:${Math.round((40 * share) / most)}px` });
-    const cells = [make("td", {}, row.path), make("td", { class: row.kind }, row.kind), ...(planned ? [state.phase === "prefill" ? row.phases.prefill : row.phases.steady] : []), count(row.parameters), operations(cost.flops),
-      bytes(cost.weight_bytes), bytes(cost.activation_bytes), bytes(cost.cache_bytes), make("td", {}, bar, `${(100 * share).toFixed(2)} %`)];
-    if (profiled) cells.push(row.similarity?.toFixed(4) ?? "–");
-    if (planned) cells.push(row.scale?.toFixed(4) ?? "–");
-    return make("tr", { class: skipped().has(row.path) ? "skipped" : "" }, ...cells.map((cell) => (cell instanceof Node ? cell : make("td", {}, cell))));
-  });
-  const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name))));
+  const share = (entry) => (time.groups[entry.row.group] / time.full) * entry.count;
+  const cost = (part) => (entry) => costs[entry.row.group][part];
+  const number = (title, value, text) => ({ title, value, text: (entry) => text(value(entry)) });
+  const digits = (value) => value?.toFixed(4) ?? "–";
+  const kept = ({ row }) => (state.phase === "prefill" ? row.phases.prefill : row.phases.steady);
+  return [
+    { title: "Sublayer", value: (entry) => entry.index, text: (entry) => entry.name },
+    { title: "Kind", value: ({ row }) => row.kind, text: ({ row }) => row.kind },
+    ...(planned ? [{ title: "Plan", value: kept, text: kept }] : []),
+    number("Parameters", ({ row }) => row.parameters, count),
+    number("Operations", cost("flops"), operations),
+    number("Weights", cost("weight_bytes"), bytes),
+    number("Moved", cost("activation_bytes"), bytes),
+    number("Cache", cost("cache_bytes"), bytes),
+    { title: "Share of time", value: share, text: (entry) => `${(100 * share(entry)).toFixed(2)} %`, bar: true },
+    ...(report.sublayers.some((row) => row.similarity !== null) ? [number("Similarity", ({ row }) => row.similarity, digits)] : []),
+    ...(planned ? [number("Scale", ({ row }) => row.scale, digits)] : []),
+  ];
+}
+
+function tableEntries() {
+  const wanted = state.filter.toLowerCase();
+  const rows = report.sublayers.map((row, index) => ({ row, index, name: row.path, count: 1 }))
+    .filter(({ row }) => `${row.path} ${row.kind}`.toLowerCase().includes(wanted));
+  if (!state.grouped) return rows;
+  const groups = new Map();
+  for (const entry of rows) {
+    const { row } = entry;
+    const name = row.path.replaceAll(/\.\d+\./g, ".*.");
+    const key = JSON.stringify([name, row.kind, row.group, row.phases, row.body_left, row.similarity, row.scale]);
+    const group = groups.get(key);
+    if (group) { group.count += 1; group.name = `${group.count} × ${name}`; } else groups.set(key, { ...entry });
+  }
+  return [...groups.values()];
+}
+
+function showTable() {
+  const shown = columns();
+  const [by, order] = state.sort.split(" ");
+  const sorted = shown.find((column) => column.title.replaceAll(" ", "-") === by);
+  const entries = tableEntries();
+  if (sorted) entries.sort((a, b) => compare(sorted.value(a), sorted.value(b)) * (order === "down" ? -1 : 1));
+  const shares = shown.find((column) => column.bar);
+  const most = Math.max(...entries.map(shares.value));
+  const rows = entries.map((entry) => make("tr", { class: drawnSkipped().has(entry.row.path) ? "skipped" : "" }, ...shown.map((column) => {
+    const cell = make("td", column.title === "Kind" ? { class: entry.row.kind } : {}, column.text(entry));
+    if (column.bar) cell.prepend(make("span", { class: `share ${entry.row.kind}`, style: `width:${Math.round((40 * column.value(entry)) / most)}px` }));
+    return cell;
+  })));
+  const head = make("thead", {}, make("tr", {}, ...shown.map((column) => sortableHead(column, column === sorted ? order : ""))));
   byId("table").replaceChildren(head, make("tbody", {}, ...rows));
+}
+
+function compare(a, b) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  return a < b ? -1 : Number(a > b);
+}
+
+// A click sorts a column downwards, a second one upwards, a third puts the rows back in order.
+function sortableHead(column, order) {
+  const next = { "": "down", down: "up", up: "" }[order];
+  const arrow = { "": "", down: " ↓", up: " ↑" }[order];
+  const head = make("th", { scope: "col", "aria-sort": { "": "none", down: "descending", up: "ascending" }[order] });
+  const button = make("button", { type: "button", class: "sort" }, column.title + arrow);
+  button.addEventListener("click", () => {
+    state.sort = next && `${column.title.replaceAll(" ", "-")} ${next}`;
+    showTable();
+    writeAddress();
+    [...byId("table").querySelectorAll("th button")].find((one) => one.textContent.startsWith(column.title)).focus();
+  });
+  head.append(button);
+  return head;
 }

@@ -21,7 +21,7 @@ def browser() -> Iterator[Any]:
     driver = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("there is no Chromium here")
+        pytest.skip("there is no Chromium here: 'apt install chromium' or the like")
     with driver.sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=chromium, args=_FLAGS.split())
         try:

@@ -46,6 +46,27 @@ def page_of(timer: Timer, folder: Path, **how: Any) -> str:
     return file.as_uri()
 
 
+def bare_page(folder: Path) -> str:
+    """Return the address of a page about a model without a profile or a plan."""
+    model = tiny("llama", num_hidden_layers=3, max_position_embeddings=8192)
+    file = folder / "page.html"
+    file.write_text(inspection_page(inspection_report(inspect_model(model, name="bare"), ROOFLINES["cpu"], 1000)))
+    return file.as_uri()
+
+
+def long_session() -> dict[str, Any]:
+    """Return a session of a report with texts that have no place to break."""
+    tokens, seconds = {"prefill": 1234, "window": 5, "steady": 9}, {"prefill": 2.0, "window": 0.5, "steady": 0.9}
+    request = {"number": 1, "batch": 1, "tokens": tokens, "seconds": seconds, "kv_bytes": 5_000_000, "skipped": {}}
+    guard = "L['past_key_values'].layers[0].keys.size()[2]==" * 6
+    return {
+        "requests": [{**request, "extra": {f"model.layers.{layer}.mlp": 1.0 for layer in range(20)}}],
+        "graphs": [{"phase": "decode", "captured_because": guard}],
+        "unskipped_graphs": [],
+        "notes": [],
+    }
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     with browser() as running:
@@ -119,6 +140,7 @@ def test_every_section_says_what_was_found(tmp_path: Path, visit: Any):
     assert page.locator("#stream .phase").first.locator(".cell.skipped").count() == 2
     assert page.locator("#stream .phase").last.locator(".cell.open").count() == 2
     assert page.locator("#similarity-chart circle").count() == 6
+    page.uncheck("#grouped")
     assert page.locator("#table tbody tr").count() == 6
     page.fill("#filter", "layers.1")
     assert page.locator("#table tbody tr").count() == 2
@@ -181,7 +203,7 @@ def test_a_model_without_a_stream_has_a_page_with_advice_only(tmp_path: Path, vi
 def test_what_really_ran_is_shown(tmp_path: Path, visit: Any):
     tokens, seconds = {"prefill": 1234, "window": 5, "steady": 9}, {"prefill": 2.0, "window": 0.5, "steady": 0.9}
     request: dict[str, Any] = {"number": 1, "batch": 1, "tokens": tokens, "seconds": seconds, "kv_bytes": 5_000_000}
-    request |= {"skipped": {"a": 1.0}, "extra": {}}
+    request |= {"skipped": {"a": 1.0}, "extra": {"model.layers.7.mlp": 0.99}}
     session: dict[str, Any] = {"requests": [request], "unskipped_graphs": [], "notes": ["a note"]}
     session["graphs"] = [{"phase": "decode", "captured_because": "a guard"}]
     page = visit(page_of(ROOFLINES["cpu"], tmp_path, runtime={"sessions": [session]}))
@@ -191,6 +213,103 @@ def test_what_really_ran_is_shown(tmp_path: Path, visit: Any):
     assert "5 MB" in text
     assert "a note" in text
     assert "A decode graph was captured because this did not hold: a guard" in text
+    assert "Request 1 skipped these too after its window: model.layers.7.mlp" in text
+
+
+def test_without_a_plan_nothing_is_drawn_as_skipped(tmp_path: Path, visit: Any):
+    page = visit(bare_page(tmp_path))
+    assert page.locator("#skip-set option").all_inner_texts() == ["2 sublayers, for illustration"]
+    assert value(page, "decode-speedup") > 1
+    assert page.locator("#stream .cell").count() == 6
+    assert page.locator(".cell.skipped, tr.skipped, .dot.skipped").count() == 0
+    assert "a plan says which" in page.inner_text("#tiles")
+
+
+def test_what_is_not_decided_yet_does_not_look_skipped(tmp_path: Path, visit: Any):
+    page = visit(page_of(ROOFLINES["cpu"], tmp_path))
+    fills = {
+        name: page.locator(f"#stream .cell.{name}").last.evaluate("cell => getComputedStyle(cell).fill")
+        for name in ("kept.ffn", "open.ffn", "skipped")
+    }
+    assert fills["open.ffn"] != fills["skipped"]
+    assert page.locator("#stream .phase").last.locator(".hole").count() == 2
+
+
+def test_equal_rows_are_one_and_columns_sort(tmp_path: Path, visit: Any):
+    page = visit(bare_page(tmp_path))
+    rows = page.locator("#table tbody tr")
+    names = page.locator("#table tbody td:first-child")
+    assert names.all_inner_texts() == [
+        f"3 \N{MULTIPLICATION SIGN} model.layers.*.{name}" for name in ("self_attn", "mlp")
+    ]
+    shares = page.locator("#table tbody td:nth-child(8)").all_inner_texts()
+    page.uncheck("#grouped")
+    assert rows.count() == 6
+    each = [float(text.split()[0]) for text in page.locator("#table tbody td:nth-child(8)").all_inner_texts()]
+    assert sum(each[::2]) == pytest.approx(float(shares[0].split()[0]), abs=0.02)
+
+    sort = page.get_by_role("button", name="Parameters")
+    parameters = page.locator("#table tbody td:nth-child(3)")
+    for order in ("descending", "ascending"):
+        sort.click()
+        numbers = [int(text.replace(",", "")) for text in parameters.all_inner_texts()]
+        assert numbers == sorted(numbers, reverse=order == "descending")
+        assert page.locator(f"th[aria-sort={order}]").inner_text().startswith("Parameters")
+    sort.click()
+    assert page.locator("th:not([aria-sort=none])").count() == page.locator("#formulas th").count()
+    assert "layers.0.self_attn" in names.first.inner_text()
+
+
+def test_what_is_looked_at_stands_in_the_address(tmp_path: Path, chromium: Any):
+    address = page_of(ROOFLINES["cpu"], tmp_path)
+    page = chromium.new_page()
+    page.goto(address)
+    assert "#" not in page.url
+    context = slide(page, 7)
+    page.uncheck("#grouped")
+    page.fill("#filter", "mlp")
+    page.select_option("#table-phase", "decode")
+    page.get_by_role("button", name="Weights").click()
+
+    again = chromium.new_page()
+    again.goto(page.url)
+    assert int(again.inner_text("#context-value").replace(",", "").split()[0]) == context
+    assert again.inner_text("#table") == page.inner_text("#table")
+    assert again.input_value("#filter") == "mlp"
+    assert again.input_value("#table-phase") == "decode"
+    assert not again.is_checked("#grouped")
+
+    again.goto(f"{address}#context=nonsense&set=nobody&phase=lunch&sort=sideways")
+    again.reload()
+    assert again.locator("#table tbody tr").count() > 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_every_part_fits_and_is_accessible(width: int, scheme: Any, tmp_path: Path, chromium: Any):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    complaints: list[str] = []
+    page = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(page_of(ROOFLINES["cpu"], tmp_path, runtime={"sessions": [long_session()]}))
+    for part in page.locator("details").all():
+        part.evaluate("part => { part.open = true; }")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    found = axe.Axe().run(page).response["violations"]
+    told = [f"{one['id']}: {node['html'][:120]}" for one in found for node in one["nodes"]]
+    assert [one for one in found if one["impact"] in ("serious", "critical")] == [], told
+    assert complaints == []
+
+
+def test_a_page_that_is_not_shown_draws_without_complaint(tmp_path: Path, visit: Any):
+    page = visit(page_of(ROOFLINES["cpu"], tmp_path))
+    page.evaluate("document.querySelector('main').style.display = 'none'; dispatchEvent(new Event('resize'));")
+    widths = page.evaluate(
+        "[...document.querySelectorAll('#gain-chart line, #similarity-chart line')].map((line) => line.x2.baseVal.value - line.x1.baseVal.value)"
+    )
+    assert widths
+    assert min(widths) >= 0
 
 
 def test_the_page_names_no_other_file():
