@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="the config.json of a model, in place of MODEL")
     parser.add_argument("--profile", metavar="PATH", help="a file that 'adaskip profile' wrote for this model")
     parser.add_argument("--plan", metavar="PATH", help="a file that 'adaskip plan' wrote for this model")
+    parser.add_argument("--all", action="store_true", help="list each sublayer, also those that are equal")
     _add_outputs(parser.add_argument_group("what to write"))
     parser.add_argument(
         "--context", type=common.positive, default=2048, metavar="N", help="tokens to cost at (default: %(default)s)"
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     runtime = common.read_report(arguments.runtime) if arguments.runtime else None
     report = inspection_report(found, timer, arguments.context, runtime=runtime)
     _write_outputs(arguments, found, timer, report)
-    inspection_tables.show(output, report)
+    inspection_tables.show(output, report, every_row=arguments.all)
     output.results(report)
     return 0 if found.sublayers else 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli.output import Output, add_row, new_table
@@ -12,12 +13,12 @@ if TYPE_CHECKING:
 _MEGA = 1e6
 
 
-def show(output: Output, report: dict[str, Any]) -> None:
-    """Print what :func:`adaskip_compile.inspection.report.inspection_report` gave."""
+def show(output: Output, report: dict[str, Any], *, every_row: bool = False) -> None:
+    """Print what :func:`adaskip_compile.inspection.report.inspection_report` gave; equal sublayers as one row or each."""
     output.say(f"{report['model']}: {report['class']}, {report['parameters']:,} parameters, {report['dtype']}")
     output.say()
     if report["sublayers"]:
-        output.show(_sublayers(report))
+        output.show(_sublayers(report, every_row))
         output.say()
         output.show(_predictions(report))
         output.say(_how_timed(report["timer"]))
@@ -26,8 +27,9 @@ def show(output: Output, report: dict[str, Any]) -> None:
         output.say(f"- {line}")
 
 
-def _sublayers(report: dict[str, Any]) -> Table:
+def _sublayers(report: dict[str, Any], every_row: bool) -> Table:
     rows = report["sublayers"]
+    groups = [[row] for row in rows] if every_row else _equal_rows(rows)
     phases = list(rows[0]["share"])
     profiled = any(row["similarity"] is not None for row in rows)
     planned = report["plan"] is not None
@@ -37,17 +39,38 @@ def _sublayers(report: dict[str, Any]) -> Table:
     columns += ["scale"] if profiled or planned else []
     columns += ["prefill", "window", "steady"] if planned else []
     title = f"{len(rows)} sublayers on the residual stream; cost of a prefill of {report['context']:,} tokens"
+    if len(groups) < len(rows):
+        title += ".\nOf equal ones figures are those of one, shares those of all; --all lists each"
     table = new_table(title, *columns)
-    for row in rows:
+    for group in groups:
+        row, name = group[0], _name(group)
         cost = row["cost"][phases[0]]
-        cells = [row["path"], row["kind"], f"{row['parameters']:,}", f"{cost['flops'] / 1e9:.3g}"]
+        cells = [name, row["kind"], f"{row['parameters']:,}", f"{cost['flops'] / 1e9:.3g}"]
         cells += [f"{cost[part] / _MEGA:.3g}" for part in ("weight_bytes", "activation_bytes", "cache_bytes")]
-        cells += [f"{row['share'][phase]:.2%}" for phase in phases]
+        cells += [f"{len(group) * row['share'][phase]:.2%}" for phase in phases]
         cells += [_number(row["similarity"])] if profiled else []
         cells += [_number(row["scale"])] if profiled or planned else []
         cells += list(row["phases"].values()) if planned else []
         add_row(table, *cells, style="dim" if row["skipped"] else "")
     return table
+
+
+def _equal_rows(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return ``rows`` in groups whose figures are the same in every column, in the order of their first ones."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        told = ("kind", "parameters", "group", "similarity", "scale", "phases")
+        groups.setdefault(repr([_pattern(row["path"]), *(row[key] for key in told)]), []).append(row)
+    return list(groups.values())
+
+
+def _name(group: list[dict[str, Any]]) -> str:
+    path = group[0]["path"]
+    return path if len(group) == 1 else f"{len(group)} x {_pattern(path)}"
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def _predictions(report: dict[str, Any]) -> Table:

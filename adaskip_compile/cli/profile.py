@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="where to write the profile")
     parser.add_argument("--plot", metavar="PATH", help="draw similarity by depth: .png, .svg or .pdf")
+    parser.add_argument("--all", action="store_true", help="list every sublayer, not only the most similar")
     parser.add_argument("--texts", nargs="+", metavar="FILE", help="text files to profile on instead of built-in text")
     parser.add_argument("--samples", type=common.positive, default=20, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     profile = adaskip_compile.profile(model, samples, max_samples=arguments.samples, progress=output.watched)
     profile = _learn_more(model, profile, samples, arguments, output)
     profile.save(arguments.out)
-    output.show(profile_table(profile))
+    output.show(profile_table(profile, every_row=arguments.all))
     for step in profile.joint_order:
         output.say(f"skipping {step.path} too loses {step.loss:.3f} nats a token in all")
     output.say(f"\n{profile.samples} samples, written to {arguments.out}")

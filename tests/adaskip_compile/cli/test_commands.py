@@ -10,8 +10,10 @@ import pytest
 
 from adaskip_compile import Profile, SkipPlan
 from adaskip_compile.cli import main
+from adaskip_compile.cli.tables import profile_table
 from adaskip_compile.fitting import loss_budget
 from adaskip_compile.fitting.budget_texts import BudgetSizes
+from adaskip_compile.profiling.profiles import SublayerProfile
 from tests.tiny_checkpoints import save_tiny
 
 pytestmark = pytest.mark.shares_captures
@@ -178,6 +180,34 @@ def test_inspect_alone_shows_structure_and_cost_only(model: str, capsys: pytest.
     assert "similarity" not in header
     assert "steady" not in header
     assert "adaskip profile MODEL" in text
+
+
+def test_equal_sublayers_are_one_row(model: str, capsys: pytest.CaptureFixture[str]):
+    shares = {}
+    for every in (False, True):
+        assert main(["inspect", model, *["--all"] * every]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if "model.layers." in line and "%" in line]
+        shares[len(rows)] = sum(float(row.split()[-1].rstrip("%")) for row in rows)
+        if not every:
+            assert [row.split()[:3] for row in rows] == [
+                ["4", "x", ATTENTION.format("*")],
+                ["4", "x", FFN.format("*")],
+            ]
+    assert sorted(shares) == [2, 8]
+    assert shares[2] == pytest.approx(shares[8], abs=0.1)
+
+
+def test_a_long_profile_shows_its_most_similar_sublayers():
+    measured = (
+        SublayerProfile(f"layers.{layer}.mlp", "ffn", False, (layer / 40,), (1.0,), (1.0,), (64,))
+        for layer in range(30)
+    )
+    profile = Profile(None, tuple(measured))
+    few, every = profile_table(profile), profile_table(profile, every_row=True)
+    assert (few.row_count, every.row_count) == (16, 30)
+    assert "--all" in str(few.title)
+    assert "--all" not in str(every.title)
+    assert str(next(iter(few.columns[0].cells))) == "layers.29.mlp"
 
 
 @pytest.mark.newest("older ones capture how masks are made")

@@ -57,7 +57,8 @@ def bare_page(folder: Path) -> str:
 def long_session() -> dict[str, Any]:
     """Return a session of a report with texts that have no place to break."""
     tokens, seconds = {"prefill": 1234, "window": 5, "steady": 9}, {"prefill": 2.0, "window": 0.5, "steady": 0.9}
-    request = {"number": 1, "batch": 1, "tokens": tokens, "seconds": seconds, "kv_bytes": 5_000_000, "skipped": {}}
+    request: dict[str, Any] = {"number": 1, "batch": 1, "tokens": tokens, "seconds": seconds, "kv_bytes": 5_000_000}
+    request["skipped"] = {"model.layers.1.self_attn": 1.0}
     guard = "L['past_key_values'].layers[0].keys.size()[2]==" * 6
     return {
         "requests": [{**request, "extra": {f"model.layers.{layer}.mlp": 1.0 for layer in range(20)}}],
