@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from adaskip_compile.cli.output import Output, add_row, new_table
@@ -21,7 +22,8 @@ def show(output: Output, report: dict[str, Any], *, every_row: bool = False) -> 
         output.show(_sublayers(report, every_row))
         output.say()
         output.show(_predictions(report))
-        output.say(_how_timed(report["timer"]))
+        for line in _how_timed(report):
+            output.say(line)
         output.say()
     for line in report["advice"]:
         output.say(f"- {line}")
@@ -80,18 +82,29 @@ def _predictions(report: dict[str, Any]) -> Table:
     columns = [f"{phase} {name}" for phase in phases for name in names]
     table = new_table("Predicted speed-up", "context tokens", *(f"{phase} full" for phase in phases), *columns)
     for row in rows:
+        told = f"{row['context']:,}{_mark(report['timer'], row['context'])}"
         full = [_duration(row[phase]["seconds"]) for phase in phases]
         gains = [f"{row[phase]['speedup'][name]:.2f}x" for phase in phases for name in names]
-        add_row(
-            table, f"{row['context']:,}", *full, *gains, style="bold" if row["context"] == report["context"] else ""
-        )
+        add_row(table, told, *full, *gains, style="bold" if row["context"] == report["context"] else "")
     return table
 
 
-def _how_timed(timer: dict[str, Any]) -> str:
-    if timer["kind"] == "measured":
-        return f"times measured at {', '.join(f'{context:,}' for context in timer['contexts'])} tokens on {timer['machine']}"
-    return f"uncalibrated: a roofline of {timer['flops']:.2g} operations and {timer['bandwidth']:.2g} bytes a second"
+def _how_timed(report: dict[str, Any]) -> Iterator[str]:
+    timer = report["timer"]
+    if timer["kind"] != "measured":
+        yield f"uncalibrated: a roofline of {timer['flops']:.2g} operations and {timer['bandwidth']:.2g} bytes a second"
+        return
+    yield f"times measured at {', '.join(f'{context:,}' for context in timer['contexts'])} tokens on {timer['machine']}"
+    if any(_mark(timer, row["context"]) for row in report["predictions"]):
+        yield "* not among the lengths that were measured: what was found there is taken to go on"
+    if timer["doubts"]:
+        yield "in doubt; measure again with nothing else running, or with more --rounds:"
+        yield from (f"  {doubt}" for doubt in timer["doubts"])
+
+
+def _mark(timer: dict[str, Any], context: int) -> str:
+    measured = timer["kind"] != "measured" or timer["contexts"][0] <= context <= timer["contexts"][-1]
+    return "" if measured else " *"
 
 
 def _duration(seconds: float) -> str:

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     from adaskip_compile.evaluation.candidates import make_candidates
     from adaskip_compile.evaluation.domains import mixed_windows, read_domains
     from adaskip_compile.evaluation.sweep_results import SweepResults
-    from adaskip_compile.evaluation.tradeoff import make_rows, recommend
+    from adaskip_compile.evaluation.tradeoff import as_good, make_rows, recommend
 
     domains = read_domains(arguments.texts)
     model, tokenizer = common.load_model(arguments)
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     found: dict[str, Any] = {"results": arguments.results, "rows": sweep_tables.as_json(rows)}
     if arguments.max_loss is not None or arguments.speedup is not None:
         best = recommend(rows, max_loss=arguments.max_loss, speedup=arguments.speedup)
-        found["recommended"] = _recommend(best, arguments, output)
+        found["recommended"] = _recommend(best, as_good(rows, best, max_loss=arguments.max_loss), arguments, output)
     output.results(found)
     return 0
 
@@ -282,12 +282,15 @@ def _write(rows: Sequence[Row], arguments: argparse.Namespace, output: Output) -
         output.say(f"drawn in {arguments.plot}")
 
 
-def _recommend(best: Row, arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
+def _recommend(best: Row, others: Sequence[Row], arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
     from adaskip_compile.cli.plan import describe
 
     speed = best.request.format(1, 2, "x")
     output.say(f"\nrecommended: {best.candidate.name}, {speed} as fast, loses {best.loss:.3f} nats a token")
+    names = [row.candidate.name for row in others]
+    if names:
+        output.say(f"what was measured does not tell it from {', '.join(names)}: more --rounds or --windows would")
     if arguments.out:
         best.candidate.plan.save(arguments.out)
         output.say(f"written to {arguments.out}")
-    return {"name": best.candidate.name, "plan": arguments.out, **describe(best.candidate.plan)}
+    return {"name": best.candidate.name, "as_good": names, "plan": arguments.out, **describe(best.candidate.plan)}

@@ -61,13 +61,14 @@ class Measured:
 
     The last entry of a phase is that of the rest of the model. Between contexts a token's time is taken to be
     linear in the context, which it is where attention reads all tokens before it. ``groups`` are the paths of
-    each group's sublayers; calibrations of earlier versions have none.
+    each group's sublayers, and ``doubts`` say what rounds did not agree on; calibrations of earlier versions have none.
     """
 
     contexts: tuple[int, ...]
     tables: Mapping[str, tuple[tuple[float, ...], ...]] = field(hash=False)
     machine: str = ""
     groups: tuple[tuple[str, ...], ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def seconds(self, group: Group | None, cost: Cost, phase: str, context: int) -> float:
         """Return the interpolated seconds; never less than zero."""
@@ -93,7 +94,8 @@ class Measured:
             groups = tuple(map(tuple, payload.get("groups", ())))  # version 1 had none
             contexts = tuple(payload["contexts"])
             _check_tables(contexts, tables)
-            return cls(contexts, tables, str(payload["machine"]), groups)
+            doubts = tuple(map(str, payload.get("doubts", ())))
+            return cls(contexts, tables, str(payload["machine"]), groups, doubts)
         except (KeyError, TypeError, AttributeError) as error:
             raise CALIBRATION_FORMAT.damaged(path, f"it lacks {error}") from error
         except ValueError as error:

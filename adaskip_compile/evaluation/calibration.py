@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from adaskip_compile.planning.skip_plan import SkipPlan
 NEW_TOKENS = 16
 
 _FULL = -1
+# Rounds that differ by less than this share of a phase's time agree.
+_SURE = 0.02
 
 
 def calibrate(
@@ -45,6 +47,7 @@ def calibrate(
     """
     ways = {_FULL: SkipPlan.none(), **_half_skipped(found)}
     tables: dict[str, list[list[float]]] = {phase: [[] for _ in range(len(found.groups) + 1)] for phase in found.phases}
+    doubts = ["one round was measured, and noise is what rounds differ by"] if rounds == 1 else []
     for context in contexts:
         ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, context)).to(model.device)
         taken: dict[int, list[Generation]] = {way: [] for way in ways}
@@ -57,11 +60,11 @@ def calibrate(
                 advance()
         for phase in found.phases:
             _add_column(tables[phase], found, ways, taken, phase, context)
+            doubts += _doubts(found, taken, phase, context)
     machine = f"{platform.machine()} {model.device.type}, {torch.get_num_threads()} threads"
     groups = tuple(tuple(one.path for one in found.sublayers if one.group == group.index) for group in found.groups)
-    return Measured(
-        tuple(contexts), {phase: tuple(map(tuple, table)) for phase, table in tables.items()}, machine, groups
-    )
+    measured = {phase: tuple(map(tuple, table)) for phase, table in tables.items()}
+    return Measured(tuple(contexts), measured, machine, groups, tuple(doubts))
 
 
 def steps(found: Inspection, contexts: Sequence[int], rounds: int) -> int:
@@ -108,6 +111,21 @@ def _add_column(
     for row, seconds in zip(table, each, strict=False):
         row.append(seconds * factor / tokens)
     table[-1].append(max(0.0, full - inside * factor) / tokens)
+
+
+def _doubts(found: Inspection, taken: dict[int, list[Generation]], phase: str, context: int) -> Iterator[str]:
+    """Yield what the rounds do not agree on: by how much leaving out half of a group makes a phase faster."""
+    whole = [run.seconds(phase) for run in taken[_FULL]]
+    for group in found.groups:
+        if group.index not in taken:
+            continue
+        times = (run.seconds(phase) for run in taken[group.index])
+        saved = sorted(1 - part / full for part, full in zip(times, whole, strict=True))
+        if saved[-1] - saved[0] > max(_SURE, statistics.median(saved)):
+            yield (
+                f"{group.kind} in {phase} at {context:,} tokens: leaving half of them out saved "
+                f"{saved[0]:.0%} to {saved[-1]:.0%} of the time, by round"
+            )
 
 
 def _rotated(ways: list[int], turn: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,28 @@ def recommend(rows: Sequence[Row], *, max_loss: float | None = None, speedup: fl
             "Try greater --skips or --depths, or ask for less with --speedup"
         )
     return min(fast, key=lambda row: row.loss)
+
+
+def as_good(rows: Sequence[Row], best: Row, *, max_loss: float | None = None) -> list[Row]:
+    """Return the plans that cannot be told from ``best`` by what was measured.
+
+    With ``max_loss``, those that keep it too and whose fastest round is faster than the slowest one of ``best``; without,
+    those that are as fast and lose no more than the standard error of a loss allows.
+    """
+    others = [row for row in rows if row.candidate.policy and row is not best]
+    if max_loss is not None:
+        return [row for row in others if row.loss <= max_loss and row.request.high >= best.request.low]
+    kind = loss_measure([row.candidate for row in rows])
+    return [
+        row
+        for row in others
+        if row.request.median >= best.request.low and row.loss - best.loss <= _loss_error(row.measures, kind)
+    ]
+
+
+def _loss_error(measures: dict[str, Scores], kind: str) -> float:
+    found = [scores.error for name, scores in measures.items() if kind_of(name) == kind]
+    return math.hypot(*found) / len(found)
 
 
 def _mean_nll(measures: dict[str, Scores], kind: str) -> float:

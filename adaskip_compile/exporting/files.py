@@ -106,6 +106,7 @@ def describe(
         "device": str(steps.decode.input_ids.device),
         "batch": steps.decode.input_ids.shape[0],
         "max_length": max_length,
+        "vocabulary": model.get_input_embeddings().num_embeddings,
         "end_tokens": end_tokens(model),
         "programs": {name: _program(folder, name, one) for name, one in phases.items()},
         "aot": {"file": PACKAGE, "bytes": package.stat().st_size} if package.exists() else None,

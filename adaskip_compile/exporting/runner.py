@@ -57,7 +57,8 @@ class ExportedModel:
     def generate(self, ids: torch.Tensor, new_tokens: int, stop: Sequence[int] = ()) -> torch.Tensor:
         """Return the most probable ids i64[batch, up to new_tokens] that follow ids i64[batch, tokens].
 
-        The rows are texts of equal length. Ends early once every row has had an id of stop.
+        The rows are texts of equal length. Ends early once every row has had an id of stop. ValueError where the programs
+        have no room for that many rows or tokens, or an id is of no token.
         """
         length = ids.shape[1]
         if ids.shape[0] != self.manifest["batch"] or not 0 < length <= self.manifest["max_length"] - new_tokens:
@@ -65,6 +66,10 @@ class ExportedModel:
                 f"{ids.shape[0]} rows of {length} tokens and {new_tokens} new ones do not fit programs for "
                 f"{self.manifest['batch']} rows of {self.manifest['max_length']} tokens in all"
             )
+        tokens = self.manifest.get("vocabulary", sys.maxsize)  # older folders do not say
+        strange = ids[(ids < 0) | (ids >= tokens)]
+        if strange.numel():
+            raise ValueError(f"{strange[0]} is no id of a token: this model's are 0 to {tokens - 1}")
         ids = ids.to(self.manifest["device"])
         ends = torch.tensor(stop, dtype=ids.dtype, device=ids.device)
         positions = torch.arange(length, device=ids.device)
@@ -108,7 +113,10 @@ def main() -> None:
     model = ExportedModel(Path(__file__).resolve().parent, compiled=arguments.compiled)
     rows = torch.tensor([arguments.ids] * model.manifest["batch"])
     stop = [] if arguments.ignore_end else model.manifest["end_tokens"]
-    found = model.generate(rows, arguments.new_tokens, stop)
+    try:
+        found = model.generate(rows, arguments.new_tokens, stop)
+    except ValueError as error:
+        parser.error(str(error))
     sys.stdout.write(" ".join(map(str, found[0].tolist())) + "\n")
 
 

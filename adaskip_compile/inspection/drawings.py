@@ -45,10 +45,14 @@ def graphml(found: Inspection) -> str:
 
 
 def dot(found: Inspection) -> str:
-    """Return the residual stream as DOT: a chain of its values, and each sublayer between two of them."""
+    """Return the residual stream as DOT: a chain of its values from top to bottom, and each sublayer beside two of them.
+
+    However deep a model is, the drawing is as wide as one path and can be read by scrolling.
+    """
     lines = [
         "digraph stream {",
-        "  rankdir=LR; node [shape=box, style=filled, fontname=Helvetica]; edge [arrowsize=0.6];",
+        "  rankdir=TB; ranksep=0.15; nodesep=0.3; edge [arrowsize=0.6, fontname=Helvetica];",
+        '  node [shape=box, style=filled, fontname=Helvetica, height=0.3, margin="0.12,0.04"];',
     ]
     for index, one in enumerate(found.sublayers):
         before, after, name = f"x{index}", f"x{index + 1}", json.dumps(one.path)
@@ -59,7 +63,7 @@ def dot(found: Inspection) -> str:
         lines.append(f'  {name} [fillcolor="{_COLOURS.get(one.kind, "#dddddd")}"];')
         lines += [f"  {before} -> {after} [penwidth=2];", f"  {before} -> {name} -> {after};"]
     points = " ".join(f"x{index};" for index in range(len(found.sublayers) + 1))
-    return "\n".join([*lines, f"  {{ node [shape=circle, width=0.3, fixedsize=true]; {points} }}", "}", ""])
+    return "\n".join([*lines, f"  {{ node [shape=point, width=0.08]; {points} }}", "}", ""])
 
 
 def node_data(found: Inspection, program: str | Path, timer: Timer, context: int, value: str = "share") -> str:

@@ -63,7 +63,7 @@ function showHead() {
   byId("advice").append(...report.advice.map((line) => make("li", {}, line)));
   const timer = report.timer;
   byId("timed").textContent = timer.kind === "measured"
-    ? `Times measured at ${timer.contexts.map(count).join(", ")} tokens on ${timer.machine}.`
+    ? `Times measured at ${timer.contexts.map(count).join(", ")} tokens on ${timer.machine}.${timer.doubts.length ? ` In doubt: ${timer.doubts.join("; ")}.` : ""}`
     : `Not calibrated: a roofline of ${operations(timer.flops)} operations and ${bytes(timer.bandwidth)} a second.`;
 }
 
@@ -111,8 +111,14 @@ function showGains() {
   byId("gain-chart").replaceChildren(legend, chart.svg);
 }
 
+// Before the shortest and after the longest context that was measured, times are taken to go on as they were.
+function wasMeasured(context) {
+  const { kind, contexts: measured } = report.timer;
+  return kind !== "measured" || (measured[0] <= context && context <= measured[measured.length - 1]);
+}
+
 function update() {
-  const text = `${count(state.context)} tokens`;
+  const text = `${count(state.context)} tokens${wasMeasured(state.context) ? "" : " (not measured)"}`;
   byId("context").value = String(contexts.indexOf(state.context));
   byId("context").setAttribute("aria-valuetext", text);
   byId("context-value").textContent = text;

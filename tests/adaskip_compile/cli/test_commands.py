@@ -234,8 +234,12 @@ def test_inspect_measures_this_machine_and_remembers(model: str, tmp_path: Path,
     file = str(tmp_path / "machine.json")
     small = ["--contexts", "16", "64", "--rounds", "1", "--inner", "eager", "--context", "32", "--json", "-"]
     assert main(["inspect", model, "--calibrate", "--calibration", file, *small]) == 0
-    measured = results(capsys)
+    out, err = capsys.readouterr()
+    measured = json.loads(out)
     assert measured["timer"]["kind"] == "measured"
+    assert "256 *" in err
+    assert "not among the lengths that were measured" in err
+    assert "one round was measured" in err
     assert main(["inspect", model, "--calibration", file, *small]) == 0
     assert results(capsys)["predictions"] == measured["predictions"]
 

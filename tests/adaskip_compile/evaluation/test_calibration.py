@@ -63,6 +63,36 @@ def test_neither_a_lucky_run_nor_a_slower_machine_changes_what_is_measured(monke
     assert [seconds / decode.full for seconds in decode.groups] == pytest.approx([0.1, 0.1])
 
 
+@pytest.mark.usefixtures("machine")
+def test_rounds_that_agree_leave_no_doubt():
+    model = tiny("llama", num_hidden_layers=4)
+    found = inspect_model(model)
+    assert calibrate(model, found, contexts=(10,), rounds=2).doubts == ()
+    [doubt] = calibrate(model, found, contexts=(10,), rounds=1).doubts
+    assert "one round" in doubt
+
+
+def test_rounds_that_do_not_agree_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    plans: list = []
+    monkeypatch.setattr(calibration, "compile", lambda model, plan, inner: plans.append(plan))
+
+    def generate(model, ids, new_tokens):
+        turn = (len(plans) - 1) // 3
+        attention = any(path.endswith("self_attn") for path in plans[-1].paths)
+        seconds = (1.4 if turn == 2 else 0.7) if attention else 1.0 - 0.1 * len(plans[-1].paths)
+        return Generation((), seconds, (seconds,), 0)
+
+    monkeypatch.setattr(calibration, "generate", generate)
+    model = tiny("llama", num_hidden_layers=4)
+    measured = calibrate(model, inspect_model(model), contexts=(1000,), rounds=3)
+    assert list(measured.doubts) == [
+        f"attention in {phase} at 1,000 tokens: leaving half of them out saved -40% to 30% of the time, by round"
+        for phase in ("prefill", "decode")
+    ]
+    measured.save(str(tmp_path / "machine.json"))
+    assert Measured.load(str(tmp_path / "machine.json")) == measured
+
+
 def test_a_real_model_is_measured():
     model = tiny("llama", num_hidden_layers=4)
     found = inspect_model(model)

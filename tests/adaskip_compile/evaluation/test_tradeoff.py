@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from adaskip_compile import SkipPlan
 from adaskip_compile.evaluation.candidates import FULL, Candidate
 from adaskip_compile.evaluation.sweep_results import SweepResults
-from adaskip_compile.evaluation.tradeoff import as_csv, make_rows, recommend
+from adaskip_compile.evaluation.timing import Spread
+from adaskip_compile.evaluation.tradeoff import as_csv, as_good, make_rows, recommend
 from adaskip_passes.errors import PlanError
 
 CANDIDATES = (
@@ -65,6 +67,21 @@ def test_the_recommended_plan_is_the_best_that_reaches_the_goal(results: SweepRe
     assert recommend(rows, max_loss=1.0).candidate.skip == 8
     assert recommend(rows, speedup=1.2).candidate.skip == 4
     assert recommend(rows, speedup=1.3).candidate.skip == 8
+
+
+def test_plans_that_noise_does_not_tell_apart_are_named(results: SweepResults):
+    full, four, eight = make_rows(CANDIDATES, results)
+    close = replace(eight, request=Spread(1.28, 1.2, 1.3))
+    rows = [full, four, close]
+    best = recommend(rows, max_loss=1.0)
+    assert best is close
+    assert as_good(rows, best, max_loss=1.0) == [four]
+    assert as_good(rows, best, max_loss=0.05) == []
+    far = replace(eight, request=Spread(2.0, 1.9, 2.1))
+    assert as_good([full, four, far], far, max_loss=1.0) == []
+    # By loss, each with a standard error of 0.35: 0.4 is not told from 0.1, and 0.5 is.
+    assert as_good([full, four, far], four) == [far]
+    assert as_good([full, four, replace(far, loss=0.5)], four) == []
 
 
 def test_what_no_plan_reaches_is_refused_with_what_can_be(results: SweepResults):

@@ -170,6 +170,9 @@ def test_what_does_not_fit_is_refused_by_the_runner():
     for ids, steps in ((tokens(1, 90), 7), (tokens(2, 5), 5), (tokens(1, 0), 5)):
         with pytest.raises(ValueError, match="do not fit programs for 1 rows of 96 tokens"):
             model.generate(ids, steps)
+    for strange in (128, -1):
+        with pytest.raises(ValueError, match=f"{strange} is no id of a token: this model's are 0 to 127"):
+            model.generate(torch.tensor([[3, strange, 5]]), 2)
     with pytest.raises(ValueError, match="holds no AOTInductor package"):
         ExportedModel(exported("llama").graphs.directory, compiled=True)
 
