@@ -89,7 +89,7 @@ class Options:
     """What compiles the rewritten graphs: `inductor`, `eager`, or a function of a graph and example inputs, as `torch.compile` takes for a backend."""
 
     passes: Sequence[Pass] = ()
-    """Passes of your own: each captured graph goes through them first, verified and recorded like the others ([passes](passes.md))."""
+    """Passes of your own: each captured graph goes through them first, verified and recorded like the others (docs/passes.md)."""
 
     regions: str = "shared"
     """What is compiled as one: `shared` regions, each distinct one once, or the `whole` graph."""

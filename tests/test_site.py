@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,9 @@ def test_it_builds_strictly_and_holds_everything(tmp_path: Path) -> None:
     for name in adaskip_compile.__all__:
         home = getattr(adaskip_compile, name).__module__
         assert any(f'id="{path}.{name}"' in reference for path in ("adaskip_compile", home)), name
+    for option in fields(adaskip_compile.Options):
+        assert re.search(rf'id="adaskip_compile\.(options\.)?Options\.{option.name}"', reference), option.name
+    assert "`" not in re.sub(r"<[^>]+>", "", reference), "a docstring's marks are shown as they are"
     commands = (tmp_path / "docs" / "commands.html").read_text()
     for command in COMMANDS:
         assert f"adaskip {command.__name__.rpartition('.')[2]}" in commands
