@@ -16,6 +16,8 @@ from adaskip_passes.errors import FileError, MissingFileError, OptionError
 if TYPE_CHECKING:
     import torch
 
+    from adaskip_compile.inspection.swept_plans import SweptPlan
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -77,13 +79,27 @@ def read_report(file: str) -> dict[str, Any]:
         MissingFileError: It is not there.
         FileError: It is something else.
     """
+    text = _read_text(Path(file))
     try:
-        found = json.loads(_read_text(Path(file)))["report"]
-        return {"sessions": found["sessions"]}
+        return {"sessions": json.loads(text)["report"]["sessions"]}
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{file}: no report; 'adaskip run MODEL --json {file}' writes one") from error
+
+
+def read_sweep(file: str) -> list[SweptPlan]:
+    """Return the plans in a file that ``adaskip sweep --json`` wrote, with what was measured of each.
+
+    Raises:
+        MissingFileError: It is not there.
+        FileError: It is something else.
+    """
+    from adaskip_compile.inspection.swept_plans import SweptPlan
+
+    text = _read_text(Path(file))
+    try:
+        return [SweptPlan.of(row) for row in json.loads(text)["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{file}: no sweep; 'adaskip sweep MODEL --json {file}' writes one") from error
 
 
 def _read_text(file: Path) -> str:

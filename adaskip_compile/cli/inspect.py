@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_outputs(outputs: argparse._ArgumentGroup) -> None:
     outputs.add_argument("--html", metavar="FILE", help="a page to look at in a browser; it needs no network")
     outputs.add_argument("--runtime", metavar="FILE", help="what 'adaskip run --json FILE' wrote, to show on the page")
+    outputs.add_argument(
+        "--sweep", metavar="FILE", help="what 'adaskip sweep --json FILE' wrote, to show what plans lose"
+    )
     outputs.add_argument("--graphml", metavar="FILE", help="the captured graph, for graph tools")
     outputs.add_argument("--dot", metavar="FILE", help="the residual stream, for Graphviz")
     outputs.add_argument("--node-data", metavar="FILE", help="colours for Model Explorer, for the --program")
@@ -75,7 +78,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         found = _inspect(arguments)
     timer = _timer(arguments, found, output)
     runtime = common.read_report(arguments.runtime) if arguments.runtime else None
-    report = inspection_report(found, timer, arguments.context, runtime=runtime)
+    sweep = common.read_sweep(arguments.sweep) if arguments.sweep else ()
+    report = inspection_report(found, timer, arguments.context, runtime=runtime, sweep=sweep)
     _write_outputs(arguments, found, timer, report)
     inspection_tables.show(output, report, every_row=arguments.all)
     output.results(report)

@@ -106,7 +106,7 @@ def describe(
         "device": str(steps.decode.input_ids.device),
         "batch": steps.decode.input_ids.shape[0],
         "max_length": max_length,
-        "vocabulary": model.get_input_embeddings().num_embeddings,
+        "vocabulary": _vocabulary(model),
         "end_tokens": end_tokens(model),
         "programs": {name: _program(folder, name, one) for name, one in phases.items()},
         "aot": {"file": PACKAGE, "bytes": package.stat().st_size} if package.exists() else None,
@@ -115,6 +115,11 @@ def describe(
         "full_cache_bytes": sum(tensor.nbytes for tensor in steps.cache.values()),
         "full_weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
     }
+
+
+def _vocabulary(model: Any) -> int:
+    """Return how many tokens a model of ``transformers`` has embeddings for."""
+    return model.get_input_embeddings().num_embeddings
 
 
 def _program(folder: Path, name: str, specialised: SpecialisedPhase) -> dict[str, Any]:

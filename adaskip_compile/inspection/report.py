@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,20 +11,36 @@ from adaskip_compile.costs.timers import PARTS, Measured, PhaseTime, Roofline, T
 from adaskip_compile.inspection.advice import advise
 from adaskip_compile.inspection.forecasts import as_plain, default_contexts, likely_skips
 from adaskip_compile.inspection.inspection import InspectedSublayer, Inspection
+from adaskip_compile.inspection.swept_plans import SweptPlan
 from adaskip_compile.planning.skip_plan import PLAN_FORMAT
 from adaskip_passes.analysis.cost import Cost
+from adaskip_passes.errors import OptionError
 from adaskip_passes.ir.expressions import to_tree
 
 _EXAMPLE_COUNTS = (4, 8, 16)
 
 
 def inspection_report(
-    found: Inspection, timer: Timer, context: int, *, runtime: Mapping[str, Any] | None = None
+    found: Inspection,
+    timer: Timer,
+    context: int,
+    *,
+    runtime: Mapping[str, Any] | None = None,
+    sweep: Sequence[SweptPlan] = (),
 ) -> dict[str, Any]:
     """Return everything about ``found`` at ``context`` tokens as dicts, lists, strings and numbers; times are seconds.
 
-    ``runtime`` is what :meth:`adaskip_compile.Report.to_dict` gave, if there is one to show too.
+    ``runtime`` is what :meth:`adaskip_compile.Report.to_dict` gave, if there is one to show too, and ``sweep`` what a sweep
+    over this model measured.
+
+    Raises:
+        OptionError: The sweep is over another model.
     """
+    strange = [
+        path for one in sweep for path in one.of_other_sublayers([sublayer.path for sublayer in found.sublayers])
+    ]
+    if strange:
+        raise OptionError(f"the sweep is over another model: {found.model} has no sublayer {strange[0]}")
     times = {phase: predict(found, timer, phase, context) for phase in found.phases}
     return {
         "model": found.model,
@@ -45,6 +61,7 @@ def inspection_report(
         "problems": list(found.problems),
         "advice": advise(found, timer, context),
         "runtime": runtime,
+        "sweep": [_swept(one, found) for one in sweep],
     }
 
 
@@ -113,6 +130,16 @@ def _sublayer(
         "cost": cost,
         "share": share,
         "body_left": None if one.path not in found.body_left else _costs({"prefill": found.body_left[one.path]}),
+    }
+
+
+def _swept(one: SweptPlan, found: Inspection) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "loss": one.loss,
+        "speedup": one.speedup,
+        "cache_bytes": one.cache_bytes,
+        "is_plan": one.skips_what(found.plan),
     }
 
 

@@ -28,6 +28,8 @@ function scaled(value, units, base) {
 
 const bytes = (value) => scaled(value, ["B", "kB", "MB", "GB", "TB", "PB"], 1000);
 const operations = (value) => scaled(value, ["", "k", "M", "G", "T", "P", "E"], 1000);
+// A loss in nats a token, as what it makes of perplexity.
+const percent = (loss) => `${loss < 0 ? "" : "+"}${(100 * Math.expm1(loss)).toFixed(1)} %`;
 function duration(value) {
   if (value >= 1) return `${Number(value.toPrecision(3))} s`;
   return value >= 1e-3 ? `${Number((value * 1e3).toPrecision(3))} ms` : `${Number((value * 1e6).toPrecision(3))} µs`;

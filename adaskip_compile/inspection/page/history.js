@@ -57,6 +57,39 @@ function diffText(diff) {
   return box;
 }
 
+function showSweep() {
+  byId("sweep-section").hidden = !report.sweep.length;
+  if (!report.sweep.length) return;
+  showSweepChart();
+  const spread = ({ median, low, high }) => `${median.toFixed(2)}× (${low.toFixed(2)} to ${high.toFixed(2)})`;
+  const rows = report.sweep.map((row) => make("tr", {}, ...[
+    row.is_plan ? `${row.name} (the plan)` : row.name, `${row.loss < 0 ? "" : "+"}${row.loss.toFixed(3)}`, percent(row.loss),
+    ...["request", "prefill", "decode"].map((part) => spread(row.speedup[part])), bytes(row.cache_bytes),
+  ].map((cell) => make("td", {}, cell))));
+  const heads = ["Plan", "Nats a token", "Perplexity", "Request", "Prefill", "Decode", "KV cache"];
+  const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name))));
+  byId("sweep").replaceChildren(make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Plans of the sweep" }, make("table", {}, head, make("tbody", {}, ...rows))));
+}
+
+function showSweepChart() {
+  if (!report.sweep.length) return;
+  const losses = report.sweep.map((row) => row.loss);
+  const speeds = report.sweep.flatMap((row) => Object.values(row.speedup.request));
+  const [slowest, fastest] = [Math.min(1, ...speeds), Math.max(1.01, ...speeds)];
+  const [least, most] = [Math.min(0, ...losses), Math.max(0.01, ...losses)];
+  const chart = frame({ width: roomIn("sweep-chart"), low: least, high: least + 1.08 * (most - least), yLabel: "Loss over speed-up of a request",
+    xPlace: (speed) => 0.02 + (0.96 * (speed - slowest)) / (fastest - slowest),
+    xTicks: ticks(slowest, fastest, 5).found.map((speed) => [speed, `${speed.toFixed(2)}×`]) });
+  for (const row of report.sweep) {
+    const { median, low, high } = row.speedup.request;
+    const y = chart.y(row.loss);
+    const dot = draw("circle", { class: `dot ${row.is_plan ? "ffn" : "attention"}`, cx: chart.x(median), cy: y, r: row.is_plan ? 6 : 4 });
+    dot.append(draw("title", {}, `${row.name}: ${median.toFixed(2)}×, ${row.loss.toFixed(3)} nats a token`));
+    chart.svg.append(draw("line", { class: "grid", x1: chart.x(low), x2: chart.x(high), y1: y, y2: y }), dot);
+  }
+  byId("sweep-chart").replaceChildren(chart.svg);
+}
+
 function showRuntime() {
   const sessions = report.runtime?.sessions ?? [];
   byId("runtime-section").hidden = !sessions.length;

@@ -87,7 +87,11 @@ function showTiles() {
   const lost = body ? report.plan.prompt.measured?.quality : null;
   if (lost) {
     const facts = lost.found_full === null ? "facts were not asked for" : `of facts ${(100 * lost.found).toFixed(0)} % found, in full ${(100 * lost.found_full).toFixed(0)} %`;
-    tiles.push(tile("perplexity", "Perplexity, as measured", Math.expm1(lost.loss), `${lost.loss < 0 ? "" : "+"}${(100 * Math.expm1(lost.loss)).toFixed(1)} %`, facts));
+    tiles.push(tile("perplexity", "Perplexity, as measured", Math.expm1(lost.loss), percent(lost.loss), facts));
+  }
+  const swept = report.sweep.filter((row) => row.is_plan);
+  if (!lost && swept.length === 1 && state.set === "plan") {
+    tiles.push(tile("perplexity", "Perplexity, in the sweep", Math.expm1(swept[0].loss), percent(swept[0].loss), `${swept[0].name}; the sweep is below`));
   }
   byId("tiles").replaceChildren(...tiles);
 }
@@ -144,7 +148,7 @@ function connect() {
   byId("filter").addEventListener("input", (event) => { state.filter = event.target.value; showTable(); writeAddress(); });
   byId("grouped").checked = state.grouped;
   byId("grouped").addEventListener("change", (event) => { state.grouped = event.target.checked; showTable(); writeAddress(); });
-  addEventListener("resize", () => { showStream(); showSimilarity(); showGains(); });
+  addEventListener("resize", () => { showStream(); showSimilarity(); showGains(); showSweepChart(); });
   byId("theme").addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -160,6 +164,7 @@ if (report.sublayers.length) {
   showSimilarity();
   showFormulas();
   showPasses();
+  showSweep();
   showRuntime();
   update();
 } else {

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,19 @@ COMMANDS = ("demo", "profile", "plan", "inspect", "run", "sweep", "export")
 SMALL_DEMO = "--inner eager --samples 2 --length 320 --held-out 2 --needles 2 --prompt-tokens 40 --new-tokens 9 --rounds 1 --skip 2 --window 3"
 
 SMALL_SWEEP = "--inner eager --windows 1 --length 32 --context 32 --new-tokens 4 --window 1 --rounds 1"
+
+
+def swept(path: str, loss: float = 0.1) -> dict[str, Any]:
+    """Return a row of a sweep whose plan skips ``path``."""
+    speedup = {what: {"median": 1.0, "low": 1.0, "high": 1.0} for what in ("request", "prefill", "decode")}
+    return {
+        "name": "a",
+        "nll_loss": loss,
+        "speedup": speedup,
+        "cache_bytes": 1,
+        "skipped": [path],
+        "prompt_skipped": [],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +203,23 @@ def test_a_report_that_is_none_is_refused(tmp_path: Path, files: dict[str, str],
     runtime = tmp_path / "runtime.json"
     runtime.write_text(json.dumps({"something": "else"}))
     assert "no report" in fails(["inspect", files["model"], "--runtime", str(runtime)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "no sweep; 'adaskip sweep MODEL --json"),
+        ([{"name": "a plan"}], "no sweep"),
+        ([swept("model.layers.0.mlp", loss=float("nan"))], "no sweep"),
+        ([swept("model.layers.77.mlp")], "the sweep is over another model"),
+    ],
+)
+def test_a_sweep_that_is_none_or_of_another_model_is_refused(
+    rows: Any, message: str, tmp_path: Path, files: dict[str, str], fails: Callable[..., str]
+):
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({"rows": rows}))
+    assert message in fails(["inspect", files["model"], "--sweep", str(file)])
 
 
 @pytest.mark.parametrize("prompt", ["", "  "])

@@ -40,7 +40,7 @@ def sweeps(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return lambda *arguments: main(["sweep", model, *SMALL, *arguments])
 
 
-def test_a_sweep_ends_in_a_curve_and_a_plan(sweeps: Callable[..., int], tmp_path: Path):
+def test_a_sweep_ends_in_a_curve_a_plan_and_a_page(sweeps: Callable[..., int], model: str, tmp_path: Path):
     pytest.importorskip("matplotlib")
     goal = [
         "--speedup",
@@ -64,6 +64,12 @@ def test_a_sweep_ends_in_a_curve_and_a_plan(sweeps: Callable[..., int], tmp_path
     assert list(SkipPlan.load(tmp_path / "plan.json").paths) == least["skipped"]
     assert set(least["measures"]) == {"nll/sea", "nll/city"}
     assert (tmp_path / "curve.svg").read_text().count("<svg") == 1
+
+    shown = ["--plan", "plan.json", "--sweep", "all.json", "--html", "page.html", "--json", "inspected.json"]
+    assert main(["inspect", model, *shown]) == 0
+    swept = json.loads((tmp_path / "inspected.json").read_text())["sweep"]
+    assert [row["loss"] for row in swept] == [row["nll_loss"] for row in found["rows"]]
+    assert [row["name"] for row in swept if row["is_plan"]] == [least["name"]]
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(

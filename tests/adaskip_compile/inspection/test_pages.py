@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,10 @@ from adaskip_compile.costs.timers import ROOFLINES, Measured, Timer, cost_at, pr
 from adaskip_compile.inspection.inspection import Inspection, inspect_model
 from adaskip_compile.inspection.pages import inspection_page
 from adaskip_compile.inspection.report import inspection_report
+from adaskip_compile.inspection.swept_plans import SweptPlan
 from adaskip_compile.planning.skip_plan import SkipPlan
 from adaskip_compile.profiling.profiles import Profile, SublayerProfile
+from adaskip_passes.errors import OptionError
 from tests.adaskip_compile.inspection.browsers import browser
 from tests.models import tiny
 
@@ -293,7 +296,8 @@ def test_every_part_fits_and_is_accessible(width: int, scheme: Any, tmp_path: Pa
     page = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(page_of(ROOFLINES["cpu"], tmp_path, runtime={"sessions": [long_session()]}))
+    sweep = [swept("full", 0, 1), swept("adaskip/1/scale", 0.02, 1.1, "model.layers.0.mlp")]
+    page.goto(page_of(ROOFLINES["cpu"], tmp_path, runtime={"sessions": [long_session()]}, sweep=sweep))
     for part in page.locator("details").all():
         part.evaluate("part => { part.open = true; }")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -301,6 +305,42 @@ def test_every_part_fits_and_is_accessible(width: int, scheme: Any, tmp_path: Pa
     told = [f"{one['id']}: {node['html'][:120]}" for one in found for node in one["nodes"]]
     assert [one for one in found if one["impact"] in ("serious", "critical")] == [], told
     assert complaints == []
+
+
+def swept(name: str, loss: float, speed: float, *skipped: str) -> SweptPlan:
+    spread = {"median": speed, "low": speed - 0.05, "high": speed + 0.1}
+    speedup = dict.fromkeys(("request", "prefill", "decode"), spread)
+    row = {"name": name, "nll_loss": loss, "speedup": speedup, "cache_bytes": 1_000_000}
+    return SweptPlan.of({**row, "skipped": [*skipped], "prompt_skipped": []})
+
+
+def test_what_plans_lose_is_shown(tmp_path: Path, visit: Any):
+    ours = ("model.layers.1.self_attn", "model.layers.0.mlp")
+    rows = [
+        swept("full", 0, 1),
+        swept("adaskip/1/scale", 0.02, 1.1, ours[0]),
+        swept("adaskip/2/scale", 0.1, 1.3, *ours),
+    ]
+    page = visit(page_of(ROOFLINES["cpu"], tmp_path, sweep=rows))
+    assert value(page, "perplexity") == pytest.approx(math.expm1(0.1))
+    table = page.inner_text("#sweep")
+    assert "adaskip/2/scale (the plan)" in table
+    assert "+10.5 %" in table
+    assert "1.10\N{MULTIPLICATION SIGN} (1.05 to 1.20)" in table
+    places = [
+        (float(dot.get_attribute("cx")), -float(dot.get_attribute("cy")))
+        for dot in page.locator("#sweep-chart circle").all()
+    ]
+    assert len(places) == 3
+    assert places == sorted(places)
+    with pytest.raises(OptionError, match="over another model: a </script> model has no sublayer elsewhere"):
+        page_of(ROOFLINES["cpu"], tmp_path, sweep=[swept("other", 0, 1, "elsewhere")])
+
+
+def test_without_a_sweep_nothing_is_said_of_losses(tmp_path: Path, visit: Any):
+    page = visit(page_of(ROOFLINES["cpu"], tmp_path))
+    assert page.locator("#sweep-section").is_hidden()
+    assert page.locator("#perplexity").count() == 0
 
 
 def test_a_page_that_is_not_shown_draws_without_complaint(tmp_path: Path, visit: Any):
