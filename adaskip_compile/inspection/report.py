@@ -36,11 +36,11 @@ def inspection_report(
     Raises:
         OptionError: The sweep is over another model.
     """
-    strange = [
-        path for one in sweep for path in one.of_other_sublayers([sublayer.path for sublayer in found.sublayers])
-    ]
+    strange = {path for one in sweep for path in one.skipped | one.prompt_skipped} - {
+        one.path for one in found.sublayers
+    }
     if strange:
-        raise OptionError(f"the sweep is over another model: {found.model} has no sublayer {strange[0]}")
+        raise OptionError(f"the sweep is over another model: {found.model} has no sublayer {min(strange)}")
     times = {phase: predict(found, timer, phase, context) for phase in found.phases}
     return {
         "model": found.model,

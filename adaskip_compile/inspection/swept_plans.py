@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,6 @@ class SweptPlan:
         speedup = {what: {end: _number(row["speedup"][what][end]) for end in _ENDS} for what in _SPEEDS}
         paths = (frozenset(map(str, row[key])) for key in ("skipped", "prompt_skipped"))
         return cls(str(row["name"]), _number(row["nll_loss"]), speedup, int(row["cache_bytes"]), *paths)
-
-    def of_other_sublayers(self, known: Collection[str]) -> list[str]:
-        """Return what this plan skips that is not among the ``known`` sublayers."""
-        return sorted((self.skipped | self.prompt_skipped) - {*known})
 
     def skips_what(self, plan: SkipPlan | None) -> bool:
         """Whether ``plan`` skips these very sublayers in these phases; what stands in for them may be something else."""
